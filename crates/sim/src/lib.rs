@@ -1,0 +1,9 @@
+//! Test doubles that fail on purpose: object stores, disks and recorded writes.
+#![forbid(unsafe_code)]
+
+pub mod fault_store;
+pub mod interleave;
+#[cfg(feature = "s3")]
+pub mod s3;
+
+pub use fault_store::{Fault, FaultStore};
