@@ -1,0 +1,371 @@
+//! Layers over a base: the disk as the guest sees it, and what each layer changed.
+//!
+//! The caller says which files make the chain. The backing name in a header is never followed: it is
+//! a path on the machine where the image was made.
+//!
+//! # Disks of different lengths
+//! As in QEMU: the chain is as long as its top layer. A layer that ends early is zeros from there on
+//! for the layers above it, and what lies below it there is not seen.
+
+use std::ops::Range;
+use std::path::PathBuf;
+
+use stead_sys::copy;
+
+use crate::error::{Error, Result};
+use crate::file::ImageFile;
+use crate::header::{SECTOR_BYTES, to_u64, to_usize};
+use crate::layer::{ExtentKind, Layer};
+use crate::units::{GuestOffset, HostOffset};
+
+/// The most layers in a chain.
+pub const MAX_LAYERS: usize = 1024;
+
+/// The format of a file in a chain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum LayerFormat {
+    /// The file's bytes are the disk's; holes are zeros. Only at the bottom.
+    Raw,
+    /// A qcow2 image.
+    Qcow2,
+}
+
+/// A file of a chain, as the caller names it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct LayerFile {
+    /// The file.
+    pub path: PathBuf,
+    /// Its format. It is never guessed: a guest can write a qcow2 header into a raw disk.
+    pub format: LayerFormat,
+}
+
+#[derive(Debug)]
+enum Member {
+    Raw(ImageFile),
+    Qcow2(Box<Layer>),
+}
+
+impl Member {
+    fn open(file: &LayerFile) -> Result<Self> {
+        match file.format {
+            LayerFormat::Raw => Ok(Self::Raw(ImageFile::open(&file.path)?)),
+            LayerFormat::Qcow2 => {
+                let layer = Layer::open(&file.path)?;
+                if layer.header().corrupt {
+                    return Err(Error::MarkedCorrupt {
+                        path: file.path.clone(),
+                    });
+                }
+                Ok(Self::Qcow2(Box::new(layer)))
+            }
+        }
+    }
+
+    /// The disk's length in bytes. A raw file is filled up with zeros to a whole sector.
+    fn length(&self) -> u64 {
+        match self {
+            Self::Raw(file) => file.length().next_multiple_of(SECTOR_BYTES),
+            Self::Qcow2(layer) => layer.virtual_size(),
+        }
+    }
+}
+
+/// Where the bytes of a piece of the disk come from.
+#[derive(Debug, Clone, Copy)]
+enum Source {
+    Zero,
+    Raw(usize),
+    Layer(usize, ExtentKind),
+}
+
+/// A piece of the disk with one source. `depth` is the member that defines it, or the number of
+/// members when none does.
+#[derive(Debug, Clone, Copy)]
+struct Piece {
+    end: u64,
+    source: Source,
+    depth: usize,
+}
+
+/// A disk made of layers over a base, open for reading. Usable from several threads.
+#[derive(Debug)]
+pub struct Chain {
+    members: Vec<Member>,
+}
+
+impl Chain {
+    /// Opens the chain of `files`, top first.
+    ///
+    /// Whether the layers belong together is for the caller to know: qcow2 cannot tell.
+    ///
+    /// # Errors
+    /// When there is no file, there are more than [`MAX_LAYERS`], a raw file is not the last one, a
+    /// file cannot be opened (see [`Layer::open`]) or is marked corrupt.
+    pub fn open(files: &[LayerFile]) -> Result<Self> {
+        let invalid = |reason: String| Err(Error::InvalidChain { reason });
+        if files.is_empty() || files.len() > MAX_LAYERS {
+            return invalid(format!("{} files, expected 1 to {MAX_LAYERS}", files.len()));
+        }
+        let above_base = &files[..files.len() - 1];
+        if let Some(raw) = above_base.iter().find(|f| f.format == LayerFormat::Raw) {
+            let path = raw.path.display();
+            return invalid(format!(
+                "{path} is raw and not the base, so all below it would be hidden"
+            ));
+        }
+        let members = files.iter().map(Member::open).collect::<Result<_>>()?;
+        Ok(Self { members })
+    }
+
+    /// The disk's length in bytes: that of its top layer.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.members[0].length()
+    }
+
+    /// Whether the disk has no bytes.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// How many files the chain has, with the base.
+    #[must_use]
+    pub fn depth(&self) -> usize {
+        self.members.len()
+    }
+
+    /// The qcow2 layer at `index`, 0 being the top; `None` for a raw base or behind it.
+    #[must_use]
+    pub fn layer(&self, index: usize) -> Option<&Layer> {
+        match self.members.get(index)? {
+            Member::Raw(_) => None,
+            Member::Qcow2(layer) => Some(layer),
+        }
+    }
+
+    /// Reads the disk's bytes from `offset` on, as the guest would.
+    ///
+    /// # Errors
+    /// When the range is not on the disk, a layer cannot be read, or a table or compressed cluster
+    /// on the way is not valid. What `bytes` then holds is of no use.
+    pub fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
+        let length = to_u64(bytes.len());
+        let end = offset.checked_add(length).filter(|end| *end <= self.len());
+        let Some(end) = end else {
+            return Err(Error::OutOfDisk {
+                start: GuestOffset(offset),
+                length,
+                disk_length: self.len(),
+            });
+        };
+        let (mut at, mut rest) = (offset, bytes);
+        while at < end {
+            let piece = self.piece(at, end)?;
+            let (here, behind) = rest.split_at_mut(to_usize(piece.end - at));
+            self.read_piece(&piece, at, here)?;
+            (at, rest) = (piece.end, behind);
+        }
+        Ok(())
+    }
+
+    /// The next range at or after `offset` that may hold something other than zeros; `None` when
+    /// only zeros follow. Zero clusters and the holes of a raw base are left out.
+    ///
+    /// # Errors
+    /// When a layer cannot be read or a table entry on the way is not valid.
+    pub fn next_data(&self, offset: u64) -> Result<Option<Range<u64>>> {
+        let mut found: Option<Range<u64>> = None;
+        let mut at = offset;
+        while at < self.len() {
+            let piece = self.piece(at, self.len())?;
+            let data = self.data_in(&piece, at)?;
+            let next = data.as_ref().map_or(piece.end, |data| data.end);
+            match (&mut found, data) {
+                (Some(range), Some(data)) if data.start == range.end => range.end = data.end,
+                (Some(_), _) => break,
+                (None, data) => found = data,
+            }
+            at = next;
+        }
+        Ok(found)
+    }
+
+    /// The next range at or after `offset` that the top `layers` files define, with data or with
+    /// zeros: what they changed against what lies below them. `None` when nothing follows.
+    ///
+    /// A layer that is shorter than those above it defines the rest as zeros (see the module).
+    ///
+    /// # Errors
+    /// When a layer cannot be read or a table entry on the way is not valid.
+    pub fn next_allocated(&self, layers: usize, offset: u64) -> Result<Option<Range<u64>>> {
+        let mut found: Option<Range<u64>> = None;
+        let mut at = offset;
+        while at < self.len() {
+            let piece = self.piece_in(at, self.len(), layers)?;
+            let defined = piece.depth < layers.min(self.depth());
+            match &mut found {
+                Some(range) if defined => range.end = piece.end,
+                Some(_) => break,
+                None if defined => found = Some(at..piece.end),
+                None => {}
+            }
+            at = piece.end;
+        }
+        Ok(found)
+    }
+
+    /// All ranges that the top `layers` files define, in order; see [`Chain::next_allocated`].
+    ///
+    /// After an error the iterator ends.
+    pub fn allocated(&self, layers: usize) -> impl Iterator<Item = Result<Range<u64>>> + '_ {
+        self.ranges(move |at| self.next_allocated(layers, at))
+    }
+
+    /// All ranges that may hold something other than zeros, in order; see [`Chain::next_data`].
+    ///
+    /// After an error the iterator ends.
+    pub fn data(&self) -> impl Iterator<Item = Result<Range<u64>>> + '_ {
+        self.ranges(|at| self.next_data(at))
+    }
+
+    fn ranges<'a>(
+        &'a self,
+        next: impl Fn(u64) -> Result<Option<Range<u64>>> + 'a,
+    ) -> impl Iterator<Item = Result<Range<u64>>> + 'a {
+        let mut at = Some(0);
+        std::iter::from_fn(move || {
+            let found = next(at?).transpose();
+            at = match &found {
+                Some(Ok(range)) => Some(range.end),
+                Some(Err(_)) | None => None,
+            };
+            found
+        })
+    }
+
+    fn piece(&self, at: u64, end: u64) -> Result<Piece> {
+        self.piece_in(at, end, self.depth())
+    }
+
+    /// Where the bytes from `at` on come from, up to `end` at most, looking only at the top `layers`.
+    fn piece_in(&self, at: u64, end: u64, layers: usize) -> Result<Piece> {
+        let mut end = end;
+        for (depth, member) in self.members.iter().enumerate().take(layers) {
+            let length = member.length();
+            if at >= length {
+                return Ok(Piece {
+                    end,
+                    source: Source::Zero,
+                    depth,
+                });
+            }
+            end = end.min(length);
+            let source = match member {
+                Member::Raw(_) => Source::Raw(depth),
+                Member::Qcow2(layer) => {
+                    let extent = layer.extent_at(GuestOffset(at))?;
+                    end = end.min(at + extent.length);
+                    match extent.kind {
+                        ExtentKind::Unallocated => continue,
+                        ExtentKind::Zero => Source::Zero,
+                        kind @ (ExtentKind::Data(_) | ExtentKind::Compressed { .. }) => {
+                            Source::Layer(depth, kind)
+                        }
+                    }
+                }
+            };
+            return Ok(Piece { end, source, depth });
+        }
+        Ok(Piece {
+            end,
+            source: Source::Zero,
+            depth: self.depth(),
+        })
+    }
+
+    fn read_piece(&self, piece: &Piece, at: u64, bytes: &mut [u8]) -> Result<()> {
+        match piece.source {
+            Source::Zero => {
+                bytes.fill(0);
+                Ok(())
+            }
+            Source::Raw(index) => read_raw(self.raw(index), at, bytes),
+            Source::Layer(index, ExtentKind::Data(place)) => {
+                self.qcow2(index).read_data(place, bytes)
+            }
+            Source::Layer(index, ExtentKind::Compressed { cluster, skip }) => {
+                self.qcow2(index).read_compressed(cluster, skip, bytes)
+            }
+            Source::Layer(_, ExtentKind::Zero | ExtentKind::Unallocated) => {
+                unreachable!("a layer is a source only of data")
+            }
+        }
+    }
+
+    /// The first range in the piece, from `at` on, that may be other than zeros.
+    fn data_in(&self, piece: &Piece, at: u64) -> Result<Option<Range<u64>>> {
+        match piece.source {
+            Source::Zero => Ok(None),
+            Source::Layer(..) => Ok(Some(at..piece.end)),
+            Source::Raw(index) => {
+                let file = self.raw(index);
+                let data = copy::next_data(file.file(), at)
+                    .map_err(|source| Error::io("find the holes of", file.path(), source))?;
+                Ok(data
+                    .map(|data| data.start.max(at)..data.end.min(piece.end))
+                    .filter(|data| data.start < data.end))
+            }
+        }
+    }
+
+    fn raw(&self, index: usize) -> &ImageFile {
+        match &self.members[index] {
+            Member::Raw(file) => file,
+            Member::Qcow2(_) => unreachable!("the piece was found in a raw file"),
+        }
+    }
+
+    fn qcow2(&self, index: usize) -> &Layer {
+        match &self.members[index] {
+            Member::Qcow2(layer) => layer,
+            Member::Raw(_) => unreachable!("the piece was found in a layer"),
+        }
+    }
+}
+
+/// Reads a raw file; behind its end, in the last sector, are zeros.
+fn read_raw(file: &ImageFile, at: u64, bytes: &mut [u8]) -> Result<()> {
+    let there = file.length().saturating_sub(at).min(to_u64(bytes.len()));
+    let (data, tail) = bytes.split_at_mut(to_usize(there));
+    tail.fill(0);
+    if data.is_empty() {
+        return Ok(());
+    }
+    file.read("raw data", HostOffset(at), data)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chain_can_be_shared_between_threads() {
+        fn shareable<T: Send + Sync>() {}
+        shareable::<Chain>();
+        shareable::<Layer>();
+    }
+
+    #[test]
+    fn a_raw_file_above_the_base_and_an_empty_list_are_refused() {
+        let file = |format| LayerFile {
+            path: PathBuf::from("nowhere"),
+            format,
+        };
+        let list = [file(LayerFormat::Raw), file(LayerFormat::Qcow2)];
+        for files in [&list[..], &[]] {
+            let error = Chain::open(files).expect_err("no chain");
+            assert!(matches!(error, Error::InvalidChain { .. }), "{error}");
+        }
+    }
+}

@@ -1,0 +1,860 @@
+//! Checking an image: every reference to a cluster against its refcount, and that nothing overlaps.
+//!
+//! # How
+//! All tables are walked and references counted per cluster, then held against the refcounts. Each L2
+//! table is read once, however many internal snapshots share it. Counts are kept for a window of clusters
+//! that fits [`MAX_PAGES`]; where an image needs more, the walk is made again for the next window. So
+//! memory is bounded, and time grows with the file's metadata.
+//!
+//! # What it finds that `qemu-img check` does not
+//! Overlaps that the refcounts agree with (an L2 table that is also guest data, with refcount 2), and
+//! guest data that is cut off by the end of the file.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use crate::directory::{InternalSnapshot, StoredBitmap};
+use crate::entry::{L1Entry, L2Entry, SUBCLUSTERS, Standard};
+use crate::error::{Error, Result};
+use crate::header::{to_u64, to_usize};
+use crate::layer::Layer;
+use crate::refcounts::{Refcounts, TableEntry};
+use crate::units::HostOffset;
+
+/// How many findings are kept in full; all are counted.
+pub const MAX_FINDINGS: usize = 1000;
+/// Clusters on a page of counts.
+const PAGE_CLUSTERS: u64 = 256;
+/// The most pages of counts in memory, about 400 MiB; enough for 4 TiB in 64 KiB clusters at a time.
+const MAX_PAGES: usize = 256 << 10;
+/// The most L2 tables of one image, with those of internal snapshots.
+const MAX_L2_TABLES: usize = 8 << 20;
+/// Words of a bitmap table that are read at a time.
+const STEP_WORDS: u64 = 64 << 10;
+/// Bits 9 to 55 of a bitmap table entry.
+const BITMAP_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+
+/// What a cluster is used for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    /// The header.
+    Header,
+    /// The active L1 table.
+    L1Table,
+    /// The L1 table of an internal snapshot.
+    SnapshotL1Table,
+    /// An L2 table.
+    L2Table,
+    /// Guest data (or room kept for it).
+    Data,
+    /// Compressed guest data.
+    Compressed,
+    /// The refcount table.
+    RefcountTable,
+    /// A refcount block.
+    RefcountBlock,
+    /// The table of internal snapshots.
+    SnapshotTable,
+    /// The bitmap directory.
+    BitmapDirectory,
+    /// The table of a bitmap.
+    BitmapTable,
+    /// The bits of a bitmap.
+    BitmapData,
+}
+
+const USES: [Use; 12] = [
+    Use::Header,
+    Use::L1Table,
+    Use::SnapshotL1Table,
+    Use::L2Table,
+    Use::Data,
+    Use::Compressed,
+    Use::RefcountTable,
+    Use::RefcountBlock,
+    Use::SnapshotTable,
+    Use::BitmapDirectory,
+    Use::BitmapTable,
+    Use::BitmapData,
+];
+
+impl Use {
+    fn bit(self) -> u16 {
+        1 << USES.iter().take_while(|known| **known != self).count()
+    }
+
+    /// What a cluster of this use may be referenced by more than once.
+    fn shared(self) -> bool {
+        matches!(self, Self::L2Table | Self::Data | Self::Compressed)
+    }
+}
+
+/// The active tables say that the refcount is one.
+const SAID_ONE: u16 = 1 << 14;
+/// The active tables say that the refcount is not one.
+const SAID_NOT_ONE: u16 = 1 << 15;
+const USE_BITS: u16 = (1 << 12) - 1;
+
+/// Something wrong in an image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Finding {
+    /// The refcount is higher than the references: the room is lost, no data is.
+    Leak {
+        /// The cluster.
+        cluster: HostOffset,
+        /// Its refcount.
+        refcount: u64,
+        /// How often it is referenced.
+        references: u64,
+    },
+    /// The refcount is lower than the references: a write could take the cluster for something else.
+    RefcountTooLow {
+        /// The cluster.
+        cluster: HostOffset,
+        /// Its refcount.
+        refcount: u64,
+        /// How often it is referenced.
+        references: u64,
+    },
+    /// The cluster is used for things that exclude each other.
+    Overlap {
+        /// The cluster.
+        cluster: HostOffset,
+        /// What it is used for; once, if it is used twice for the same.
+        uses: Vec<Use>,
+    },
+    /// An active table says that the refcount is one and it is not, or the other way round.
+    WrongCopiedFlag {
+        /// The cluster.
+        cluster: HostOffset,
+        /// Its refcount.
+        refcount: u64,
+    },
+    /// Something is not where it can be read, or is not valid.
+    Unusable {
+        /// What it is used for.
+        usage: Use,
+        /// The reason, with the place.
+        reason: String,
+    },
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Leak {
+                cluster,
+                refcount,
+                references,
+            } => write!(
+                f,
+                "leak: the cluster at {cluster} has refcount {refcount} and {references} references"
+            ),
+            Self::RefcountTooLow {
+                cluster,
+                refcount,
+                references,
+            } => write!(
+                f,
+                "the cluster at {cluster} has refcount {refcount} but {references} references"
+            ),
+            Self::Overlap { cluster, uses } => {
+                write!(f, "the cluster at {cluster} is used twice, for {uses:?}")
+            }
+            Self::WrongCopiedFlag { cluster, refcount } => write!(
+                f,
+                "the active tables' copied flag for {cluster} does not fit refcount {refcount}"
+            ),
+            Self::Unusable { usage, reason } => write!(f, "{usage:?}: {reason}"),
+        }
+    }
+}
+
+/// What a check found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CheckReport {
+    /// How many findings besides leaks there are.
+    pub corruptions: u64,
+    /// How many clusters are leaked.
+    pub leaks: u64,
+    /// The first [`MAX_FINDINGS`] findings.
+    pub findings: Vec<Finding>,
+    /// Whether the image is marked dirty: its refcounts were not written when it was last used.
+    pub marked_dirty: bool,
+    /// Whether the image is marked corrupt.
+    pub marked_corrupt: bool,
+    /// Clusters of the file.
+    pub file_clusters: u64,
+    /// Clusters that something refers to.
+    pub used_clusters: u64,
+    /// Guest clusters of the active disk with data or room for data in the file.
+    pub guest_clusters: u64,
+    /// Those of them that are compressed.
+    pub compressed_clusters: u64,
+    /// Where the last used cluster ends.
+    pub image_end: HostOffset,
+}
+
+impl CheckReport {
+    /// Nothing is wrong, not even a leak or a mark.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        self.is_safe() && self.leaks == 0 && !self.marked_dirty
+    }
+
+    /// The image can be read and written; at most room is lost (leaks, or refcounts to be rebuilt in a
+    /// dirty image that are none the less high enough).
+    #[must_use]
+    pub fn is_safe(&self) -> bool {
+        self.corruptions == 0 && !self.marked_corrupt
+    }
+
+    fn add(&mut self, finding: Finding) {
+        match &finding {
+            Finding::Leak { .. } => self.leaks += 1,
+            Finding::RefcountTooLow { .. }
+            | Finding::Overlap { .. }
+            | Finding::WrongCopiedFlag { .. }
+            | Finding::Unusable { .. } => self.corruptions += 1,
+        }
+        if self.findings.len() < MAX_FINDINGS {
+            self.findings.push(finding);
+        }
+    }
+}
+
+/// Checks an image; nothing is written.
+///
+/// # Errors
+/// When the file cannot be read, or has more than 8 388 608 L2 tables. What is wrong in the image is
+/// in the report; only what [`Layer::open`] refuses does not get here.
+pub fn check(layer: &Layer) -> Result<CheckReport> {
+    let mut report = CheckReport {
+        marked_dirty: layer.header().dirty,
+        marked_corrupt: layer.header().corrupt,
+        file_clusters: layer.cluster_size().count_for(layer.file_length()),
+        ..CheckReport::default()
+    };
+    let image = Image::read(layer, &mut report)?;
+    let mut start = 0;
+    loop {
+        let mut walk = Walk {
+            image: &image,
+            counts: Counts::new(start),
+            report: &mut report,
+            first: start == 0,
+        };
+        walk.all()?;
+        let counts = walk.counts;
+        compare(&image, &counts, &mut report)?;
+        start = counts.end;
+        if start >= image.file_clusters() {
+            return Ok(report);
+        }
+    }
+}
+
+/// The parts of an image that are small enough to keep, without what cannot be walked.
+struct Image<'a> {
+    layer: &'a Layer,
+    snapshots: Vec<InternalSnapshot>,
+    bitmaps: Vec<StoredBitmap>,
+    refcount_blocks: Vec<Option<HostOffset>>,
+    /// Each L2 table once, in order: how often it is referenced, and whether from the active L1 table.
+    l2_tables: Vec<L2Table>,
+    /// Tables and directories: place, length, use.
+    regions: Vec<(HostOffset, u64, Use)>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct L2Table {
+    at: HostOffset,
+    references: u32,
+    active: Option<ActiveTable>,
+}
+
+/// Where the active L1 table has the L2 table.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct ActiveTable {
+    index: u32,
+    copied: bool,
+}
+
+impl<'a> Image<'a> {
+    fn read(layer: &'a Layer, report: &mut CheckReport) -> Result<Self> {
+        let header = layer.header();
+        let size = header.cluster_size.bytes();
+        let table_bytes = u64::from(header.refcount_table_clusters) * size;
+        let mut image = Self {
+            layer,
+            snapshots: Vec::new(),
+            bitmaps: Vec::new(),
+            refcount_blocks: Vec::new(),
+            l2_tables: Vec::new(),
+            regions: vec![
+                (HostOffset(0), size, Use::Header),
+                (
+                    header.l1_table,
+                    u64::from(header.l1_entries) * 8,
+                    Use::L1Table,
+                ),
+                (header.refcount_table, table_bytes, Use::RefcountTable),
+            ],
+        };
+        image.read_refcount_table(report)?;
+        image.read_directories(report)?;
+        image.drop_overlapping_tables(report);
+        image.read_l1_tables(report)?;
+        Ok(image)
+    }
+
+    fn file_clusters(&self) -> u64 {
+        self.layer
+            .cluster_size()
+            .count_for(self.layer.file_length())
+    }
+
+    /// The last cluster of the table may be cut off by the end of the file; then zeros follow.
+    fn read_refcount_table(&mut self, report: &mut CheckReport) -> Result<()> {
+        let header = self.layer.header();
+        let length = u64::from(header.refcount_table_clusters) * header.cluster_size.bytes();
+        let there = self
+            .layer
+            .file_length()
+            .saturating_sub(header.refcount_table.0);
+        let words = to_usize(length.min(there) / 8);
+        let file = self.layer.file();
+        let table = file.read_words("the refcount table", header.refcount_table, words)?;
+        self.refcount_blocks = vec![None; table.len()];
+        let mut known = BTreeMap::new();
+        for (index, word) in table.into_iter().enumerate() {
+            match TableEntry::decode(word) {
+                TableEntry::None => {}
+                TableEntry::Reserved => {
+                    let reason = format!("entry {index} of the refcount table is {word:#x}");
+                    unusable(report, Use::RefcountBlock, reason);
+                }
+                TableEntry::Block(at) => {
+                    let place = self.place("a refcount block", at, header.cluster_size.bytes());
+                    if let Err(error) = place {
+                        unusable(report, Use::RefcountBlock, error.to_string());
+                    } else if let Some(other) = known.insert(at, index) {
+                        let reason = format!(
+                            "entries {other} and {index} of the refcount table both say {at}"
+                        );
+                        unusable(report, Use::RefcountBlock, reason);
+                    } else {
+                        self.refcount_blocks[index] = Some(at);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn read_directories(&mut self, report: &mut CheckReport) -> Result<()> {
+        let header = self.layer.header();
+        if let Some(found) = usable(report, Use::SnapshotTable, self.layer.snapshot_directory())? {
+            if header.internal_snapshots > 0 {
+                let region = (header.snapshot_table, found.length, Use::SnapshotTable);
+                self.regions.push(region);
+            }
+            self.snapshots = found.entries;
+        }
+        let bitmaps = self.layer.bitmap_directory();
+        if let Some(found) = usable(report, Use::BitmapDirectory, bitmaps)? {
+            if let Some(place) = header.bitmaps.filter(|_| header.bitmaps_consistent()) {
+                let region = (place.directory, found.length, Use::BitmapDirectory);
+                self.regions.push(region);
+            }
+            self.bitmaps = found.entries;
+        }
+        Ok(())
+    }
+
+    /// Tables that cannot be read, or lie over another table, are reported here and not walked. So the
+    /// tables that are walked are together no longer than the file.
+    fn drop_overlapping_tables(&mut self, report: &mut CheckReport) {
+        let mut taken = Regions::default();
+        for (at, length, _) in &self.regions {
+            taken.take(*at, *length);
+        }
+        let layer = self.layer;
+        let mut good = |at: HostOffset, length: u64, usage: Use| {
+            let placed = require_place(layer, "a table", at, length);
+            if let Err(error) = placed {
+                unusable(report, usage, error.to_string());
+                return false;
+            }
+            if !taken.take(at, length) {
+                let reason = format!("the table at {at} with {length} bytes lies over another");
+                unusable(report, usage, reason);
+                return false;
+            }
+            true
+        };
+        self.snapshots
+            .retain(|entry| good(entry.l1_table, entry.l1_bytes(), Use::SnapshotL1Table));
+        self.bitmaps
+            .retain(|entry| good(entry.table, entry.table_bytes(), Use::BitmapTable));
+        let l1 = |s: &InternalSnapshot| (s.l1_table, s.l1_bytes(), Use::SnapshotL1Table);
+        self.regions.extend(self.snapshots.iter().map(l1));
+        let table = |b: &StoredBitmap| (b.table, b.table_bytes(), Use::BitmapTable);
+        self.regions.extend(self.bitmaps.iter().map(table));
+    }
+
+    fn place(&self, what: &'static str, at: HostOffset, length: u64) -> Result<()> {
+        require_place(self.layer, what, at, length)
+    }
+
+    fn read_l1_tables(&mut self, report: &mut CheckReport) -> Result<()> {
+        let mut tables: Vec<L2Table> = Vec::new();
+        let active = self.layer.l1().iter().enumerate();
+        for (index, word) in active {
+            // The layer was opened, so its own entries are valid.
+            if let Ok(Some(entry)) = L1Entry::decode(*word) {
+                let index = u32::try_from(index).unwrap_or(u32::MAX);
+                let copied = entry.copied;
+                tables.push(L2Table {
+                    at: entry.table,
+                    references: 1,
+                    active: Some(ActiveTable { index, copied }),
+                });
+            }
+        }
+        for snapshot in &self.snapshots {
+            let count = to_usize(u64::from(snapshot.l1_entries));
+            let what = "the L1 table of an internal snapshot";
+            let words = self
+                .layer
+                .file()
+                .read_words(what, snapshot.l1_table, count)?;
+            for word in words {
+                tables.extend(self.snapshot_l2_table(word, report));
+            }
+            tables = merged(tables);
+            if tables.len() > MAX_L2_TABLES {
+                return Err(Error::InvalidField {
+                    path: self.layer.path().to_owned(),
+                    field: "number of L2 tables",
+                    found: to_u64(tables.len()),
+                    expected: format!("at most {MAX_L2_TABLES}"),
+                });
+            }
+        }
+        self.l2_tables = merged(tables);
+        Ok(())
+    }
+
+    fn snapshot_l2_table(&self, word: u64, report: &mut CheckReport) -> Option<L2Table> {
+        let reason = match L1Entry::decode(word) {
+            Ok(None) => return None,
+            Err(reason) => format!("an L1 entry of an internal snapshot is {word:#x}: {reason}"),
+            Ok(Some(entry)) => {
+                let length = self.layer.cluster_size().bytes();
+                match self.place("an L2 table", entry.table, length) {
+                    Err(error) => error.to_string(),
+                    Ok(()) => {
+                        return Some(L2Table {
+                            at: entry.table,
+                            references: 1,
+                            active: None,
+                        });
+                    }
+                }
+            }
+        };
+        unusable(report, Use::L2Table, reason);
+        None
+    }
+}
+
+/// Each table once, with the sum of its references.
+fn merged(mut tables: Vec<L2Table>) -> Vec<L2Table> {
+    tables.sort_unstable();
+    tables.dedup_by(|next, kept| {
+        let same = next.at == kept.at;
+        if same {
+            kept.references = kept.references.saturating_add(next.references);
+            kept.active = kept.active.or(next.active);
+        }
+        same
+    });
+    tables
+}
+
+fn unusable(report: &mut CheckReport, usage: Use, reason: String) {
+    report.add(Finding::Unusable { usage, reason });
+}
+
+/// A wrong content becomes a finding; a file that cannot be read stays an error.
+fn usable<T>(report: &mut CheckReport, usage: Use, found: Result<T>) -> Result<Option<T>> {
+    match found {
+        Ok(found) => Ok(Some(found)),
+        Err(error @ Error::Io { .. }) => Err(error),
+        Err(error) => {
+            unusable(report, usage, error.to_string());
+            Ok(None)
+        }
+    }
+}
+
+fn require_place(layer: &Layer, what: &'static str, at: HostOffset, length: u64) -> Result<()> {
+    if layer.cluster_size().offset_in(at.0) != 0 {
+        return Err(Error::Unaligned {
+            path: layer.path().to_owned(),
+            what,
+            at,
+        });
+    }
+    layer.file().require(what, at, length)
+}
+
+/// Ranges of the file that do not overlap.
+#[derive(Default)]
+struct Regions {
+    ends: BTreeMap<u64, u64>,
+}
+
+impl Regions {
+    /// Takes a range; `false` when a part of it is taken already.
+    fn take(&mut self, at: HostOffset, length: u64) -> bool {
+        let end = at.0.saturating_add(length);
+        let before = self.ends.range(..end).next_back();
+        if length > 0 && before.is_some_and(|(_, taken)| *taken > at.0) {
+            return false;
+        }
+        self.ends.insert(at.0, end);
+        true
+    }
+}
+
+/// References to some consecutive clusters.
+struct Page {
+    references: [u32; PAGE_CLUSTERS as usize],
+    marks: [u16; PAGE_CLUSTERS as usize],
+}
+
+/// References per cluster, in a window.
+struct Counts {
+    start: u64,
+    /// The first cluster that is not counted any more.
+    end: u64,
+    pages: BTreeMap<u64, Box<Page>>,
+}
+
+impl Counts {
+    fn new(start: u64) -> Self {
+        Self {
+            start,
+            end: u64::MAX,
+            pages: BTreeMap::new(),
+        }
+    }
+
+    fn add(&mut self, cluster: u64, references: u32, marks: u16) {
+        if cluster < self.start || cluster >= self.end {
+            return;
+        }
+        let page = self
+            .pages
+            .entry(cluster / PAGE_CLUSTERS)
+            .or_insert_with(|| {
+                Box::new(Page {
+                    references: [0; PAGE_CLUSTERS as usize],
+                    marks: [0; PAGE_CLUSTERS as usize],
+                })
+            });
+        let index = to_usize(cluster % PAGE_CLUSTERS);
+        page.references[index] = page.references[index].saturating_add(references);
+        page.marks[index] |= marks;
+        if self.pages.len() > MAX_PAGES
+            && let Some((last, _)) = self.pages.pop_last()
+        {
+            self.end = last * PAGE_CLUSTERS;
+        }
+    }
+
+    fn get(&self, cluster: u64) -> (u32, u16) {
+        let index = to_usize(cluster % PAGE_CLUSTERS);
+        self.pages
+            .get(&(cluster / PAGE_CLUSTERS))
+            .map_or((0, 0), |page| (page.references[index], page.marks[index]))
+    }
+
+    /// Every cluster with references, in order.
+    fn used(&self) -> impl Iterator<Item = (u64, u32, u16)> + '_ {
+        self.pages.iter().flat_map(|(page, counts)| {
+            let all = counts.references.iter().zip(&counts.marks).enumerate();
+            all.filter(|(_, (references, _))| **references > 0).map(
+                move |(index, (references, marks))| {
+                    (page * PAGE_CLUSTERS + to_u64(index), *references, *marks)
+                },
+            )
+        })
+    }
+}
+
+/// One walk over all tables.
+struct Walk<'a> {
+    image: &'a Image<'a>,
+    counts: Counts,
+    report: &'a mut CheckReport,
+    /// Only the first walk reports and counts what it sees on its way.
+    first: bool,
+}
+
+impl Walk<'_> {
+    fn all(&mut self) -> Result<()> {
+        let image = self.image;
+        for (at, length, usage) in &image.regions {
+            self.count(*at, *length, 1, usage.bit());
+        }
+        let size = image.layer.cluster_size().bytes();
+        for block in image.refcount_blocks.iter().flatten() {
+            self.count(*block, size, 1, Use::RefcountBlock.bit());
+        }
+        for table in &image.l2_tables {
+            self.l2_table(table)?;
+        }
+        for bitmap in &image.bitmaps {
+            self.bitmap(bitmap)?;
+        }
+        Ok(())
+    }
+
+    fn count(&mut self, at: HostOffset, length: u64, references: u32, marks: u16) {
+        let bits = self.image.layer.cluster_size().bits();
+        if length == 0 {
+            return;
+        }
+        for cluster in at.0 >> bits..=(at.0 + length - 1) >> bits {
+            self.counts.add(cluster, references, marks);
+        }
+    }
+
+    fn report(&mut self, usage: Use, reason: impl FnOnce() -> String) {
+        if self.first {
+            unusable(self.report, usage, reason());
+        }
+    }
+
+    fn l2_table(&mut self, table: &L2Table) -> Result<()> {
+        let header = self.image.layer.header();
+        let marks = table.active.map_or(0, |active| said(active.copied));
+        let size = header.cluster_size.bytes();
+        self.count(table.at, size, table.references, Use::L2Table.bit() | marks);
+        let words = to_usize(header.cluster_size.words());
+        let file = self.image.layer.file();
+        let table_words = file.read_words("an L2 table", table.at, words)?;
+        let step = if header.extended_l2 { 2 } else { 1 };
+        for (index, entry) in table_words.chunks_exact(step).enumerate() {
+            let bitmap = entry.get(1).copied().unwrap_or(0);
+            if entry[0] != 0 || bitmap != 0 {
+                self.l2_entry(table, to_u64(index), entry[0], bitmap);
+            }
+        }
+        Ok(())
+    }
+
+    fn l2_entry(&mut self, table: &L2Table, index: u64, word: u64, bitmap: u64) {
+        let header = self.image.layer.header();
+        let place = || format!("entry {index} of the L2 table at {} is {word:#x}", table.at);
+        match L2Entry::decode(header, word, bitmap) {
+            Err(reason) => self.report(Use::Data, || format!("{}: {reason}", place())),
+            Ok(L2Entry::Compressed(cluster)) => {
+                let start = cluster.host.0 & !511;
+                let length = cluster.host.0 + cluster.max_length - start;
+                if start >= self.image.layer.file_length() {
+                    self.report(Use::Compressed, || format!("{}, out of the file", place()));
+                    return;
+                }
+                self.note_guest_cluster(table, true);
+                let marks = Use::Compressed.bit();
+                self.count_in_file(HostOffset(start), length, table.references, marks);
+            }
+            Ok(L2Entry::Whole {
+                state,
+                host: Some(host),
+                copied,
+            }) => {
+                let whole = header.cluster_size.bytes();
+                let needed = if state == Standard::Data { whole } else { 0 };
+                self.data(table, index, word, (host, copied, needed));
+            }
+            Ok(L2Entry::Sub {
+                bitmap,
+                host: Some(host),
+                copied,
+            }) => {
+                let sub = header.cluster_size.bytes() / SUBCLUSTERS;
+                let needed = bitmap.data_end() * sub;
+                self.data(table, index, word, (host, copied, needed));
+            }
+            Ok(L2Entry::Whole { host: None, .. } | L2Entry::Sub { host: None, .. }) => {}
+        }
+    }
+
+    fn data(&mut self, table: &L2Table, index: u64, word: u64, data: (HostOffset, bool, u64)) {
+        let (host, copied, needed) = data;
+        let needed = needed.min(self.guest_bytes(table, index)).max(1);
+        let placed = require_place(self.image.layer, "guest data", host, needed);
+        if let Err(error) = placed {
+            self.report(Use::Data, || {
+                let at = table.at;
+                format!("entry {index} of the L2 table at {at} is {word:#x}: {error}")
+            });
+            return;
+        }
+        self.note_guest_cluster(table, false);
+        let marks = table.active.map_or(0, |_| said(copied)) | Use::Data.bit();
+        let size = self.image.layer.cluster_size().bytes();
+        self.count(host, size, table.references, marks);
+    }
+
+    /// How many bytes of the cluster the guest can see; 0 where that is not known.
+    fn guest_bytes(&self, table: &L2Table, index: u64) -> u64 {
+        let header = self.image.layer.header();
+        let Some(active) = table.active else { return 0 };
+        let start = u64::from(active.index)
+            .saturating_mul(header.l2_coverage())
+            .saturating_add(index << header.cluster_size.bits());
+        header.virtual_size.saturating_sub(start)
+    }
+
+    /// The sectors of compressed data may go on behind the end of the file, but no cluster is there.
+    fn count_in_file(&mut self, at: HostOffset, length: u64, references: u32, marks: u16) {
+        let size = self.image.layer.cluster_size().bytes();
+        let file_end = self.image.file_clusters() * size;
+        let end = (at.0 + length).min(file_end);
+        self.count(at, end - at.0, references, marks);
+    }
+
+    fn note_guest_cluster(&mut self, table: &L2Table, compressed: bool) {
+        if self.first && table.active.is_some() {
+            self.report.guest_clusters += 1;
+            self.report.compressed_clusters += u64::from(compressed);
+        }
+    }
+
+    fn bitmap(&mut self, bitmap: &StoredBitmap) -> Result<()> {
+        let mut done = 0;
+        while done < u64::from(bitmap.table_entries) {
+            let count = STEP_WORDS.min(u64::from(bitmap.table_entries) - done);
+            let at = HostOffset(bitmap.table.0 + done * 8);
+            let file = self.image.layer.file();
+            for word in file.read_words("the table of a bitmap", at, to_usize(count))? {
+                self.bitmap_entry(word);
+            }
+            done += count;
+        }
+        Ok(())
+    }
+
+    fn bitmap_entry(&mut self, word: u64) {
+        let size = self.image.layer.cluster_size().bytes();
+        let at = HostOffset(word & BITMAP_OFFSET);
+        if word == at.0 && at.0 != 0 {
+            match require_place(self.image.layer, "the bits of a bitmap", at, 1) {
+                Ok(()) => self.count(at, size, 1, Use::BitmapData.bit()),
+                Err(error) => self.report(Use::BitmapData, || error.to_string()),
+            }
+        } else if word > 1 {
+            self.report(Use::BitmapData, || {
+                format!("a bitmap table entry is {word:#x}")
+            });
+        }
+    }
+}
+
+fn said(copied: bool) -> u16 {
+    if copied { SAID_ONE } else { SAID_NOT_ONE }
+}
+
+/// Holds the references of a window against the refcounts.
+fn compare(image: &Image<'_>, counts: &Counts, report: &mut CheckReport) -> Result<()> {
+    let bits = image.layer.cluster_size().bits();
+    let mut refcounts = Refcounts::new(image.layer, image.refcount_blocks.clone());
+    for (cluster, references, marks) in counts.used() {
+        let refcount = refcounts.get(cluster)?;
+        let place = HostOffset(cluster << bits);
+        report.used_clusters += 1;
+        report.image_end = HostOffset((cluster + 1) << bits);
+        compare_one(report, place, refcount, u64::from(references));
+        compare_marks(report, place, refcount, references, marks);
+    }
+    let end = counts.end.min(image.file_clusters());
+    refcounts.for_each_used(counts.start, end, |cluster, refcount| {
+        if counts.get(cluster).0 == 0 {
+            compare_one(report, HostOffset(cluster << bits), refcount, 0);
+        }
+    })
+}
+
+fn compare_one(report: &mut CheckReport, cluster: HostOffset, refcount: u64, references: u64) {
+    match refcount.cmp(&references) {
+        std::cmp::Ordering::Equal => {}
+        std::cmp::Ordering::Greater => report.add(Finding::Leak {
+            cluster,
+            refcount,
+            references,
+        }),
+        std::cmp::Ordering::Less => report.add(Finding::RefcountTooLow {
+            cluster,
+            refcount,
+            references,
+        }),
+    }
+}
+
+fn compare_marks(
+    report: &mut CheckReport,
+    cluster: HostOffset,
+    refcount: u64,
+    references: u32,
+    marks: u16,
+) {
+    let uses: Vec<Use> = USES.into_iter().filter(|u| marks & u.bit() != 0).collect();
+    let twice = references > 1 && uses.iter().any(|usage| !usage.shared());
+    if (marks & USE_BITS).count_ones() > 1 || twice {
+        report.add(Finding::Overlap { cluster, uses });
+    }
+    let wrong = if refcount == 1 {
+        SAID_NOT_ONE
+    } else {
+        SAID_ONE
+    };
+    if marks & wrong != 0 {
+        report.add(Finding::WrongCopiedFlag { cluster, refcount });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_give_up_the_highest_clusters_when_room_ends_and_say_so() {
+        let mut counts = Counts::new(0);
+        for page in (0..=MAX_PAGES as u64).rev() {
+            counts.add(page * PAGE_CLUSTERS, 1, 0);
+        }
+        assert_eq!(counts.pages.len(), MAX_PAGES);
+        assert_eq!(counts.end, MAX_PAGES as u64 * PAGE_CLUSTERS);
+        counts.add(counts.end, 1, 0);
+        assert_eq!(counts.get(counts.end), (0, 0));
+        assert_eq!(counts.used().count(), MAX_PAGES);
+    }
+
+    #[test]
+    fn regions_that_overlap_in_any_way_are_not_taken() {
+        let mut regions = Regions::default();
+        assert!(regions.take(HostOffset(100), 10));
+        for (at, length) in [(100, 10), (95, 6), (109, 1), (90, 100), (105, 2)] {
+            assert!(!regions.take(HostOffset(at), length), "{at} {length}");
+        }
+        assert!(regions.take(HostOffset(110), 5));
+        assert!(regions.take(HostOffset(90), 10));
+    }
+}

@@ -1,0 +1,183 @@
+//! What can be wrong with an image, or with what was asked of it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::units::{GuestOffset, HostOffset};
+
+/// The result of everything in this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why an image could not be read, checked or made.
+///
+/// Reading never writes, so every error of a reading operation leaves the file as it was. An error
+/// while an image is being made leaves no file under the image's name, and an earlier file as it was.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The operating system refused.
+    #[error("{action} {}: {source}", path.display())]
+    Io {
+        /// What was being done.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The file does not start with the magic bytes `QFI\xfb`.
+    #[error("{} is not a qcow2 image: it starts with {found:02x?}, not with \"QFI\\xfb\"", path.display())]
+    NotQcow2 {
+        /// The file.
+        path: PathBuf,
+        /// Its first bytes, at most four.
+        found: Vec<u8>,
+    },
+    /// The format version is not 2 or 3.
+    #[error("{}: qcow2 version {found} is not known (2 and 3 are)", path.display())]
+    UnknownVersion {
+        /// The file.
+        path: PathBuf,
+        /// The header's version.
+        found: u32,
+    },
+    /// An incompatible feature bit is set that this reader does not know.
+    #[error("{}: the image needs feature {name} (incompatible bit {bit}), which is not known; use a newer version or convert the image", path.display())]
+    UnknownFeature {
+        /// The file.
+        path: PathBuf,
+        /// The lowest unknown bit.
+        bit: u32,
+        /// The name the image's own table gives it, or `unnamed`.
+        name: String,
+    },
+    /// The image is encrypted.
+    #[error("{}: the image is encrypted ({method}), which is not supported; decrypt it first", path.display())]
+    Encrypted {
+        /// The file.
+        path: PathBuf,
+        /// The encryption method by name.
+        method: String,
+    },
+    /// Guest data lies in another file.
+    #[error("{}: guest data lies in an external data file ({name}), which is not supported; convert the image first", path.display())]
+    ExternalDataFile {
+        /// The file.
+        path: PathBuf,
+        /// The data file's name as the header gives it.
+        name: String,
+    },
+    /// The image is marked corrupt, and its data cannot be trusted.
+    #[error("{}: the image is marked corrupt; repair it with `qemu-img check -r all` or use another copy", path.display())]
+    MarkedCorrupt {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A field of the header, of a header extension or of a directory has a value it must not have.
+    #[error("{}: {field} is {found}; expected {expected}", path.display())]
+    InvalidField {
+        /// The file.
+        path: PathBuf,
+        /// The field, by the specification's name.
+        field: &'static str,
+        /// What it says.
+        found: u64,
+        /// What would be right.
+        expected: String,
+    },
+    /// Something lies, wholly or in part, behind the end of the file.
+    #[error("{}: {what} at {at} with {length} bytes ends behind the end of the file, which has {file_length} bytes; the file was cut off or is damaged", path.display())]
+    OutOfFile {
+        /// The file.
+        path: PathBuf,
+        /// What lies there.
+        what: &'static str,
+        /// Where it starts.
+        at: HostOffset,
+        /// Its length in bytes.
+        length: u64,
+        /// The file's length in bytes.
+        file_length: u64,
+    },
+    /// A table entry points to a place that is not the start of a cluster.
+    #[error("{}: {what} at {at} does not start at a cluster; the image is damaged", path.display())]
+    Unaligned {
+        /// The file.
+        path: PathBuf,
+        /// What the entry points to.
+        what: &'static str,
+        /// Where it points.
+        at: HostOffset,
+    },
+    /// A table entry has bits set that the format reserves, or bits that exclude each other.
+    #[error("{}: the {what} for {guest} is {entry:#x}, which is not valid ({reason}); the image is damaged", path.display())]
+    InvalidEntry {
+        /// The file.
+        path: PathBuf,
+        /// Which table the entry is in.
+        what: &'static str,
+        /// The guest offset that the entry describes.
+        guest: GuestOffset,
+        /// The entry.
+        entry: u64,
+        /// Why it is not valid.
+        reason: &'static str,
+    },
+    /// Two entries of the active L1 table point to one L2 table.
+    #[error("{}: two entries of the L1 table point to {at}; the image is damaged", path.display())]
+    SharedL2Table {
+        /// The file.
+        path: PathBuf,
+        /// The L2 table.
+        at: HostOffset,
+    },
+    /// A compressed cluster does not give one cluster of data.
+    #[error("{}: the {method} compressed cluster at {at} does not decompress: {reason}; the image is damaged", path.display())]
+    Decompress {
+        /// The file.
+        path: PathBuf,
+        /// The compression method.
+        method: &'static str,
+        /// Where the compressed data starts.
+        at: HostOffset,
+        /// What the decompressor said.
+        reason: String,
+    },
+    /// The caller asked for bytes that the disk does not have.
+    #[error(
+        "{} bytes at {start} were asked for, but the disk ends at {disk_length:#x}",
+        length
+    )]
+    OutOfDisk {
+        /// The first byte asked for.
+        start: GuestOffset,
+        /// How many bytes were asked for.
+        length: u64,
+        /// The disk's length in bytes.
+        disk_length: u64,
+    },
+    /// The layers given do not make a chain.
+    #[error("the layers given do not make a chain: {reason}")]
+    InvalidChain {
+        /// Why not.
+        reason: String,
+    },
+    /// The image to be made cannot be expressed in the format.
+    #[error("the image {} cannot be made: {reason}; nothing was written under its name", path.display())]
+    InvalidImage {
+        /// The file that was to be made.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+    },
+}
+
+impl Error {
+    pub(crate) fn io(action: &'static str, path: &Path, source: io::Error) -> Self {
+        Self::Io {
+            action,
+            path: path.to_owned(),
+            source,
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! The image file, read at positions and never behind its end.
+
+use std::fs::File;
+use std::io::{Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+use crate::header::to_u64;
+use crate::units::HostOffset;
+
+/// A file opened for reading, with the length it had then.
+#[derive(Debug)]
+pub(crate) struct ImageFile {
+    file: File,
+    path: PathBuf,
+    length: u64,
+}
+
+impl ImageFile {
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(|source| Error::io("open", path, source))?;
+        Self::new(file, path)
+    }
+
+    /// Takes an open file; `path` is for texts.
+    pub fn new(mut file: File, path: &Path) -> Result<Self> {
+        // A block device says 0 in its metadata; its end can only be sought.
+        let length = file
+            .seek(SeekFrom::End(0))
+            .map_err(|source| Error::io("find the length of", path, source))?;
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+            length,
+        })
+    }
+
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// Whether `length` bytes at `at` lie in the file.
+    pub fn require(&self, what: &'static str, at: HostOffset, length: u64) -> Result<()> {
+        let end = at.0.checked_add(length);
+        if end.is_some_and(|end| end <= self.length) {
+            return Ok(());
+        }
+        Err(Error::OutOfFile {
+            path: self.path.clone(),
+            what,
+            at,
+            length,
+            file_length: self.length,
+        })
+    }
+
+    /// Fills `bytes` from `at`, or fails without a short read.
+    pub fn read(&self, what: &'static str, at: HostOffset, bytes: &mut [u8]) -> Result<()> {
+        self.require(what, at, to_u64(bytes.len()))?;
+        self.file
+            .read_exact_at(bytes, at.0)
+            .map_err(|source| Error::io("read", &self.path, source))
+    }
+
+    /// Reads a table of big-endian words. The caller has bounded `count`.
+    pub fn read_words(&self, what: &'static str, at: HostOffset, count: usize) -> Result<Vec<u64>> {
+        // The bound comes before the memory.
+        self.require(what, at, to_u64(count).saturating_mul(8))?;
+        let mut bytes = vec![0; count * 8];
+        self.read(what, at, &mut bytes)?;
+        let (words, _none) = bytes.as_chunks::<8>();
+        Ok(words.iter().map(|word| u64::from_be_bytes(*word)).collect())
+    }
+}

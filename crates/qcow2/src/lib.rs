@@ -1,0 +1,43 @@
+//! The qcow2 disk image format: reading layers and chains of layers, checking an image, and making
+//! new ones. Synchronous, positioned I/O only; no QEMU is involved.
+//!
+//! * [`Layer`] is one image; [`Layer::extents`] says what it defines, [`Layer::header`] what it is.
+//! * [`Chain`] is layers over a base: the disk as the guest sees it.
+//! * [`check`] holds every reference against its refcount, and finds overlaps and leaks.
+//! * [`create_overlay`] makes an empty layer, [`write_image`] and [`ImageBuilder`] a full one.
+//!
+//! Decoding never writes. Files are untrusted: every offset, length and count is bounded before it is
+//! used, and a hostile file costs an error. What qcow2 itself cannot show is a flipped bit in guest
+//! data or in a table entry that stays valid: the format has no checksums. For that there are content
+//! hashes above this crate.
+//!
+//! # Source
+//! QEMU's `docs/interop/qcow2`.
+
+#![forbid(unsafe_code)]
+
+mod build;
+mod cache;
+mod chain;
+mod check;
+mod decompress;
+mod directory;
+mod entry;
+mod error;
+mod file;
+mod header;
+mod layer;
+mod refcounts;
+mod units;
+
+pub use build::{Backing, ImageBuilder, ImageOptions, create_overlay, write_image};
+pub use chain::{Chain, LayerFile, LayerFormat, MAX_LAYERS};
+pub use check::{CheckReport, Finding, MAX_FINDINGS, Use, check};
+pub use directory::{InternalSnapshot, StoredBitmap};
+pub use entry::CompressedCluster;
+pub use error::{Error, Result};
+pub use header::{
+    BackingName, BitmapsExtension, Compression, FeatureName, Header, UnknownExtension,
+};
+pub use layer::{Extent, ExtentKind, Extents, Layer};
+pub use units::{ClusterSize, GuestOffset, HostOffset};

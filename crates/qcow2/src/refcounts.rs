@@ -1,0 +1,171 @@
+//! The refcount table and its blocks, read in order of clusters.
+//!
+//! # Source
+//! QEMU's `docs/interop/qcow2`, section *Host cluster management*.
+
+use stead_sys::copy::is_zero;
+
+use crate::error::Result;
+use crate::header::{Header, to_u64, to_usize};
+use crate::layer::Layer;
+use crate::units::HostOffset;
+
+/// Blocks are read in pieces of at most this many bytes.
+const PIECE_BYTES: u64 = 64 << 10;
+/// Bits 0 to 8 of a refcount table entry.
+const RESERVED: u64 = 0x1ff;
+
+/// What a refcount table entry says, before it is held against others.
+pub(crate) enum TableEntry {
+    None,
+    Block(HostOffset),
+    Reserved,
+}
+
+impl TableEntry {
+    pub fn decode(word: u64) -> Self {
+        match (word, word & RESERVED) {
+            (0, _) => Self::None,
+            (_, 0) => Self::Block(HostOffset(word)),
+            _ => Self::Reserved,
+        }
+    }
+}
+
+/// Reads refcounts through the blocks that were found good.
+pub(crate) struct Refcounts<'a> {
+    layer: &'a Layer,
+    blocks: Vec<Option<HostOffset>>,
+    piece: Option<Piece>,
+}
+
+/// Consecutive refcounts of one block.
+struct Piece {
+    first_cluster: u64,
+    count: u64,
+    bytes: Vec<u8>,
+}
+
+impl<'a> Refcounts<'a> {
+    /// `blocks` has the block of each table entry, without those that cannot be read.
+    pub fn new(layer: &'a Layer, blocks: Vec<Option<HostOffset>>) -> Self {
+        Self {
+            layer,
+            blocks,
+            piece: None,
+        }
+    }
+
+    /// The refcount of a cluster; 0 where there is no block. Cheap when asked in ascending order.
+    pub fn get(&mut self, cluster: u64) -> Result<u64> {
+        let held = |piece: &Piece| {
+            (piece.first_cluster..piece.first_cluster + piece.count).contains(&cluster)
+        };
+        if !self.piece.as_ref().is_some_and(held) {
+            self.piece = self.read_piece(cluster)?;
+        }
+        let Some(piece) = &self.piece else {
+            return Ok(0);
+        };
+        Ok(read_refcount(
+            &piece.bytes,
+            cluster - piece.first_cluster,
+            self.layer.header().refcount_order,
+        ))
+    }
+
+    /// Calls `each` for every cluster in ascending order whose refcount is not 0, from `from` to `end`.
+    pub fn for_each_used(
+        &mut self,
+        from: u64,
+        end: u64,
+        mut each: impl FnMut(u64, u64),
+    ) -> Result<()> {
+        let order = self.layer.header().refcount_order;
+        let per_block = self.layer.header().refcounts_per_block();
+        let per_piece = pieces(self.layer.header()).1;
+        let end = end.min(to_u64(self.blocks.len()).saturating_mul(per_block));
+        let mut cluster = from / per_piece * per_piece;
+        while cluster < end {
+            if self.blocks[to_usize(cluster / per_block)].is_none() {
+                cluster = (cluster / per_block + 1) * per_block;
+                continue;
+            }
+            if let Some(piece) = self.read_piece(cluster)?
+                && !is_zero(&piece.bytes)
+            {
+                for index in 0..per_piece.min(end - cluster) {
+                    let refcount = read_refcount(&piece.bytes, index, order);
+                    if refcount > 0 && cluster + index >= from {
+                        each(cluster + index, refcount);
+                    }
+                }
+            }
+            cluster += per_piece;
+        }
+        Ok(())
+    }
+
+    /// The piece that holds `cluster`'s refcount.
+    fn read_piece(&self, cluster: u64) -> Result<Option<Piece>> {
+        let header = self.layer.header();
+        let per_block = header.refcounts_per_block();
+        let (bytes, count) = pieces(header);
+        let block = usize::try_from(cluster / per_block).ok();
+        let block = block.and_then(|index| self.blocks.get(index).copied().flatten());
+        let Some(block) = block else {
+            return Ok(None);
+        };
+        let index = cluster % per_block / count;
+        let mut piece = Piece {
+            first_cluster: cluster / count * count,
+            count,
+            bytes: vec![0; to_usize(bytes)],
+        };
+        let at = HostOffset(block.0 + index * bytes);
+        self.layer
+            .file()
+            .read("a refcount block", at, &mut piece.bytes)?;
+        Ok(Some(piece))
+    }
+}
+
+/// Bytes and refcounts of a piece.
+fn pieces(header: &Header) -> (u64, u64) {
+    let bytes = PIECE_BYTES.min(header.cluster_size.bytes());
+    (bytes, (bytes * 8) >> header.refcount_order)
+}
+
+/// Refcount `index` of a block; below a byte, the lowest bits come first.
+fn read_refcount(block: &[u8], index: u64, order: u32) -> u64 {
+    if order < 3 {
+        let bit = index << order;
+        let byte = u64::from(block[to_usize(bit / 8)]);
+        let mask = (1 << (1_u32 << order)) - 1;
+        return (byte >> (bit % 8)) & mask;
+    }
+    let width = 1_usize << (order - 3);
+    let at = to_usize(index) * width;
+    let be = |value, byte: &u8| value << 8 | u64::from(*byte);
+    block[at..at + width].iter().fold(0, be)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::read_refcount;
+
+    #[test]
+    fn refcounts_of_every_width_are_read_as_the_format_lays_them_out() {
+        let block: Vec<u8> = (1..=64).collect();
+        assert_eq!(read_refcount(&[0b1010_0110], 0, 0), 0);
+        assert_eq!(read_refcount(&[0b1010_0110], 1, 0), 1);
+        assert_eq!(read_refcount(&[0b1010_0110], 7, 0), 1);
+        assert_eq!(read_refcount(&[0b1110_0100], 2, 1), 2);
+        assert_eq!(read_refcount(&[0, 0xa5], 2, 2), 5);
+        assert_eq!(read_refcount(&[0, 0xa5], 3, 2), 10);
+        assert_eq!(read_refcount(&block, 2, 3), 3);
+        assert_eq!(read_refcount(&block, 1, 4), 0x0304);
+        assert_eq!(read_refcount(&block, 1, 5), 0x0506_0708);
+        assert_eq!(read_refcount(&block, 1, 6), 0x090a_0b0c_0d0e_0f10);
+    }
+}
