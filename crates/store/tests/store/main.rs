@@ -1,0 +1,14 @@
+//! What the store promises, attacked from outside: on folders and on S3, with lost calls, damaged
+//! objects, and garbage collection in every order beside a publish.
+#![allow(clippy::unwrap_used, reason = "in tests a panic is the report")]
+
+mod conformance;
+mod damage;
+mod fixture;
+mod golden;
+mod interleavings;
+mod killed;
+mod opening;
+mod properties;
+mod ratio;
+mod s3;
