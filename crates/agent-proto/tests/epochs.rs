@@ -1,0 +1,723 @@
+//! Every order in which frames of several lives can be lost, repeated and delayed, up to a bound.
+#![allow(
+    clippy::unwrap_used,
+    clippy::wildcard_enum_match_arm,
+    reason = "a test may stop at the first surprise"
+)]
+
+use std::collections::BTreeSet;
+
+use stead_agent_proto::frame::{Decoder, Direction, Fault, Item};
+use stead_agent_proto::guest::{
+    Action, Agent, CommandKey, FrozenMounts, Identity, STEPS, StepResult,
+};
+use stead_agent_proto::host;
+use stead_agent_proto::message::*;
+use stead_agent_proto::{Epoch, Frame, Nonce};
+
+fn identity() -> Identity {
+    Identity {
+        agent_version: "test".into(),
+        boot_id: "boot".into(),
+        max_commands: 100,
+        may_shut_down: false,
+    }
+}
+
+fn mounts() -> FrozenMounts {
+    FrozenMounts {
+        frozen: vec!["/".into()],
+        unsupported: vec![],
+    }
+}
+
+fn to_guest(life: u8, nonce: u64, seq: u64, message: &HostMessage) -> Item {
+    Item::Frame(Frame {
+        direction: Direction::ToGuest,
+        kind: message.kind(),
+        seq,
+        epoch: Epoch([life; 16]),
+        nonce: Nonce(nonce),
+        payload: message.to_payload().unwrap(),
+    })
+}
+
+fn hello(reason: Reason) -> Hello {
+    Hello { reason }
+}
+
+fn setup() -> Setup {
+    Setup {
+        wall_clock_ns: 1,
+        seed: Seed([7; 64]),
+        hostname: None,
+    }
+}
+
+fn exec(id: u64) -> HostMessage {
+    HostMessage::Exec {
+        id,
+        request: ExecRequest {
+            argv: vec!["true".into()],
+            stdin: true,
+            ..ExecRequest::default()
+        },
+    }
+}
+
+fn done() -> StepResult {
+    StepResult {
+        outcome: Ok(PhaseOutcome::Done),
+        clock_behind_ns: None,
+        duration_ns: 1,
+    }
+}
+
+/// What the search can do next.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Event {
+    /// A hello of life `0` with nonce `1` on port `2`; a reattach when the last is set.
+    Hello(u8, u64, u32, bool),
+    /// The setup of the same.
+    Setup(u8, u64, u32),
+    /// Exec `id` in life, session, port, sequence number.
+    Exec(u8, u64, u32, u64, u64),
+    /// The oldest outstanding step is done (true) or fails.
+    Step(bool),
+    /// The oldest command that waits is asked for.
+    Launch,
+    /// The host of the port disconnects.
+    Gone(u32),
+    /// Bytes that are no frame.
+    Garbage(u32),
+}
+
+/// The agent, what it was told to do, and an independent record of what it may do.
+#[derive(Clone)]
+struct World {
+    agent: Agent,
+    steps: Vec<(u32, Nonce, Phase)>,
+    starts: Vec<CommandKey>,
+    // Every command ever released; keyed by session and number.
+    released: BTreeSet<CommandKey>,
+    // Lives that another hello has replaced.
+    replaced: BTreeSet<u8>,
+    last_life: Option<u8>,
+}
+
+impl World {
+    fn new() -> Self {
+        Self {
+            agent: Agent::new(identity()),
+            steps: Vec::new(),
+            starts: Vec::new(),
+            released: BTreeSet::new(),
+            replaced: BTreeSet::new(),
+            last_life: None,
+        }
+    }
+
+    fn apply(&mut self, event: Event) {
+        match event {
+            Event::Hello(life, nonce, port, again) => {
+                let reason = if again {
+                    Reason::Reattach
+                } else {
+                    Reason::Restore
+                };
+                let message = HostMessage::Hello(hello(reason));
+                let before = self.agent.epoch();
+                let actions = self.agent.on_item(port, to_guest(life, nonce, 0, &message));
+                assert_eq!(self.agent.epoch(), before, "a hello alone changes no life");
+                self.take(actions);
+            }
+            Event::Setup(life, nonce, port) => {
+                let message = HostMessage::Setup(setup());
+                let actions = self.agent.on_item(port, to_guest(life, nonce, 1, &message));
+                if actions
+                    .iter()
+                    .any(|action| matches!(action, Action::Step { .. }))
+                {
+                    if let Some(last) = self.last_life.filter(|&last| last != life) {
+                        self.replaced.insert(last);
+                    }
+                    self.last_life = Some(life);
+                }
+                self.take(actions);
+            }
+            Event::Exec(life, nonce, port, seq, id) => {
+                let actions = self
+                    .agent
+                    .on_item(port, to_guest(life, nonce, seq, &exec(id)));
+                self.take(actions);
+            }
+            Event::Step(success) => {
+                if self.steps.is_empty() {
+                    return;
+                }
+                let (port, nonce, phase) = self.steps.remove(0);
+                let outcome = if success {
+                    Ok(PhaseOutcome::Done)
+                } else {
+                    Err("no".into())
+                };
+                let actions =
+                    self.agent
+                        .step_done(port, nonce, phase, StepResult { outcome, ..done() });
+                self.take(actions);
+            }
+            Event::Launch => {
+                if self.starts.is_empty() {
+                    return;
+                }
+                let key = self.starts.remove(0);
+                if self.agent.may_start(key) {
+                    self.check_released(key);
+                    let actions = self.agent.started(key);
+                    assert_eq!(actions.len(), 1, "a released command is accepted");
+                    self.take(actions);
+                }
+            }
+            Event::Gone(port) => {
+                let actions = self.agent.on_host_gone(port);
+                self.take(actions);
+                assert_eq!(self.agent.attached(port), None);
+            }
+            Event::Garbage(port) => {
+                let item = Item::Garbage {
+                    bytes: 10,
+                    fault: Fault::Checksum,
+                };
+                let actions = self.agent.on_item(port, item);
+                self.take(actions);
+                assert_eq!(self.agent.attached(port), None, "garbage ends a session");
+            }
+        }
+        self.check();
+    }
+
+    fn take(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            match action {
+                Action::Step {
+                    port, nonce, phase, ..
+                } => self.steps.push((port, nonce, phase)),
+                Action::Start { key, .. } => self.starts.push(key),
+                Action::Send { .. }
+                | Action::Purge { .. }
+                | Action::Stdin { .. }
+                | Action::StdinEnd { .. }
+                | Action::Signal { .. }
+                | Action::Wake { .. }
+                | Action::Freeze { .. }
+                | Action::Thaw
+                | Action::Chore { .. }
+                | Action::Shutdown { .. } => {}
+            }
+        }
+    }
+
+    /// A whole handshake.
+    fn begin(&mut self, life: u8, nonce: u64, port: u32) {
+        self.apply(Event::Hello(life, nonce, port, false));
+        self.apply(Event::Setup(life, nonce, port));
+        for _ in 0..STEPS.len() {
+            self.apply(Event::Step(true));
+        }
+        assert_eq!(
+            self.agent.attached(port),
+            Some((Epoch([life; 16]), Nonce(nonce)))
+        );
+    }
+
+    fn check_released(&mut self, key: CommandKey) {
+        assert!(self.released.insert(key), "{key:?} was started twice");
+        let (epoch, nonce) = self
+            .agent
+            .attached(key.port)
+            .expect("only an attached port starts commands");
+        assert_eq!(nonce, key.nonce, "only the session that asked");
+        assert_eq!(Some(epoch), self.agent.epoch(), "only in the current epoch");
+        assert!(
+            !self.replaced.contains(&epoch.0[0]),
+            "never for a life that was replaced"
+        );
+        assert_eq!(Some(epoch.0[0]), self.last_life, "only for the newest life");
+    }
+
+    fn check(&self) {
+        for port in 0..2 {
+            if let Some((epoch, _)) = self.agent.attached(port) {
+                assert_eq!(
+                    Some(epoch),
+                    self.agent.epoch(),
+                    "attached only to the current epoch"
+                );
+            }
+        }
+        if let Some(epoch) = self.agent.epoch() {
+            assert!(
+                !self.replaced.contains(&epoch.0[0]),
+                "a replaced epoch never comes back"
+            );
+        }
+    }
+}
+
+fn search(world: &World, alphabet: &[Event], depth: usize, visited: &mut usize) {
+    *visited += 1;
+    if depth == 0 {
+        return;
+    }
+    for &event in alphabet {
+        let mut next = world.clone();
+        next.apply(event);
+        search(&next, alphabet, depth - 1, visited);
+    }
+}
+
+/// Frames may come in any order, any number of times or never; steps may fail; hosts may come and go.
+#[test]
+fn no_order_of_frames_starts_a_command_of_a_life_that_has_passed() {
+    let alphabet = [
+        Event::Hello(1, 10, 0, false),
+        Event::Setup(1, 10, 0),
+        Event::Hello(2, 20, 0, false),
+        Event::Setup(2, 20, 0),
+        Event::Hello(2, 21, 1, true),
+        Event::Exec(1, 10, 0, 2, 1),
+        Event::Exec(2, 20, 0, 2, 1),
+        Event::Exec(2, 21, 1, 1, 1),
+        Event::Step(true),
+        Event::Launch,
+    ];
+    // A handshake is long, so begin where what matters is near: life 1 attached, and life 2 one step from it.
+    let mut begun = World::new();
+    begun.begin(1, 10, 0);
+    let mut visited = 0;
+    search(&begun, &alphabet, 6, &mut visited);
+    let mut waiting = begun.clone();
+    waiting.apply(Event::Exec(1, 10, 0, 2, 1));
+    waiting.apply(Event::Hello(2, 20, 0, false));
+    waiting.apply(Event::Setup(2, 20, 0));
+    for _ in 0..3 {
+        waiting.apply(Event::Step(true));
+    }
+    search(&waiting, &alphabet, 5, &mut visited);
+    assert!(visited > 500_000, "{visited} states were looked at");
+}
+
+#[test]
+fn failing_steps_leaving_hosts_and_garbage_keep_the_same_promises() {
+    let alphabet = [
+        Event::Hello(2, 20, 0, false),
+        Event::Hello(3, 30, 1, false),
+        Event::Setup(3, 30, 1),
+        Event::Hello(2, 21, 1, true),
+        Event::Exec(2, 20, 0, 2, 1),
+        Event::Step(true),
+        Event::Step(false),
+        Event::Gone(0),
+        Event::Garbage(1),
+        Event::Launch,
+    ];
+    let mut begun = World::new();
+    begun.apply(Event::Hello(2, 20, 0, false));
+    begun.apply(Event::Setup(2, 20, 0));
+    for _ in 0..3 {
+        begun.apply(Event::Step(true));
+    }
+    let mut visited = 0;
+    search(&begun, &alphabet, 6, &mut visited);
+    assert!(visited > 500_000, "{visited} states were looked at");
+}
+
+#[test]
+fn an_epoch_whose_handshake_was_overtaken_does_not_come_back() {
+    let mut world = World::new();
+    world.apply(Event::Hello(2, 20, 0, false));
+    world.apply(Event::Hello(2, 24, 1, false));
+    world.apply(Event::Setup(2, 20, 0));
+    world.apply(Event::Step(true));
+    world.apply(Event::Hello(3, 30, 2, false));
+    world.apply(Event::Setup(3, 30, 2));
+    for _ in 0..5 {
+        world.apply(Event::Step(true));
+    }
+    assert_eq!(world.agent.epoch(), Some(Epoch([3; 16])));
+    world.apply(Event::Hello(2, 22, 0, false));
+    world.apply(Event::Setup(2, 22, 0));
+    // Hailed before life 3 began, and answered after it.
+    world.apply(Event::Setup(2, 24, 1));
+    assert!(world.steps.is_empty(), "epoch 2 is refused at once");
+    assert_eq!(world.agent.epoch(), Some(Epoch([3; 16])));
+}
+
+/// The twin: an agent that asks no epoch would start the command.
+#[test]
+fn the_search_can_fail_when_a_start_is_not_asked_for() {
+    let mut world = World::new();
+    world.begin(1, 10, 0);
+    world.apply(Event::Exec(1, 10, 0, 2, 1));
+    let stale = world.starts[0];
+    world.apply(Event::Hello(2, 20, 0, false));
+    let unguarded =
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| world.check_released(stale)));
+    assert!(
+        unguarded.is_err(),
+        "the record must object to a start without may_start"
+    );
+}
+
+#[test]
+fn a_gap_in_the_sequence_ends_the_session_and_a_repetition_is_ignored() {
+    let mut world = World::new();
+    world.begin(1, 10, 0);
+    world.apply(Event::Exec(1, 10, 0, 2, 1));
+    world.apply(Event::Exec(1, 10, 0, 2, 1));
+    assert_eq!(world.starts.len(), 1, "the repetition starts nothing");
+    world.apply(Event::Exec(1, 10, 0, 4, 2));
+    assert_eq!(
+        world.agent.attached(0),
+        None,
+        "a missing frame is not skipped"
+    );
+    world.apply(Event::Launch);
+    assert!(world.released.is_empty());
+}
+
+#[test]
+fn ready_is_never_sent_before_every_step_is_done() {
+    for failing in 0..=4 {
+        let mut agent = Agent::new(identity());
+        let hailed = agent.on_item(
+            0,
+            to_guest(1, 10, 0, &HostMessage::Hello(hello(Reason::Fork))),
+        );
+        assert!(
+            matches!(&hailed[..], [Action::Send { wire, .. }] if matches!(read(wire), GuestMessage::Hail(_)))
+        );
+        let mut actions = agent.on_item(0, to_guest(1, 10, 1, &HostMessage::Setup(setup())));
+        let mut steps = 0;
+        let answer = loop {
+            let found = actions.remove(0);
+            match found {
+                Action::Step {
+                    port, nonce, phase, ..
+                } => {
+                    let outcome = if steps == failing {
+                        Err("broken".into())
+                    } else {
+                        Ok(PhaseOutcome::Done)
+                    };
+                    steps += 1;
+                    actions.extend(agent.step_done(
+                        port,
+                        nonce,
+                        phase,
+                        StepResult { outcome, ..done() },
+                    ));
+                }
+                Action::Send { wire, .. } => break read(&wire),
+                other => panic!("{other:?}"),
+            }
+        };
+        match answer {
+            GuestMessage::Ready(ready) => {
+                assert_eq!(failing, 4);
+                let phases: Vec<Phase> = ready.phases.iter().map(|report| report.phase).collect();
+                let all = [
+                    Phase::Epoch,
+                    Phase::Sessions,
+                    Phase::Thaw,
+                    Phase::Clock,
+                    Phase::Entropy,
+                    Phase::Hostname,
+                ];
+                assert_eq!(phases, all);
+            }
+            GuestMessage::Failed(failed) => {
+                assert!(failing < 4);
+                assert_eq!(failed.error, "broken");
+                assert_eq!(
+                    agent.epoch(),
+                    None,
+                    "neither the old nor the new life is current"
+                );
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+fn read(wire: &[u8]) -> GuestMessage {
+    let (mut decoder, mut input) = (Decoder::new(), wire);
+    match decoder.next_item(&mut input) {
+        Some(Item::Frame(frame)) => GuestMessage::from_frame(&frame).unwrap(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_reattach_needs_the_current_epoch() {
+    let mut agent = Agent::new(identity());
+    let reattach =
+        |life, nonce| to_guest(life, nonce, 0, &HostMessage::Hello(hello(Reason::Reattach)));
+    let answer = |actions: Vec<Action>| match actions.last() {
+        Some(Action::Send { wire, .. }) => read(wire),
+        other => panic!("{other:?}"),
+    };
+    assert!(matches!(
+        answer(agent.on_item(3, reattach(1, 5))),
+        GuestMessage::Failed(_)
+    ));
+    complete(&mut agent, 0, 1, 10);
+    assert!(matches!(
+        answer(agent.on_item(3, reattach(2, 6))),
+        GuestMessage::Failed(_)
+    ));
+    assert!(matches!(
+        answer(agent.on_item(3, reattach(1, 7))),
+        GuestMessage::Ready(_)
+    ));
+}
+
+fn complete(agent: &mut Agent, port: u32, life: u8, nonce: u64) {
+    agent.on_item(
+        port,
+        to_guest(life, nonce, 0, &HostMessage::Hello(hello(Reason::Restore))),
+    );
+    let mut actions = agent.on_item(port, to_guest(life, nonce, 1, &HostMessage::Setup(setup())));
+    while let Some(Action::Step {
+        port, nonce, phase, ..
+    }) = actions.pop()
+    {
+        actions = agent.step_done(port, nonce, phase, done());
+    }
+    assert_eq!(agent.epoch(), Some(Epoch([life; 16])));
+}
+
+#[test]
+fn a_host_of_another_version_is_told_so() {
+    let mut agent = Agent::new(identity());
+    let other = Item::Garbage {
+        bytes: 60,
+        fault: Fault::Version(2),
+    };
+    match &agent.on_item(0, other)[..] {
+        [Action::Send { wire, .. }] => match read(wire) {
+            GuestMessage::Failed(failed) => {
+                assert!(failed.error.contains("version 2"), "{failed:?}")
+            }
+            other => panic!("{other:?}"),
+        },
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_freeze_is_undone_when_its_owner_leaves_and_the_next_thaw_says_so() {
+    let mut agent = Agent::new(identity());
+    complete(&mut agent, 0, 1, 10);
+    let request = |id, request| HostMessage::Request { id, request };
+    let freeze = to_guest(1, 10, 2, &request(1, Request::Freeze { limit_ms: 5 }));
+    assert!(matches!(
+        agent.on_item(0, freeze)[..],
+        [Action::Freeze { limit_ms: 5 }]
+    ));
+    assert!(matches!(
+        agent.freeze_done(Ok(mounts()))[..],
+        [Action::Send { .. }]
+    ));
+    let refused = agent.on_item(0, to_guest(1, 10, 3, &exec(2)));
+    match &refused[..] {
+        [Action::Send { wire, .. }] => {
+            assert_eq!(
+                read(wire),
+                GuestMessage::Rejected {
+                    id: 2,
+                    reason: Rejection::Frozen
+                }
+            );
+        }
+        other => panic!("{other:?}"),
+    }
+    let gone = agent.on_host_gone(0);
+    assert!(gone.contains(&Action::Thaw), "{gone:?}");
+    assert!(agent.thaw_done(Ok(())).is_empty());
+    let again = to_guest(1, 11, 0, &HostMessage::Hello(hello(Reason::Reattach)));
+    agent.on_item(0, again);
+    let thaw = agent.on_item(0, to_guest(1, 11, 1, &request(1, Request::Thaw)));
+    match &thaw[..] {
+        [Action::Send { wire, .. }] => match read(wire) {
+            GuestMessage::Done {
+                outcome: Done::Failed(why),
+                ..
+            } => assert!(why.contains("disconnected"), "{why}"),
+            other => panic!("{other:?}"),
+        },
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_freeze_whose_owner_left_before_it_was_complete_is_undone() {
+    let mut agent = Agent::new(identity());
+    complete(&mut agent, 0, 1, 10);
+    let freeze = HostMessage::Request {
+        id: 1,
+        request: Request::Freeze { limit_ms: 5 },
+    };
+    agent.on_item(0, to_guest(1, 10, 2, &freeze));
+    assert!(
+        !agent.on_host_gone(0).contains(&Action::Thaw),
+        "there is nothing to thaw yet"
+    );
+    assert_eq!(agent.freeze_done(Ok(mounts())), vec![Action::Thaw]);
+    assert!(agent.is_frozen());
+    agent.thaw_done(Ok(()));
+    assert!(!agent.is_frozen());
+}
+
+fn to_host(nonce: u64, seq: u64, message: &GuestMessage) -> Item {
+    Item::Frame(Frame {
+        direction: Direction::ToHost,
+        kind: message.kind(),
+        seq,
+        epoch: Epoch([1; 16]),
+        nonce: Nonce(nonce),
+        payload: message.to_payload().unwrap(),
+    })
+}
+
+fn ready() -> GuestMessage {
+    GuestMessage::Ready(Ready {
+        agent_version: "t".into(),
+        boot_id: "b".into(),
+        clock_behind_ns: None,
+        phases: vec![],
+    })
+}
+
+#[test]
+fn the_host_discards_any_number_of_stale_replies_before_its_own_ready() {
+    let mut session = host::Session::new(Epoch([1; 16]), Nonce(9));
+    session.hello(hello(Reason::Reattach)).unwrap();
+    for seq in 0..200_000 {
+        assert_eq!(
+            session.on_item(to_host(8, seq % 7, &GuestMessage::Accepted { id: 1 })),
+            Ok(None)
+        );
+    }
+    let event = session.on_item(to_host(9, 0, &ready())).unwrap();
+    assert!(matches!(event, Some(host::Event::Ready(_))), "{event:?}");
+    assert_eq!(session.discarded().stale_frames, 200_000);
+}
+
+#[test]
+fn a_host_sets_up_only_a_guest_that_has_hailed_and_is_ready_only_after_it() {
+    let hail = || {
+        GuestMessage::Hail(Hail {
+            agent_version: "t".into(),
+        })
+    };
+    let mut session = host::Session::new(Epoch([1; 16]), Nonce(9));
+    assert!(session.setup(setup()).is_err(), "nothing before the hello");
+    session.hello(hello(Reason::Wake)).unwrap();
+    assert!(session.setup(setup()).is_err(), "nothing before the hail");
+    assert!(matches!(
+        session.on_item(to_host(9, 0, &hail())),
+        Ok(Some(host::Event::Hail(_)))
+    ));
+    session.setup(setup()).unwrap();
+    assert!(session.setup(setup()).is_err(), "once");
+    assert!(matches!(
+        session.on_item(to_host(9, 1, &ready())),
+        Ok(Some(host::Event::Ready(_)))
+    ));
+    for (seq, early) in [(0, ready()), (1, hail())] {
+        let mut session = host::Session::new(Epoch([1; 16]), Nonce(9));
+        session.hello(hello(Reason::Wake)).unwrap();
+        assert!(
+            session.on_item(to_host(9, seq, &early)).is_err(),
+            "{early:?}"
+        );
+    }
+}
+
+/// Every sequence of guest messages up to a bound: the host never accepts an answer it did not ask for.
+#[test]
+fn no_order_of_guest_messages_gives_an_exit_without_a_command() {
+    let exit = |id| GuestMessage::Exit {
+        id,
+        status: ExitStatus::Code(0),
+    };
+    let output = |bytes: usize| GuestMessage::Output {
+        id: 1,
+        stream: OutputStream::Stdout,
+        data: vec![1; bytes].into(),
+    };
+    let alphabet = [
+        ready(),
+        GuestMessage::Accepted { id: 1 },
+        GuestMessage::Accepted { id: 2 },
+        GuestMessage::Rejected {
+            id: 1,
+            reason: Rejection::Busy,
+        },
+        output(5),
+        output(0),
+        GuestMessage::StdinCredit { id: 1, bytes: 1 },
+        GuestMessage::StdinClosed { id: 1 },
+        exit(1),
+        exit(2),
+        GuestMessage::Done {
+            id: 1,
+            outcome: Done::Ok,
+        },
+    ];
+    let mut accepted_runs = 0;
+    let mut indices = [0usize; 4];
+    loop {
+        let mut session = host::Session::new(Epoch([1; 16]), Nonce(9));
+        session.hello(hello(Reason::Reattach)).unwrap();
+        session.on_item(to_host(9, 0, &ready())).unwrap();
+        session
+            .exec(ExecRequest {
+                argv: vec!["x".into()],
+                ..ExecRequest::default()
+            })
+            .unwrap();
+        let mut trace = Vec::new();
+        for (seq, &index) in (1..).zip(&indices) {
+            match session.on_item(to_host(9, seq, &alphabet[index])) {
+                Ok(Some(event)) => trace.push(event),
+                // Credit for an input that has ended says nothing.
+                Ok(None) => assert!(matches!(alphabet[index], GuestMessage::StdinCredit { .. })),
+                Err(_) => break,
+            }
+        }
+        let exit_at = trace
+            .iter()
+            .position(|event| matches!(event, host::Event::Exit(_)));
+        if let Some(at) = exit_at {
+            accepted_runs += 1;
+            assert_eq!(trace[0], host::Event::Accepted);
+            assert_eq!(at, trace.len() - 1, "nothing follows an exit: {trace:?}");
+        }
+        assert!(
+            !trace
+                .iter()
+                .any(|event| matches!(event, host::Event::Done(_) | host::Event::Ready(_)))
+        );
+        let Some(place) = indices.iter().position(|&index| index + 1 < alphabet.len()) else {
+            break;
+        };
+        indices[..place].fill(0);
+        indices[place] += 1;
+    }
+    assert!(
+        accepted_runs > 0,
+        "the search must meet a command that ends"
+    );
+}
