@@ -1,0 +1,527 @@
+//! One command: its three streams, its signals, its time and its end, on one thread.
+//!
+//! ```text
+//!   prepared ── may_start, under the lock ──▶ released ──▶ running ──▶ ended ──▶ all output sent: Exit
+//!      │ no: the epoch, the session or a freeze came first                └──▶ pipes still held open ──▶ drain
+//!      └──▶ rejected; nothing has run
+//! ```
+//! The thread waits level-triggered for everything at once: output (while there is credit and room), the end of
+//! the process, room in its input, the inbox's bell, and its time. Nothing it waits for can be missed.
+//!
+//! When nobody listens any more (the host has gone, another epoch has begun) the command goes on, and its
+//! output is read and thrown away; its input stays open without bytes, because an end would make it
+//! take half an input for a whole one.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::io::Errno;
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, waitid,
+};
+use stead_agent_proto::flow::MAX_CHUNK_BYTES;
+use stead_agent_proto::guest::{CommandKey, Room};
+use stead_agent_proto::message::{ExecRequest, ExitStatus, OutputStream, Rejection};
+
+use crate::account;
+use crate::core::Core;
+use crate::error::{self, AgentError, Attempt};
+use crate::inbox::Inbox;
+use crate::launch::{Failure, Launcher, Streams};
+use crate::reaper::Owned;
+
+const STACK_BYTES: usize = 256 * 1024;
+
+/// Begins a command on a thread of its own.
+pub(crate) fn spawn(
+    core: Arc<Core>,
+    key: CommandKey,
+    request: ExecRequest,
+    inbox: Arc<Inbox>,
+) -> Result<(), String> {
+    thread::Builder::new()
+        .name(format!("command {}", key.id))
+        .stack_size(STACK_BYTES)
+        .spawn(move || match start(&core, key, &request, &inbox) {
+            Ok(running) => running.run(),
+            Err(reason) => {
+                core.tell(|agent| agent.rejected(key, reason));
+                core.with(|state| state.forget(key));
+            }
+        })
+        .map(drop)
+        .map_err(|error| format!("start a thread for the command: {error}"))
+}
+
+/// Why a command never ran, or why its start is unknown.
+fn rejection(error: &AgentError) -> Rejection {
+    Rejection::Start {
+        step: error::chain(error),
+        errno: 0,
+    }
+}
+
+fn start(
+    core: &Arc<Core>,
+    key: CommandKey,
+    request: &ExecRequest,
+    inbox: &Arc<Inbox>,
+) -> Result<Running, Rejection> {
+    let own = rustix::process::getuid().as_raw().to_string();
+    let account =
+        account::resolve(request.user.as_deref().unwrap_or(&own)).map_err(Rejection::Invalid)?;
+    let (streams, ends) = pipes(request.stdin).map_err(|error| rejection(&error))?;
+    let mut launcher = Launcher::prepare(request, &account).map_err(|error| rejection(&error))?;
+    // The point of no return, under the lock: after another epoch has begun it cannot be passed.
+    let released = core.with(|state| {
+        state
+            .agent
+            .may_start(key)
+            .then(|| launcher.release(&streams))
+    });
+    drop(streams);
+    let failure = match released {
+        Some(Ok(())) => None,
+        Some(Err(error)) => Some(rejection(&error)),
+        None => Some(Rejection::Invalid("the session has ended".to_owned())),
+    };
+    if let Some(reason) = failure {
+        give_up(&mut launcher);
+        return Err(reason);
+    }
+    let deadline = (request.timeout_ms > 0)
+        .then(|| Instant::now() + Duration::from_millis(request.timeout_ms));
+    if let Err(Failure { step, errno }) = await_answer(&mut launcher, deadline) {
+        give_up(&mut launcher);
+        return Err(Rejection::Start { step, errno });
+    }
+    let pid = Pid::from_child(&launcher.child);
+    let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
+        Ok(pidfd) => pidfd,
+        Err(error) => {
+            give_up(&mut launcher);
+            return Err(Rejection::Start {
+                step: "watch the command, which was killed".to_owned(),
+                errno: error.raw_os_error(),
+            });
+        }
+    };
+    core.tell(|agent| agent.started(key));
+    Ok(Running {
+        core: Arc::clone(core),
+        key,
+        inbox: Arc::clone(inbox),
+        pid,
+        pidfd,
+        owned: Some(launcher.owned),
+        stdin: ends.stdin,
+        pending: VecDeque::new(),
+        stdin_end: false,
+        outputs: [
+            Output::new(OutputStream::Stdout, ends.stdout),
+            Output::new(OutputStream::Stderr, ends.stderr),
+        ],
+        deadline,
+        timed_out: false,
+        status: None,
+        buffer: vec![0; MAX_CHUNK_BYTES],
+    })
+}
+
+/// Ends a launcher and takes its remains.
+fn give_up(launcher: &mut Launcher) {
+    // One that has ended by itself takes the signal without a complaint.
+    if let Err(error) = launcher
+        .child
+        .kill()
+        .and_then(|()| launcher.child.wait().map(drop))
+    {
+        eprintln!("stead-agent: end a launcher: {error}");
+    }
+}
+
+/// Waits until the program runs. A file system that hangs may hold it up until the command's time is over.
+fn await_answer(launcher: &mut Launcher, deadline: Option<Instant>) -> Result<(), Failure> {
+    loop {
+        let limit = time_left(deadline);
+        let ready = poll(
+            &mut [PollFd::from_borrowed_fd(
+                launcher.answer_fd(),
+                PollFlags::IN,
+            )],
+            limit.as_ref(),
+        );
+        match ready {
+            Ok(0) => {
+                return Err(Failure {
+                    step: "the program did not start before its time was over".to_owned(),
+                    errno: 0,
+                });
+            }
+            Ok(_) => return launcher.answer(),
+            Err(Errno::INTR) => {}
+            Err(error) => {
+                return Err(Failure {
+                    step: "wait for the launcher".to_owned(),
+                    errno: error.raw_os_error(),
+                });
+            }
+        }
+    }
+}
+
+fn time_left(deadline: Option<Instant>) -> Option<Timespec> {
+    deadline.map(|end| {
+        let left = end.saturating_duration_since(Instant::now());
+        Timespec {
+            tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: i64::from(left.subsec_nanos()),
+        }
+    })
+}
+
+/// The agent's ends of a command's streams; they do not block.
+struct Ends {
+    stdin: Option<OwnedFd>,
+    stdout: OwnedFd,
+    stderr: OwnedFd,
+}
+
+fn pipes(with_stdin: bool) -> Result<(Streams, Ends), AgentError> {
+    let pipe = || pipe_with(PipeFlags::CLOEXEC).attempt(|| "make a pipe".to_owned());
+    let (stdin, own_stdin) = if with_stdin {
+        let (read, write) = pipe()?;
+        (read, Some(unblocked(write)?))
+    } else {
+        (null()?, None)
+    };
+    let (own_stdout, stdout) = pipe()?;
+    let (own_stderr, stderr) = pipe()?;
+    let ends = Ends {
+        stdin: own_stdin,
+        stdout: unblocked(own_stdout)?,
+        stderr: unblocked(own_stderr)?,
+    };
+    Ok((
+        Streams {
+            stdin,
+            stdout,
+            stderr,
+        },
+        ends,
+    ))
+}
+
+fn null() -> Result<OwnedFd, AgentError> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    rustix::fs::open("/dev/null", flags, rustix::fs::Mode::empty())
+        .attempt(|| "open /dev/null".to_owned())
+}
+
+fn unblocked(fd: OwnedFd) -> Result<OwnedFd, AgentError> {
+    fcntl_getfl(&fd)
+        .and_then(|flags| fcntl_setfl(&fd, flags | OFlags::NONBLOCK))
+        .attempt(|| "make a pipe that does not block".to_owned())?;
+    Ok(fd)
+}
+
+/// One output stream.
+#[derive(Debug)]
+struct Output {
+    stream: OutputStream,
+    pipe: Option<OwnedFd>,
+    // After the end of the command: what it had written and is still to be read.
+    left_bytes: Option<u64>,
+}
+
+impl Output {
+    fn new(stream: OutputStream, pipe: OwnedFd) -> Self {
+        Self {
+            stream,
+            pipe: Some(pipe),
+            left_bytes: None,
+        }
+    }
+
+    fn is_delivered(&self) -> bool {
+        self.pipe.is_none() || self.left_bytes == Some(0)
+    }
+}
+
+/// A command that runs.
+#[derive(Debug)]
+struct Running {
+    core: Arc<Core>,
+    key: CommandKey,
+    inbox: Arc<Inbox>,
+    pid: Pid,
+    pidfd: OwnedFd,
+    // Held until the command has been reaped.
+    owned: Option<Owned>,
+    stdin: Option<OwnedFd>,
+    pending: VecDeque<Vec<u8>>,
+    stdin_end: bool,
+    outputs: [Output; 2],
+    deadline: Option<Instant>,
+    timed_out: bool,
+    status: Option<ExitStatus>,
+    buffer: Vec<u8>,
+}
+
+/// What was ready when the command's thread woke up.
+#[derive(Debug, Default)]
+struct Ready {
+    bell: bool,
+    ended: bool,
+    stdin: bool,
+    stdin_closed: bool,
+    outputs: [bool; 2],
+}
+
+impl Running {
+    fn run(mut self) {
+        while !self.is_complete() {
+            let wanted = self.wanted_outputs();
+            let ready = self.wait(wanted);
+            if ready.bell {
+                self.read_inbox();
+            }
+            if ready.stdin_closed {
+                self.on_stdin_closed();
+            } else if ready.stdin {
+                self.write_stdin();
+            }
+            for at in 0..self.outputs.len() {
+                if ready.outputs[at] {
+                    self.read_output(at);
+                }
+            }
+            if ready.ended {
+                self.on_end();
+            }
+            if self.deadline.is_some_and(|end| end <= Instant::now()) {
+                self.on_deadline();
+            }
+        }
+        self.finish();
+    }
+
+    fn is_complete(&self) -> bool {
+        self.status.is_some() && self.outputs.iter().all(Output::is_delivered)
+    }
+
+    /// How much of each output may be read now; nothing for one that must wait.
+    fn wanted_outputs(&mut self) -> [bool; 2] {
+        let key = self.key;
+        let outputs = &self.outputs;
+        self.core.with(|state| {
+            let port_has_room = state.port_has_room(key);
+            [0, 1].map(|at| {
+                let open = outputs[at].pipe.is_some() && outputs[at].left_bytes != Some(0);
+                open && match state.agent.room(key, outputs[at].stream) {
+                    Room::Unheard => true,
+                    Room::Bytes(bytes) => bytes > 0 && port_has_room,
+                }
+            })
+        })
+    }
+
+    fn wait(&self, wanted: [bool; 2]) -> Ready {
+        let mut fds = vec![PollFd::from_borrowed_fd(self.inbox.bell(), PollFlags::IN)];
+        let mut ended_at = None;
+        if self.status.is_none() {
+            ended_at = Some(fds.len());
+            fds.push(PollFd::new(&self.pidfd, PollFlags::IN));
+        }
+        let mut stdin_at = None;
+        if let Some(stdin) = &self.stdin {
+            stdin_at = Some(fds.len());
+            // Without input to write, only the end of the reader is of interest.
+            let events = if self.pending.is_empty() {
+                PollFlags::empty()
+            } else {
+                PollFlags::OUT
+            };
+            fds.push(PollFd::new(stdin, events));
+        }
+        let mut output_at = [None; 2];
+        for (at, output) in self.outputs.iter().enumerate() {
+            if let Some(pipe) = output.pipe.as_ref().filter(|_| wanted[at]) {
+                output_at[at] = Some(fds.len());
+                fds.push(PollFd::new(pipe, PollFlags::IN));
+            }
+        }
+        let limit = if self.status.is_none() {
+            time_left(self.deadline)
+        } else {
+            None
+        };
+        match poll(&mut fds, limit.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => unreachable!("own descriptors cannot be waited for: {error}"),
+        }
+        let events = |at: Option<usize>| at.map_or(PollFlags::empty(), |at| fds[at].revents());
+        Ready {
+            bell: events(Some(0)).contains(PollFlags::IN),
+            ended: !events(ended_at).is_empty(),
+            stdin: events(stdin_at).contains(PollFlags::OUT),
+            stdin_closed: events(stdin_at).contains(PollFlags::ERR),
+            outputs: output_at.map(|at| !events(at).is_empty()),
+        }
+    }
+
+    fn read_inbox(&mut self) {
+        let letters = self.inbox.take();
+        if self.stdin.is_some() {
+            self.pending.extend(letters.stdin);
+            self.stdin_end |= letters.stdin_end;
+            self.close_finished_stdin();
+        }
+        for number in letters.signals {
+            if let Some(signal) = Signal::from_named_raw(number).filter(|_| self.status.is_none()) {
+                self.signal_group(signal);
+            }
+        }
+    }
+
+    /// The group's number stays taken until the command has been reaped, so no other group is ever hit.
+    fn signal_group(&self, signal: Signal) {
+        match kill_process_group(self.pid, signal) {
+            Ok(()) | Err(Errno::SRCH) => {}
+            Err(error) => eprintln!("stead-agent: signal group {:?}: {error}", self.pid),
+        }
+    }
+
+    fn write_stdin(&mut self) {
+        let (Some(stdin), Some(front)) = (&self.stdin, self.pending.front_mut()) else {
+            return;
+        };
+        match rustix::io::write(stdin, front) {
+            Ok(written) => {
+                front.drain(..written);
+                if front.is_empty() {
+                    self.pending.pop_front();
+                }
+                let key = self.key;
+                self.core.with(|state| {
+                    let grant = state.agent.stdin_consumed(key, written);
+                    state.send_action(grant);
+                });
+                self.close_finished_stdin();
+            }
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(_) => self.on_stdin_closed(),
+        }
+    }
+
+    fn close_finished_stdin(&mut self) {
+        if self.stdin_end && self.pending.is_empty() {
+            self.stdin = None;
+        }
+    }
+
+    fn on_stdin_closed(&mut self) {
+        self.stdin = None;
+        self.pending.clear();
+        let key = self.key;
+        self.core.with(|state| {
+            let notice = state.agent.stdin_closed(key);
+            state.send_action(notice);
+        });
+    }
+
+    fn read_output(&mut self, at: usize) {
+        let output = &mut self.outputs[at];
+        let (key, stream) = (self.key, output.stream);
+        let Some(pipe) = &output.pipe else {
+            return;
+        };
+        let room = match self.core.with(|state| state.agent.room(key, stream)) {
+            Room::Bytes(bytes) => bytes,
+            Room::Unheard => self.buffer.len(),
+        };
+        let left = output.left_bytes.map_or(usize::MAX, |left| {
+            usize::try_from(left).unwrap_or(usize::MAX)
+        });
+        let length = room.min(left).min(self.buffer.len());
+        if length == 0 {
+            return;
+        }
+        match rustix::io::read(pipe, &mut self.buffer[..length]) {
+            Ok(0) => output.pipe = None,
+            Ok(count) => {
+                if let Some(left) = &mut output.left_bytes {
+                    *left -= count as u64;
+                }
+                let data = &self.buffer[..count];
+                self.core.with(|state| {
+                    let frame = state.agent.output(key, stream, data);
+                    state.send_action(frame);
+                });
+            }
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(_) => output.pipe = None,
+        }
+    }
+
+    /// The command has ended: everything that it wrote is in the pipes now. What comes later is not its own.
+    fn on_end(&mut self) {
+        let status = match waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED) {
+            Ok(Some(status)) => match (status.exit_status(), status.terminating_signal()) {
+                (Some(code), _) => ExitStatus::Code(code),
+                (None, Some(signal)) => ExitStatus::Signal(signal),
+                (None, None) => return,
+            },
+            Ok(None) | Err(Errno::INTR) => return,
+            Err(error) => unreachable!("an own child cannot be reaped: {error}"),
+        };
+        self.owned = None;
+        self.status = Some(if self.timed_out {
+            ExitStatus::TimedOut
+        } else {
+            status
+        });
+        self.stdin = None;
+        self.pending.clear();
+        for output in &mut self.outputs {
+            let waiting = output.pipe.as_ref().map(rustix::io::ioctl_fionread);
+            match waiting {
+                Some(Ok(bytes)) => output.left_bytes = Some(bytes),
+                Some(Err(_)) => output.pipe = None,
+                None => {}
+            }
+        }
+    }
+
+    fn on_deadline(&mut self) {
+        self.deadline = None;
+        if self.status.is_none() {
+            self.timed_out = true;
+            self.signal_group(Signal::KILL);
+        }
+    }
+
+    fn finish(self) {
+        let Some(status) = self.status else {
+            unreachable!("a command is finished when it has ended");
+        };
+        let key = self.key;
+        self.core.with(|state| {
+            let exit = state.agent.exited(key, status);
+            state.send_action(exit);
+        });
+        let pipes = self
+            .outputs
+            .into_iter()
+            .filter_map(|output| output.pipe)
+            .collect();
+        // It is forgotten there, at once when no pipe is left.
+        self.core.drain.take_over(key, pipes);
+    }
+}

@@ -1,0 +1,75 @@
+//! The guest agent: `stead-agent`.
+//!
+//! One static binary, three roles:
+//!
+//! | started as | role | module |
+//! |---|---|---|
+//! | `/init`, process 1 | loads modules, mounts the root, runs its init | [`init`] |
+//! | `stead-agent serve` | answers the host on every port | [`serve`] |
+//! | `stead-agent launch` | becomes a command; started by `serve` only | [`launch`] |
+//!
+//! What may happen when is decided by [`stead_agent_proto::guest::Agent`]; this crate is its hands.
+#![forbid(unsafe_code)]
+
+mod account;
+mod chores;
+mod command;
+mod core;
+mod drain;
+mod error;
+mod freeze;
+mod inbox;
+mod init;
+mod launch;
+mod mounts;
+mod outbox;
+mod port;
+mod reaper;
+mod serve;
+mod setup;
+mod shutdown;
+
+use std::process::ExitCode;
+
+use crate::error::AgentError;
+
+const USAGE: &str = "usage: stead-agent serve [options]
+  --socket PATH            listen there instead of on virtio-serial ports
+  --stdin-socket           serve the one connection that is standard input
+  --no-clock               leave the clock alone, and say so
+  --no-entropy             leave the random number generator alone, and say so
+  --no-hostname            leave the host name alone, and say so
+  --allow-shutdown         with a socket: shut the machine down when told to
+  --freeze-program PATH    what freezes and thaws (default: fsfreeze; needed with a socket)
+  --mounts PATH            where mounts are listed (default: /proc/self/mountinfo)";
+
+fn main() -> ExitCode {
+    let mut arguments = std::env::args_os();
+    let program = arguments.next().unwrap_or_default();
+    let rest: Vec<_> = arguments.collect();
+    if program == "/init" && std::process::id() == 1 {
+        init::run(&rest);
+    }
+    // A thread that panics must not leave a half-dead agent behind: init starts a new one.
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        std::process::abort();
+    }));
+    let result = match rest.split_first() {
+        Some((mode, options)) if mode == "serve" => serve::run(options),
+        Some((mode, [])) if mode == "launch" => launch::run(),
+        Some((mode, [])) if mode == "--version" => {
+            println!("stead-agent {}", env!("CARGO_PKG_VERSION"));
+            Ok(())
+        }
+        Some(_) | None => Err(AgentError::Usage(USAGE.to_owned())),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("stead-agent: {}", error::chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! One port: a reader and a writer.
+//!
+//! Both block in the kernel, which is level-triggered by nature: a connection that comes and goes across a
+//! restore cannot be missed. A virtio-serial port without a host reads as empty at once; to wait for the host
+//! without spinning, a delimiter is *written*, which blocks until a host is connected and means nothing to it.
+//!
+//! The reader waits for nothing but input: a hello must be heard however full the way out is. A host that asks
+//! without reading the answers loses its session instead.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread;
+
+use stead_agent_proto::frame::{DELIMITER, Decoder};
+
+use crate::core::Core;
+use crate::error::{AgentError, Attempt};
+use crate::outbox::Outbox;
+
+const READ_BYTES: usize = 32 * 1024;
+const STACK_BYTES: usize = 256 * 1024;
+
+/// What a port is made of.
+#[derive(Debug)]
+pub(crate) enum Line {
+    /// A virtio-serial port: the host may come and go.
+    Virtio(File),
+    /// A connection: when it ends, it ends for good.
+    Socket(UnixStream),
+}
+
+impl Line {
+    fn second(&self) -> io::Result<Self> {
+        match self {
+            Self::Virtio(file) => file.try_clone().map(Self::Virtio),
+            Self::Socket(socket) => socket.try_clone().map(Self::Socket),
+        }
+    }
+}
+
+impl Read for Line {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Virtio(file) => file.read(buffer),
+            Self::Socket(socket) => socket.read(buffer),
+        }
+    }
+}
+
+impl Write for Line {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Virtio(file) => file.write(bytes),
+            Self::Socket(socket) => socket.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Serves a port until its line ends or fails.
+pub(crate) fn serve(core: &Arc<Core>, port: u32, mut line: Line) -> Result<(), AgentError> {
+    let mut second = line
+        .second()
+        .attempt(|| format!("open port {port} a second time"))?;
+    let outbox = core.open_port(port);
+    let written = Arc::clone(&outbox);
+    let writer = thread::Builder::new()
+        .name(format!("port {port} out"))
+        .stack_size(STACK_BYTES)
+        .spawn(move || {
+            let result = written.write_to(&mut second);
+            written.close();
+            result
+        })
+        .attempt(|| format!("start a writer for port {port}"));
+    let result = match writer {
+        Ok(writer) => {
+            let result =
+                read(core, port, &mut line, &outbox).attempt(|| format!("read port {port}"));
+            core.close_port(port);
+            finish(&line, writer);
+            result
+        }
+        Err(error) => Err(error),
+    };
+    core.close_port(port);
+    result
+}
+
+/// Waits for the writer of a connection that has ended. The writer of a virtio-serial port may be blocked until a
+/// host comes; it ends by itself then.
+fn finish(line: &Line, writer: thread::JoinHandle<io::Result<()>>) {
+    let Line::Socket(socket) = line else {
+        return;
+    };
+    // The other side may have closed it already.
+    if let Err(error) = socket.shutdown(std::net::Shutdown::Both)
+        && error.kind() != io::ErrorKind::NotConnected
+    {
+        eprintln!("stead-agent: close a connection: {error}");
+    }
+    // A write that failed is how a connection ends.
+    drop(writer.join());
+}
+
+fn read(core: &Arc<Core>, port: u32, line: &mut Line, outbox: &Outbox) -> io::Result<()> {
+    let mut decoder = Decoder::new();
+    let mut buffer = vec![0; READ_BYTES];
+    loop {
+        let count = match line.read(&mut buffer) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            // A connection that its host dropped with answers unread.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => 0,
+            Err(error) => return Err(error),
+        };
+        if count == 0 {
+            if let Line::Socket(_) = line {
+                return Ok(());
+            }
+            core.tell(|agent| agent.on_host_gone(port));
+            decoder = Decoder::new();
+            line.write_all(&[DELIMITER])?;
+            continue;
+        }
+        let mut input = &buffer[..count];
+        while let Some(item) = decoder.next_item(&mut input) {
+            core.on_item(port, item);
+            if outbox.is_flooded() {
+                core.tell(|agent| agent.on_unread(port));
+            }
+        }
+    }
+}

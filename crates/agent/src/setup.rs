@@ -1,0 +1,132 @@
+//! The steps of a handshake that need the operating system.
+
+use std::fs::File;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use rustix::time::{ClockId, Timespec, clock_settime};
+use stead_agent_proto::guest::StepResult;
+use stead_agent_proto::message::{self, Phase, PhaseOutcome};
+
+use crate::core::Core;
+use crate::error::{AgentError, Attempt};
+use crate::freeze::Order;
+
+const THAW_LIMIT: Duration = Duration::from_secs(30);
+const MAX_HOSTNAME_BYTES: usize = 64;
+
+/// What the agent sets up in a new life of the machine.
+#[derive(Debug)]
+pub(crate) struct Setup {
+    /// Set the clock.
+    pub(crate) clock: bool,
+    /// Seed the random number generator.
+    pub(crate) entropy: bool,
+    /// Take a new host name.
+    pub(crate) hostname: bool,
+    random: File,
+}
+
+impl Setup {
+    pub(crate) fn new() -> Result<Self, AgentError> {
+        Ok(Self {
+            clock: true,
+            entropy: true,
+            hostname: true,
+            random: File::open("/dev/urandom").attempt(|| "open /dev/urandom".to_owned())?,
+        })
+    }
+
+    /// Does one step.
+    pub(crate) fn run(&self, phase: Phase, with: &message::Setup, core: &Arc<Core>) -> StepResult {
+        let begin = Instant::now();
+        let mut clock_behind_ns = None;
+        let outcome = match phase {
+            Phase::Epoch | Phase::Sessions => Ok(PhaseOutcome::Done),
+            Phase::Thaw => thaw(core),
+            Phase::Clock if !self.clock => skipped("the agent was told to leave the clock alone"),
+            Phase::Clock => set_clock(with.wall_clock_ns).map(|behind| {
+                clock_behind_ns = Some(behind);
+                PhaseOutcome::Done
+            }),
+            Phase::Entropy if !self.entropy => {
+                skipped("the agent was told to leave the random number generator alone")
+            }
+            Phase::Entropy => stead_sys::entropy::reseed(&self.random, &with.seed.0)
+                .map(|()| PhaseOutcome::Done)
+                .map_err(|error| format!("seed /dev/urandom: {error}")),
+            Phase::Hostname => self.set_hostname(with.hostname.as_deref()),
+        };
+        StepResult {
+            outcome,
+            clock_behind_ns,
+            duration_ns: u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX),
+        }
+    }
+
+    fn set_hostname(&self, name: Option<&str>) -> Result<PhaseOutcome, String> {
+        let Some(name) = name else {
+            return skipped("no name was given");
+        };
+        let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'.';
+        if name.is_empty() || name.len() > MAX_HOSTNAME_BYTES || !name.bytes().all(is_allowed) {
+            return Err(format!(
+                "{name:?} is no host name: 1 to {MAX_HOSTNAME_BYTES} letters, digits, '-' and '.'"
+            ));
+        }
+        if !self.hostname {
+            return skipped("the agent was told to leave the host name alone");
+        }
+        rustix::system::sethostname(name.as_bytes())
+            .map(|()| PhaseOutcome::Done)
+            .map_err(|error| format!("set the host name: {error}"))
+    }
+}
+
+fn skipped(why: &str) -> Result<PhaseOutcome, String> {
+    Ok(PhaseOutcome::Skipped(why.to_owned()))
+}
+
+/// Waits until nothing is frozen any more; the thaw itself was ordered when its owner's session ended.
+fn thaw(core: &Arc<Core>) -> Result<PhaseOutcome, String> {
+    let is_frozen = || core.with(|state| state.agent.is_frozen());
+    if !is_frozen() {
+        return skipped("nothing was frozen");
+    }
+    let end = Instant::now() + THAW_LIMIT;
+    // A freeze that was under way is followed by its thaw: two orders, at most two barriers.
+    for _ in 0..3 {
+        let (passed, barrier) = channel();
+        core.order(Order::Barrier(passed));
+        if let Err(error) = barrier.recv_timeout(end.saturating_duration_since(Instant::now())) {
+            return Err(format!(
+                "file systems were not thawed within {} s: {error}",
+                THAW_LIMIT.as_secs()
+            ));
+        }
+        if !is_frozen() {
+            return Ok(PhaseOutcome::Done);
+        }
+    }
+    Err("file systems that an earlier session froze could not be thawed".to_owned())
+}
+
+/// Sets the clock and gives how far it was behind.
+fn set_clock(wall_clock_ns: u64) -> Result<i64, String> {
+    let host = i64::try_from(wall_clock_ns)
+        .map_err(|error| format!("{wall_clock_ns} ns is no time: {error}"))?;
+    let guest = match SystemTime::now().duration_since(UNIX_EPOCH) {
+        Ok(since) => i64::try_from(since.as_nanos()).unwrap_or(i64::MAX),
+        Err(before) => {
+            i64::try_from(before.duration().as_nanos()).map_or(i64::MIN, |before| -before)
+        }
+    };
+    let time = Timespec {
+        tv_sec: host / 1_000_000_000,
+        tv_nsec: host % 1_000_000_000,
+    };
+    clock_settime(ClockId::Realtime, time)
+        .map_err(|error| format!("set the clock to {wall_clock_ns} ns: {error}"))?;
+    Ok(host.saturating_sub(guest))
+}

@@ -1,0 +1,699 @@
+//! Lives, sessions and hosts that come and go, through the real agent.
+#![allow(
+    clippy::unwrap_used,
+    clippy::wildcard_enum_match_arm,
+    reason = "a test may stop at the first surprise"
+)]
+
+mod common;
+
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::time::{Duration, Instant};
+
+use common::{Agent, LIMIT, RawHost, greeting, has_ended, read_number, sh, until};
+use stead_agent_link::{Epoch, ExecIo, ExitStatus, LinkError, Phase, PhaseOutcome, Reason};
+use stead_agent_proto::message::*;
+use tokio::sync::mpsc;
+
+#[tokio::test]
+async fn a_handshake_reports_every_step_and_says_what_it_skipped() {
+    let agent = Agent::start();
+    let mut link = agent.link().await;
+    let ready = link.handshake(&greeting(1), LIMIT).await.unwrap();
+    let found: Vec<(Phase, bool)> = ready
+        .phases
+        .iter()
+        .map(|report| (report.phase, report.outcome == PhaseOutcome::Done))
+        .collect();
+    let expected = [
+        (Phase::Epoch, true),
+        (Phase::Sessions, true),
+        (Phase::Thaw, false),
+        (Phase::Clock, false),
+        (Phase::Entropy, false),
+        (Phase::Hostname, false),
+    ];
+    assert_eq!(found, expected);
+    assert_eq!(ready.clock_behind_ns, None);
+    let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    assert_eq!(ready.boot_id, boot_id.trim());
+}
+
+#[tokio::test]
+async fn a_step_that_fails_makes_no_session_and_names_itself() {
+    let agent = Agent::start();
+    let mut link = agent.link().await;
+    let mut hostile = greeting(1);
+    hostile.hostname = Some("no/such name".into());
+    let found = link.handshake(&hostile, LIMIT).await;
+    match found {
+        Err(LinkError::StepFailed {
+            phase: Phase::Hostname,
+            error,
+        }) => assert!(error.contains("no/such name"), "{error}"),
+        other => panic!("{other:?}"),
+    }
+    let refused = link.exec_capture(sh("true"), b"").await;
+    assert!(
+        matches!(refused, Err(LinkError::Abandoned { .. })),
+        "{refused:?}"
+    );
+    let attach = agent.link().await.attach(Epoch([1; 16]), LIMIT).await;
+    assert!(
+        matches!(
+            attach,
+            Err(LinkError::StepFailed {
+                phase: Phase::Epoch,
+                ..
+            })
+        ),
+        "{attach:?}"
+    );
+    agent
+        .ready(1)
+        .await
+        .exec_capture(sh("true"), b"")
+        .await
+        .unwrap();
+}
+
+/// A request of a life that has passed, and its twin in the life that is.
+#[tokio::test]
+async fn a_request_of_an_older_epoch_is_not_run() {
+    let agent = Agent::start();
+    for (life_of_the_request, must_run) in [(1, false), (2, true)] {
+        let note = agent
+            .folder
+            .path()
+            .join(format!("ran-{life_of_the_request}"));
+        let mut host = RawHost::connect(&agent, 1, 10);
+        // Refused the second time: life 1 has passed then.
+        host.greet(Reason::Restore);
+        // Another host begins life 2 on another port; the first knows nothing of it.
+        let mut other = agent.ready(2).await;
+        if must_run {
+            host.epoch = Epoch([2; 16]);
+            host.nonce = stead_agent_proto::Nonce(11);
+            host.ready(Reason::Reattach);
+        }
+        host.exec(1, sh(&format!("echo ran > {}", note.display())));
+        if must_run {
+            until("the command of the current life runs", || note.exists());
+        } else {
+            let end = Instant::now() + LIMIT;
+            while other.ping().await.unwrap().stale_frames == 0 {
+                assert!(
+                    Instant::now() < end,
+                    "the request was taken and is not counted as stale"
+                );
+            }
+            assert!(!note.exists(), "a command of life 1 ran in life 2");
+        }
+    }
+}
+
+/// The fault that was seen: half a request from before a capture, then a new host with a request of its own.
+#[tokio::test]
+async fn half_a_request_and_a_new_one_are_never_one_command() {
+    let agent = Agent::start();
+    let note = agent.folder.path().join("half");
+    let old = sh(&format!("echo old >> {}", note.display()));
+    let new = sh(&format!("echo new >> {}", note.display()));
+    let mut sample = RawHost::connect(&agent, 1, 10);
+    sample.seq = 1;
+    let length = sample
+        .frame(&HostMessage::Exec {
+            id: 1,
+            request: old.clone(),
+        })
+        .len();
+    let mut runs = 0;
+    for cut in (0..length).step_by(3) {
+        let mut host = RawHost::connect(&agent, (cut % 250) as u8 + 1, 10);
+        host.epoch.0[1] = (cut / 250) as u8;
+        host.ready(Reason::Restore);
+        let request = host.frame(&HostMessage::Exec {
+            id: 1,
+            request: old.clone(),
+        });
+        host.stream.write_all(&request[..cut]).unwrap();
+        // The same stream goes on with another life, as after a restore.
+        host.epoch.0[2] = 1;
+        host.nonce.0 += 1;
+        host.ready(Reason::Restore);
+        host.exec(1, new.clone());
+        while !matches!(
+            host.next(),
+            Some(GuestMessage::Exit {
+                status: ExitStatus::Code(0),
+                ..
+            })
+        ) {}
+        runs += 1;
+    }
+    let found = std::fs::read_to_string(&note).unwrap();
+    assert_eq!(
+        found,
+        "new\n".repeat(runs),
+        "the old command never ran and the new one always once"
+    );
+}
+
+#[tokio::test]
+async fn a_command_goes_on_when_the_host_disconnects_and_its_output_is_thrown_away() {
+    let agent = Agent::start();
+    let note = agent.folder.path().join("done");
+    let mut link = agent.ready(1).await;
+    // Far more output than pipe and credit hold: it would block for ever if nobody read it.
+    let script = format!(
+        "head -c 5000000 /dev/zero; head -c 5000000 /dev/zero >&2; echo done > {}",
+        note.display()
+    );
+    let running = link.start(sh(&script)).await.unwrap();
+    assert!(format!("{running:?}").contains("Running"));
+    drop(link);
+    until("the command comes to its end", || note.exists());
+    let mut next = agent.attached(1).await;
+    let output = next.exec_capture(sh("echo clean"), b"").await.unwrap();
+    assert_eq!(output.stdout, b"clean\n");
+    until("it is forgotten", || {
+        !std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", agent.pid()))
+            .unwrap_or_default()
+            .contains(' ')
+    });
+}
+
+#[tokio::test]
+async fn half_an_input_is_never_taken_for_a_whole_one_when_the_host_disconnects() {
+    let agent = Agent::start();
+    let folder = agent.folder.path().to_owned();
+    let mut link = agent.ready(1).await;
+    let script = format!(
+        "echo $$ > {0}/pid; cat > {0}/part; mv {0}/part {0}/whole",
+        folder.display()
+    );
+    let request = ExecRequest {
+        stdin: true,
+        ..sh(&script)
+    };
+    let running = link.start(request).await.unwrap();
+    let (mut typed, stdin) = tokio::io::duplex(100);
+    let (_sender, signals) = mpsc::channel(1);
+    let io = ExecIo {
+        stdin,
+        stdout: tokio::io::sink(),
+        stderr: tokio::io::sink(),
+    };
+    let part = folder.join("part");
+    tokio::select! {
+        found = running.run(io, signals) => panic!("{found:?}"),
+        () = async {
+            tokio::io::AsyncWriteExt::write_all(&mut typed, b"half").await.unwrap();
+            while std::fs::read(&part).unwrap_or_default() != b"half" {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        } => {}
+    }
+    drop(link);
+    let mut next = agent.attached(1).await;
+    until("the command is unheard", || true);
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(
+        !folder.join("whole").exists(),
+        "the command was told that half was all"
+    );
+    let status = next.ping().await.unwrap();
+    assert_eq!(status.detached_commands, 1);
+    let pid = read_number(&folder.join("pid")).unwrap();
+    next.exec_capture(sh(&format!("kill -9 -{pid}")), b"")
+        .await
+        .unwrap();
+    until("it can be ended", || has_ended(pid));
+}
+
+#[tokio::test]
+async fn another_life_in_the_middle_of_a_command_silences_it() {
+    let agent = Agent::start();
+    let note = agent.folder.path().join("end");
+    let mut host = RawHost::connect(&agent, 1, 10);
+    host.ready(Reason::Boot);
+    host.exec(
+        1,
+        sh(&format!(
+            "i=0; while [ $i -lt 3000 ]; do echo old line; i=$((i+1)); done; echo end > {}",
+            note.display()
+        )),
+    );
+    assert!(matches!(
+        host.next(),
+        Some(GuestMessage::Accepted { id: 1 })
+    ));
+    host.epoch = Epoch([2; 16]);
+    host.nonce = stead_agent_proto::Nonce(20);
+    host.ready(Reason::Fork);
+    until("the command goes on to its end", || note.exists());
+    host.exec(1, sh("echo new"));
+    assert_eq!(host.next(), Some(GuestMessage::Accepted { id: 1 }));
+    let (mut stdout, mut last) = (Vec::new(), host.next());
+    while let Some(GuestMessage::Output { data, .. }) = last {
+        stdout.extend(data.0);
+        last = host.next();
+    }
+    assert_eq!(
+        last,
+        Some(GuestMessage::Exit {
+            id: 1,
+            status: ExitStatus::Code(0)
+        })
+    );
+    assert_eq!(stdout, b"new\n", "not a line of the old command");
+}
+
+#[tokio::test]
+async fn a_new_life_ends_the_sessions_of_all_ports() {
+    let agent = Agent::start();
+    let mut first = agent.ready(1).await;
+    let mut second = agent.attached(1).await;
+    let _third = agent.ready(2).await;
+    for link in [&mut first, &mut second] {
+        link.set_silence_limit(Duration::from_millis(300));
+        let found = link.exec_capture(sh("true"), b"").await;
+        assert!(matches!(found, Err(LinkError::Late { .. })), "{found:?}");
+    }
+    let found = agent.link().await.attach(Epoch([1; 16]), LIMIT).await;
+    assert!(
+        matches!(&found, Err(LinkError::StepFailed { error, .. }) if error.contains("current epoch")),
+        "{found:?}"
+    );
+    let found = agent.link().await.handshake(&greeting(1), LIMIT).await;
+    assert!(
+        matches!(&found, Err(LinkError::StepFailed { error, .. }) if error.contains("has passed")),
+        "{found:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_second_command_on_a_busy_session_is_rejected() {
+    let agent = Agent::start();
+    let mut host = RawHost::connect(&agent, 1, 10);
+    host.ready(Reason::Boot);
+    host.exec(1, sh("sleep 0.2"));
+    host.exec(2, sh("echo second"));
+    let mut found = vec![
+        host.next().unwrap(),
+        host.next().unwrap(),
+        host.next().unwrap(),
+    ];
+    found.sort_by_key(|message| format!("{message:?}"));
+    assert_eq!(
+        found,
+        [
+            GuestMessage::Accepted { id: 1 },
+            GuestMessage::Exit {
+                id: 1,
+                status: ExitStatus::Code(0)
+            },
+            GuestMessage::Rejected {
+                id: 2,
+                reason: Rejection::Busy
+            },
+        ]
+    );
+}
+
+#[test]
+fn a_host_that_breaks_the_protocol_loses_its_session_and_nothing_else() {
+    let mut agent = Agent::start();
+    let stdin = |id, bytes: usize| HostMessage::Stdin {
+        id,
+        data: vec![1; bytes].into(),
+    };
+    let hostile: Vec<(&str, Vec<HostMessage>)> = vec![
+        ("input for nobody", vec![stdin(1, 5)]),
+        (
+            "a signal out of range",
+            vec![HostMessage::Signal { id: 1, signal: 99 }],
+        ),
+        (
+            "a request number twice",
+            vec![
+                HostMessage::Request {
+                    id: 5,
+                    request: Request::Ping,
+                },
+                HostMessage::Request {
+                    id: 5,
+                    request: Request::Ping,
+                },
+            ],
+        ),
+    ];
+    for (nonce, (what, messages)) in (10..).zip(hostile) {
+        let mut host = RawHost::connect(&agent, 1, nonce);
+        host.ready(Reason::Boot);
+        for message in &messages {
+            host.send(message);
+        }
+        while !matches!(
+            host.next().unwrap_or_else(|| panic!("{what}: no answer")),
+            GuestMessage::SessionBroken { .. }
+        ) {}
+        host.nonce.0 += 1000;
+        host.ready(Reason::Reattach);
+    }
+    let mut host = RawHost::connect(&agent, 1, 77);
+    host.ready(Reason::Reattach);
+    host.exec(
+        1,
+        ExecRequest {
+            stdin: true,
+            ..sh("sleep 100")
+        },
+    );
+    assert!(matches!(host.next(), Some(GuestMessage::Accepted { .. })));
+    // The pipe takes 64 KiB, which are granted once more; the rest is over the grant.
+    for _ in 0..12 {
+        host.send(&stdin(1, 32 * 1024));
+    }
+    let mut broken = host.next();
+    while let Some(GuestMessage::StdinCredit { .. }) = broken {
+        broken = host.next();
+    }
+    assert!(
+        matches!(&broken, Some(GuestMessage::SessionBroken { reason }) if reason.contains("granted")),
+        "{broken:?}"
+    );
+    assert!(agent.is_alive());
+}
+
+#[test]
+fn a_host_that_never_reads_costs_the_agent_no_memory() {
+    let mut agent = Agent::start();
+    let mut host = RawHost::connect(&agent, 1, 10);
+    host.ready(Reason::Boot);
+    host.stream.set_write_timeout(Some(LIMIT)).unwrap();
+    let before = agent.resident_kib();
+    for _ in 0..100 {
+        let mut flood = Vec::new();
+        for _ in 0..3000 {
+            let id = host.seq;
+            flood.extend(host.frame(&HostMessage::Request {
+                id,
+                request: Request::Ping,
+            }));
+        }
+        host.stream
+            .write_all(&flood)
+            .expect("the agent reads on, whatever its writer waits for");
+    }
+    let grown = agent.resident_kib().saturating_sub(before);
+    assert!(grown < 3 * 1024, "the agent grew by {grown} KiB");
+    assert!(agent.is_alive());
+    let mut last = host.next();
+    while !matches!(last, Some(GuestMessage::SessionBroken { .. })) {
+        assert!(last.is_some(), "the session was not ended");
+        last = host.next();
+    }
+    let mut other = RawHost::connect(&agent, 2, 5);
+    other.ready(Reason::Restore);
+}
+
+#[test]
+fn garbage_in_any_amount_is_survived() {
+    let mut agent = Agent::start();
+    let mut host = RawHost::connect(&agent, 1, 10);
+    let before = agent.resident_kib();
+    let mut state = 7u64;
+    let mut noise = vec![0; 1 << 20];
+    for round in 0..24 {
+        for byte in &mut noise {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            // Every third round without a zero: a run longer than any frame.
+            *byte = ((state >> 56) as u8).max(u8::from(round % 3 == 0));
+        }
+        host.stream.write_all(&noise).unwrap();
+    }
+    host.stream.write_all(&[0]).unwrap();
+    host.ready(Reason::Boot);
+    assert!(agent.resident_kib().saturating_sub(before) < 2 * 1024);
+    assert!(agent.is_alive());
+}
+
+#[tokio::test]
+async fn a_socket_given_as_standard_input_is_served_until_it_ends() {
+    let (own, other) = std::os::unix::net::UnixStream::pair().unwrap();
+    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_stead-agent"))
+        .args([
+            "serve",
+            "--stdin-socket",
+            "--no-clock",
+            "--no-entropy",
+            "--no-hostname",
+        ])
+        .stdin(std::process::Stdio::from(std::os::fd::OwnedFd::from(other)))
+        .spawn()
+        .unwrap();
+    own.set_nonblocking(true).unwrap();
+    let mut link =
+        stead_agent_link::AgentLink::from_stream(tokio::net::UnixStream::from_std(own).unwrap());
+    link.handshake(&greeting(1), LIMIT).await.unwrap();
+    assert_eq!(
+        link.exec_capture(sh("echo here"), b"")
+            .await
+            .unwrap()
+            .stdout,
+        b"here\n"
+    );
+    drop(link);
+    let end = Instant::now() + LIMIT;
+    while child.try_wait().unwrap().is_none() {
+        assert!(
+            Instant::now() < end,
+            "the agent does not end with its connection"
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A freezer that keeps a diary, and fails where it is told to.
+fn freezer(agent_folder: &std::path::Path) -> (String, String) {
+    let script = format!(
+        "#!/bin/sh\necho \"$1 $2\" >> {0}/diary\nif [ -e {0}/fail ] && [ \"$1 $2\" = \"$(cat {0}/fail)\" ]; then echo refused >&2; exit 1; fi\n",
+        agent_folder.display()
+    );
+    let program = agent_folder.join("freezer");
+    let mounts = agent_folder.join("mounts");
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(&program)
+        .unwrap();
+    file.write_all(script.as_bytes()).unwrap();
+    drop(file);
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(&mounts)
+        .unwrap();
+    file.write_all(b"1 0 254:1 / / rw - ext4 /dev/vda rw\n2 1 254:2 / /data rw - xfs /dev/vdb rw\n3 1 254:3 / /boot rw - vfat /dev/vdc rw\n4 1 254:4 / /deep rw - ext4 /dev/vdd rw\n").unwrap();
+    (program.display().to_string(), mounts.display().to_string())
+}
+
+struct Frosty {
+    agent: Agent,
+    folder: tempfile::TempDir,
+}
+
+impl Frosty {
+    fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let (program, mounts) = freezer(folder.path());
+        let agent = Agent::start_with(&[
+            "--no-clock",
+            "--no-entropy",
+            "--no-hostname",
+            "--freeze-program",
+            &program,
+            "--mounts",
+            &mounts,
+        ]);
+        Self { agent, folder }
+    }
+
+    fn diary(&self) -> Vec<String> {
+        let mut text = String::new();
+        if let Ok(mut file) = std::fs::File::open(self.folder.path().join("diary")) {
+            file.read_to_string(&mut text).unwrap();
+        }
+        text.lines().map(str::to_owned).collect()
+    }
+
+    fn fail_at(&self, step: &str) {
+        let mut file = std::fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(self.folder.path().join("fail"))
+            .unwrap();
+        file.write_all(step.as_bytes()).unwrap();
+    }
+}
+
+const FREEZE: [&str; 3] = ["--freeze /deep", "--freeze /data", "--freeze /"];
+const THAW: [&str; 3] = ["--unfreeze /", "--unfreeze /data", "--unfreeze /deep"];
+
+#[tokio::test]
+async fn a_freeze_covers_every_file_system_and_a_thaw_undoes_it() {
+    let frosty = Frosty::start();
+    let mut link = frosty.agent.ready(1).await;
+    let frozen = link.freeze(Duration::from_secs(20)).await.unwrap();
+    assert_eq!(
+        frozen.mounts,
+        [b"/deep".to_vec(), b"/data".to_vec(), b"/".to_vec()]
+    );
+    assert_eq!(frozen.unsupported, [b"/boot".to_vec()]);
+    assert!(link.ping().await.unwrap().frozen);
+    let refused = link.exec_capture(sh("true"), b"").await;
+    assert!(
+        matches!(
+            refused,
+            Err(LinkError::Rejected {
+                reason: Rejection::Frozen
+            })
+        ),
+        "{refused:?}"
+    );
+    link.thaw().await.unwrap();
+    assert_eq!(frosty.diary(), [FREEZE, THAW].concat());
+    link.exec_capture(sh("true"), b"").await.unwrap();
+    let again = link.thaw().await;
+    assert!(
+        matches!(again, Err(LinkError::RequestFailed { .. })),
+        "{again:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_freeze_that_fails_half_way_leaves_nothing_frozen() {
+    for at in 0..FREEZE.len() {
+        let frosty = Frosty::start();
+        let mut link = frosty.agent.ready(1).await;
+        frosty.fail_at(FREEZE[at]);
+        let found = link.freeze(Duration::from_secs(20)).await;
+        assert!(
+            matches!(&found, Err(LinkError::RequestFailed { error, .. }) if error.contains("refused") && error.contains("thawed again")),
+            "{found:?}"
+        );
+        let mut expected = FREEZE[..=at].to_vec();
+        expected.extend(&THAW[THAW.len() - at..]);
+        assert_eq!(
+            frosty.diary(),
+            expected,
+            "all that was frozen is thawed, and only that"
+        );
+        assert!(!link.ping().await.unwrap().frozen);
+    }
+}
+
+#[tokio::test]
+async fn a_freeze_ends_by_itself_when_time_is_over_the_host_leaves_or_another_life_begins() {
+    for cause in ["time", "host", "life"] {
+        let frosty = Frosty::start();
+        let mut link = frosty.agent.ready(1).await;
+        let limit = if cause == "time" {
+            Duration::from_millis(200)
+        } else {
+            Duration::from_secs(60)
+        };
+        link.freeze(limit).await.unwrap();
+        let mut next = match cause {
+            "time" => link,
+            "host" => {
+                drop(link);
+                frosty.agent.attached(1).await
+            }
+            _ => {
+                let mut next = frosty.agent.link().await;
+                let ready = next.handshake(&greeting(2), LIMIT).await.unwrap();
+                let thaw = ready
+                    .phases
+                    .iter()
+                    .find(|report| report.phase == Phase::Thaw)
+                    .unwrap();
+                assert_eq!(thaw.outcome, PhaseOutcome::Done, "ready means thawed");
+                assert_eq!(frosty.diary(), [FREEZE, THAW].concat());
+                next
+            }
+        };
+        until("thawed", || frosty.diary().len() == 6);
+        assert_eq!(frosty.diary(), [FREEZE, THAW].concat(), "{cause}");
+        while next.ping().await.unwrap().frozen {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let found = next.thaw().await;
+        assert!(
+            matches!(&found, Err(LinkError::RequestFailed { error, .. }) if error.contains("not frozen")),
+            "{cause}: {found:?}"
+        );
+        next.exec_capture(sh("true"), b"").await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_thaw_that_fails_is_said_and_tried_again() {
+    let frosty = Frosty::start();
+    let mut link = frosty.agent.ready(1).await;
+    link.freeze(Duration::from_secs(60)).await.unwrap();
+    frosty.fail_at("--unfreeze /data");
+    let found = link.thaw().await;
+    assert!(
+        matches!(&found, Err(LinkError::RequestFailed { error, .. }) if error.contains("/data")),
+        "{found:?}"
+    );
+    assert!(link.ping().await.unwrap().frozen);
+    let refused = frosty
+        .agent
+        .link()
+        .await
+        .handshake(&greeting(2), LIMIT)
+        .await;
+    assert!(
+        matches!(
+            &refused,
+            Err(LinkError::StepFailed {
+                phase: Phase::Thaw,
+                ..
+            })
+        ),
+        "never ready while frozen: {refused:?}"
+    );
+    frosty.fail_at("nothing");
+    let ready = frosty.agent.ready(2).await;
+    drop(ready);
+    assert_eq!(
+        frosty.diary().last().map(String::as_str),
+        Some("--unfreeze /data")
+    );
+}
+
+#[tokio::test]
+async fn an_agent_on_a_socket_neither_freezes_nor_shuts_down_the_machine() {
+    let agent = Agent::start();
+    let mut link = agent.ready(1).await;
+    let found = link.freeze(Duration::from_secs(1)).await;
+    assert!(
+        matches!(found, Err(LinkError::RequestFailed { .. })),
+        "{found:?}"
+    );
+    let found = link.shutdown(ShutdownKind::Poweroff).await;
+    assert!(
+        matches!(found, Err(LinkError::RequestFailed { .. })),
+        "{found:?}"
+    );
+}
