@@ -1,0 +1,595 @@
+//! What the host makes of a guest that is silent, noisy, wrong or hostile: an error in time, never a hang.
+#![allow(
+    clippy::unwrap_used,
+    clippy::wildcard_enum_match_arm,
+    reason = "a test may stop at the first surprise"
+)]
+
+use std::time::{Duration, Instant};
+
+use stead_agent_link::{
+    AgentLink, Epoch, ExecRequest, ExitStatus, Greeting, LinkError, Reason, Stage,
+};
+use stead_agent_proto::frame::{Decoder, Direction, Item};
+use stead_agent_proto::message::*;
+use stead_agent_proto::{Frame, Nonce};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+
+const LIMIT: Duration = Duration::from_secs(10);
+const SHORT: Duration = Duration::from_millis(300);
+
+fn greeting() -> Greeting {
+    Greeting {
+        epoch: Epoch([1; 16]),
+        reason: Reason::Restore,
+        hostname: None,
+    }
+}
+
+fn request() -> ExecRequest {
+    ExecRequest {
+        argv: vec!["x".into()],
+        ..ExecRequest::default()
+    }
+}
+
+/// A guest that says what the test likes.
+struct Guest {
+    stream: UnixStream,
+    decoder: Decoder,
+    pending: Vec<u8>,
+    nonce: Nonce,
+    seq: u64,
+}
+
+impl Guest {
+    fn pair() -> (AgentLink, Self) {
+        let (host, guest) = UnixStream::pair().unwrap();
+        let mut link = AgentLink::from_stream(host);
+        link.set_silence_limit(SHORT);
+        link.set_request_limit(SHORT);
+        let guest = Self {
+            stream: guest,
+            decoder: Decoder::new(),
+            pending: Vec::new(),
+            nonce: Nonce(0),
+            seq: 0,
+        };
+        (link, guest)
+    }
+
+    async fn next(&mut self) -> Option<(Nonce, HostMessage)> {
+        loop {
+            let mut input = &self.pending[..];
+            let item = self.decoder.next_item(&mut input);
+            let taken = self.pending.len() - input.len();
+            self.pending.drain(..taken);
+            if let Some(Item::Frame(frame)) = item {
+                return Some((frame.nonce, HostMessage::from_frame(&frame).unwrap()));
+            }
+            let mut buffer = [0; 65536];
+            match self.stream.read(&mut buffer).await {
+                Ok(0) | Err(_) => return None,
+                Ok(count) => self.pending.extend_from_slice(&buffer[..count]),
+            }
+        }
+    }
+
+    fn frame(&mut self, message: &GuestMessage) -> Vec<u8> {
+        let frame = Frame {
+            direction: Direction::ToHost,
+            kind: message.kind(),
+            seq: self.seq,
+            epoch: Epoch([1; 16]),
+            nonce: self.nonce,
+            payload: message.to_payload().unwrap(),
+        };
+        self.seq += 1;
+        frame.encode().unwrap()
+    }
+
+    /// Whether the host still listens.
+    async fn send(&mut self, message: &GuestMessage) -> bool {
+        let wire = self.frame(message);
+        self.stream.write_all(&wire).await.is_ok()
+    }
+
+    /// A whole handshake, from whichever hello is the newest.
+    async fn greet(&mut self) {
+        loop {
+            let (nonce, message) = self.next().await.expect("the host goes on");
+            match message {
+                HostMessage::Hello(_) => self.hail(nonce).await,
+                HostMessage::Setup(_) if nonce == self.nonce => break,
+                _of_an_earlier_hello => {}
+            }
+        }
+        self.send(&ready()).await;
+    }
+
+    async fn hail(&mut self, nonce: Nonce) {
+        (self.nonce, self.seq) = (nonce, 0);
+        let agent_version = "t".into();
+        self.send(&GuestMessage::Hail(Hail { agent_version })).await;
+    }
+}
+
+fn ready() -> GuestMessage {
+    GuestMessage::Ready(Ready {
+        agent_version: "t".into(),
+        boot_id: "b".into(),
+        clock_behind_ns: None,
+        phases: vec![],
+    })
+}
+
+async fn in_time<T>(work: impl Future<Output = T>) -> T {
+    tokio::time::timeout(LIMIT, work)
+        .await
+        .expect("never a hang")
+}
+
+#[tokio::test]
+async fn a_socket_nobody_listens_at_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let found = AgentLink::connect(&folder.path().join("none")).await;
+    assert!(
+        matches!(&found, Err(LinkError::Connect { socket, .. }) if socket.ends_with("none")),
+        "{found:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_silent_guest_is_late_and_the_error_says_what_stands() {
+    let (mut link, _guest) = Guest::pair();
+    let begin = Instant::now();
+    let found = in_time(link.handshake(&greeting(), SHORT))
+        .await
+        .expect_err("silent");
+    assert!(begin.elapsed() >= SHORT && begin.elapsed() < SHORT * 4);
+    let text = found.to_string();
+    assert!(
+        text.contains("handshake") && text.contains("nothing came") && text.contains("no command"),
+        "{text}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn garbage_for_ever_is_an_error_in_time() {
+    for zero_every in [0usize, 1, 7] {
+        let (mut link, mut guest) = Guest::pair();
+        let flood = tokio::spawn(async move {
+            let mut noise = vec![0x55u8; 65536];
+            if zero_every > 0 {
+                noise
+                    .iter_mut()
+                    .step_by(zero_every + 1)
+                    .for_each(|byte| *byte = 0);
+            }
+            while guest.stream.write_all(&noise).await.is_ok() {}
+        });
+        let found = in_time(link.handshake(&greeting(), SHORT)).await;
+        assert!(
+            matches!(
+                found,
+                Err(LinkError::Late {
+                    stage: Stage::Handshake,
+                    ..
+                })
+            ),
+            "{found:?}"
+        );
+        drop(link);
+        flood.await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn stale_replies_for_ever_are_an_error_in_time() {
+    let (mut link, mut guest) = Guest::pair();
+    let flood = tokio::spawn(async move {
+        guest.nonce = Nonce(12345);
+        let mut wire = Vec::new();
+        for _ in 0..500 {
+            wire.extend(guest.frame(&GuestMessage::Accepted { id: 1 }));
+        }
+        while guest.stream.write_all(&wire).await.is_ok() {}
+    });
+    let found = in_time(link.handshake(&greeting(), SHORT)).await;
+    assert!(
+        matches!(&found, Err(LinkError::Late { discarded, .. }) if discarded.stale_frames > 0),
+        "{found:?}"
+    );
+    drop(link);
+    flood.await.unwrap();
+}
+
+#[tokio::test]
+async fn two_hundred_thousand_stale_replies_before_the_own_one_are_discarded() {
+    let (mut link, mut guest) = Guest::pair();
+    let old = tokio::spawn(async move {
+        guest.nonce = Nonce(7);
+        let mut wire = Vec::new();
+        for _ in 0..2000 {
+            wire.extend(guest.frame(&GuestMessage::Accepted { id: 1 }));
+        }
+        for _ in 0..100 {
+            guest.stream.write_all(&wire).await.unwrap();
+        }
+        guest.greet().await;
+        guest
+    });
+    in_time(link.handshake(&greeting(), LIMIT)).await.unwrap();
+    // And the hails to hellos that had been given up meanwhile.
+    assert!((200_000..200_050).contains(&link.discarded().stale_frames));
+    old.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_hello_that_was_lost_is_said_again() {
+    let (mut link, mut guest) = Guest::pair();
+    let deaf = tokio::spawn(async move {
+        let first = guest.next().await.unwrap().0;
+        // An agent that restarts has lost it; the next one is answered.
+        guest.greet().await;
+        (first, guest)
+    });
+    in_time(link.handshake(&greeting(), LIMIT)).await.unwrap();
+    let (first, guest) = deaf.await.unwrap();
+    assert_ne!(first, guest.nonce, "every hello has a nonce of its own");
+}
+
+#[tokio::test]
+async fn the_clock_is_read_when_the_guest_has_hailed_and_not_before() {
+    let (mut link, mut guest) = Guest::pair();
+    let booting = tokio::spawn(async move {
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        let setup = loop {
+            match guest.next().await {
+                Some((nonce, HostMessage::Hello(_))) => guest.hail(nonce).await,
+                Some((nonce, HostMessage::Setup(setup))) if nonce == guest.nonce => break setup,
+                _of_an_earlier_hello => {}
+            }
+        };
+        let now = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap();
+        guest.send(&ready()).await;
+        (guest, now.as_nanos() - u128::from(setup.wall_clock_ns))
+    });
+    in_time(link.handshake(&greeting(), LIMIT)).await.unwrap();
+    let (_guest, age_ns) = booting.await.unwrap();
+    assert!(age_ns < 300_000_000, "the time is {age_ns} ns old");
+}
+
+#[tokio::test]
+async fn a_guest_that_falls_silent_in_a_command_is_pinged_and_given_up() {
+    let (mut link, mut guest) = Guest::pair();
+    let silent = tokio::spawn(async move {
+        guest.greet().await;
+        guest.next().await.unwrap();
+        guest.send(&GuestMessage::Accepted { id: 1 }).await;
+        let mut pings = 0;
+        while let Some((_, message)) = guest.next().await {
+            pings += u32::from(matches!(
+                message,
+                HostMessage::Request {
+                    request: Request::Ping,
+                    ..
+                }
+            ));
+        }
+        pings
+    });
+    in_time(link.handshake(&greeting(), LIMIT)).await.unwrap();
+    let found = in_time(link.exec_capture(request(), b"")).await;
+    assert!(
+        matches!(
+            found,
+            Err(LinkError::Late {
+                stage: Stage::Run,
+                ..
+            })
+        ),
+        "{found:?}"
+    );
+    let again = link.ping().await;
+    assert!(
+        matches!(again, Err(LinkError::Abandoned { .. })),
+        "{again:?}"
+    );
+    drop(link);
+    assert_eq!(silent.await.unwrap(), 1);
+}
+
+#[tokio::test]
+async fn a_command_that_is_quiet_for_long_is_not_given_up_while_the_agent_answers() {
+    let (mut link, mut guest) = Guest::pair();
+    let quiet = tokio::spawn(async move {
+        guest.greet().await;
+        guest.next().await.unwrap();
+        guest.send(&GuestMessage::Accepted { id: 1 }).await;
+        for _ in 0..8 {
+            let Some((
+                _,
+                HostMessage::Request {
+                    id,
+                    request: Request::Ping,
+                },
+            )) = guest.next().await
+            else {
+                panic!("a ping is due");
+            };
+            let status = Status {
+                attached_commands: 1,
+                detached_commands: 0,
+                frozen: false,
+                stale_frames: 0,
+                garbage_bytes: 0,
+            };
+            guest
+                .send(&GuestMessage::Done {
+                    id,
+                    outcome: Done::Status(status),
+                })
+                .await;
+        }
+        guest
+            .send(&GuestMessage::Exit {
+                id: 1,
+                status: ExitStatus::Code(6),
+            })
+            .await;
+        guest
+    });
+    in_time(link.handshake(&greeting(), LIMIT)).await.unwrap();
+    let limit = Duration::from_secs(1);
+    link.set_silence_limit(limit);
+    let begin = Instant::now();
+    let output = in_time(link.exec_capture(request(), b"")).await.unwrap();
+    assert_eq!(output.status, ExitStatus::Code(6));
+    assert!(begin.elapsed() > limit * 2, "longer than the silence limit");
+    quiet.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_guest_that_never_ends_a_limited_command_is_given_up_however_lively_it_is() {
+    let (mut link, mut guest) = Guest::pair();
+    let lively = tokio::spawn(async move {
+        guest.greet().await;
+        guest.next().await.unwrap();
+        guest.send(&GuestMessage::Accepted { id: 1 }).await;
+        let data: Bytes = vec![b'x'; 100].into();
+        loop {
+            let output = GuestMessage::Output {
+                id: 1,
+                stream: OutputStream::Stdout,
+                data: data.clone(),
+            };
+            if !guest.send(&output).await {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    });
+    in_time(link.handshake(&greeting(), LIMIT)).await.unwrap();
+    let limited = ExecRequest {
+        timeout_ms: 200,
+        ..request()
+    };
+    let begin = Instant::now();
+    let found = in_time(link.exec_capture(limited, b"")).await;
+    assert!(
+        matches!(
+            found,
+            Err(LinkError::Late {
+                stage: Stage::Run,
+                ..
+            })
+        ),
+        "{found:?}"
+    );
+    assert!(begin.elapsed() < Duration::from_secs(3));
+    drop(link);
+    lively.await.unwrap();
+}
+
+#[tokio::test]
+async fn what_the_protocol_forbids_is_an_error_at_once() {
+    let output = |bytes: usize| GuestMessage::Output {
+        id: 1,
+        stream: OutputStream::Stdout,
+        data: vec![b'x'; bytes].into(),
+    };
+    let accepted = GuestMessage::Accepted { id: 1 };
+    let credit = |bytes| GuestMessage::StdinCredit { id: 1, bytes };
+    let cases: Vec<(&str, Vec<GuestMessage>)> = vec![
+        ("output before the command runs", vec![output(5)]),
+        (
+            "an exit before the command runs",
+            vec![GuestMessage::Exit {
+                id: 1,
+                status: ExitStatus::Code(0),
+            }],
+        ),
+        (
+            "another command's start",
+            vec![GuestMessage::Accepted { id: 2 }],
+        ),
+        ("empty output", vec![accepted.clone(), output(0)]),
+        (
+            "a chunk over the limit",
+            vec![accepted.clone(), output(40_000)],
+        ),
+        (
+            "credit never earned",
+            vec![accepted.clone(), credit(u32::MAX)],
+        ),
+        (
+            "a flood of late credit",
+            vec![accepted.clone(), credit(200_000), credit(200_000)],
+        ),
+        (
+            "a pong nobody asked for",
+            vec![GuestMessage::Done {
+                id: 9,
+                outcome: Done::Ok,
+            }],
+        ),
+        ("ready twice", vec![ready()]),
+        (
+            "the end of the session",
+            vec![GuestMessage::SessionBroken {
+                reason: "so there".into(),
+            }],
+        ),
+    ];
+    for (what, messages) in cases {
+        let (mut link, mut guest) = Guest::pair();
+        let wrong = tokio::spawn(async move {
+            guest.greet().await;
+            guest.next().await.unwrap();
+            for message in &messages {
+                guest.send(message).await;
+            }
+            while guest.next().await.is_some() {}
+        });
+        in_time(link.handshake(&greeting(), LIMIT)).await.unwrap();
+        let found = in_time(link.exec_capture(request(), b"")).await;
+        assert!(
+            matches!(found, Err(LinkError::Protocol { .. })),
+            "{what}: {found:?}"
+        );
+        drop(link);
+        wrong.await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn more_output_than_was_granted_is_refused() {
+    let (mut link, mut guest) = Guest::pair();
+    let flood = tokio::spawn(async move {
+        guest.greet().await;
+        guest.next().await.unwrap();
+        guest.send(&GuestMessage::Accepted { id: 1 }).await;
+        let data: Bytes = vec![b'x'; 32 * 1024].into();
+        let output = GuestMessage::Output {
+            id: 1,
+            stream: OutputStream::Stderr,
+            data,
+        };
+        while guest.send(&output).await {}
+    });
+    in_time(link.handshake(&greeting(), LIMIT)).await.unwrap();
+    let (_reader, stuck) = tokio::io::duplex(1);
+    let (_sender, signals) = tokio::sync::mpsc::channel(1);
+    let io = stead_agent_link::ExecIo {
+        stdin: tokio::io::empty(),
+        stdout: tokio::io::sink(),
+        stderr: stuck,
+    };
+    let found = in_time(link.exec(request(), io, signals)).await;
+    assert!(
+        matches!(found, Err(LinkError::Protocol { .. })),
+        "{found:?}"
+    );
+    drop(link);
+    flood.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_lost_or_damaged_frame_is_never_passed_over() {
+    for lost in [true, false] {
+        let (mut link, mut guest) = Guest::pair();
+        let lossy = tokio::spawn(async move {
+            guest.greet().await;
+            guest.next().await.unwrap();
+            guest.send(&GuestMessage::Accepted { id: 1 }).await;
+            let text = |text: &str| GuestMessage::Output {
+                id: 1,
+                stream: OutputStream::Stdout,
+                data: text.into(),
+            };
+            guest.send(&text("first ")).await;
+            let mut middle = guest.frame(&text("second "));
+            if lost {
+                middle.clear();
+            } else {
+                middle[30] ^= 0x40;
+            }
+            let last = [
+                middle,
+                guest.frame(&text("third")),
+                guest.frame(&GuestMessage::Exit {
+                    id: 1,
+                    status: ExitStatus::Code(0),
+                }),
+            ]
+            .concat();
+            guest.stream.write_all(&last).await.unwrap();
+            while guest.next().await.is_some() {}
+        });
+        in_time(link.handshake(&greeting(), LIMIT)).await.unwrap();
+        let found = in_time(link.exec_capture(request(), b"")).await;
+        assert!(
+            matches!(found, Err(LinkError::Protocol { .. })),
+            "{found:?}"
+        );
+        drop(link);
+        lossy.await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_connection_that_ends_is_said_to_have_ended() {
+    let (mut link, mut guest) = Guest::pair();
+    let short = tokio::spawn(async move {
+        guest.greet().await;
+        guest.next().await.unwrap();
+        guest.send(&GuestMessage::Accepted { id: 1 }).await;
+    });
+    in_time(link.handshake(&greeting(), LIMIT)).await.unwrap();
+    let found = in_time(link.exec_capture(request(), b"")).await;
+    assert!(
+        matches!(
+            found,
+            Err(LinkError::Disconnected {
+                stage: Stage::Run,
+                ..
+            })
+        ),
+        "{found:?}"
+    );
+    short.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_dropped_operation_leaves_the_link_abandoned() {
+    let (mut link, mut guest) = Guest::pair();
+    let slow = tokio::spawn(async move {
+        guest.greet().await;
+        while guest.next().await.is_some() {}
+    });
+    in_time(link.handshake(&greeting(), LIMIT)).await.unwrap();
+    let dropped =
+        tokio::time::timeout(Duration::from_millis(20), link.exec_capture(request(), b"")).await;
+    assert!(dropped.is_err());
+    let found = link.exec_capture(request(), b"").await;
+    assert!(
+        matches!(found, Err(LinkError::Abandoned { .. })),
+        "{found:?}"
+    );
+    drop(link);
+    slow.await.unwrap();
+}
+
+#[tokio::test]
+async fn nothing_is_sent_before_a_handshake() {
+    let (mut link, _guest) = Guest::pair();
+    let found = link.exec_capture(request(), b"").await;
+    assert!(
+        matches!(found, Err(LinkError::Unsendable { .. })),
+        "{found:?}"
+    );
+}
