@@ -1,0 +1,384 @@
+//! Commands in a guest, over one of its agent ports.
+//!
+//! QEMU serves one connection a port, so a command takes the first port whose lock is free. The
+//! session is of the epoch that the sandbox's agent acknowledged: a command can never reach a guest
+//! that was put back meanwhile.
+
+use std::time::{Duration, Instant};
+
+use stead_agent_link::{
+    AgentLink, Epoch, ExecRequest, ExitStatus, LinkError, Phase, Rejection, ShutdownKind,
+};
+use stead_agent_proto::message::Bytes;
+use stead_sys::lock::{Attempt, FileLock};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::mpsc;
+
+use crate::Engine;
+use crate::error::{AtFile, EngineError, Kind, Result};
+use crate::launch::{AgentPort, HANDSHAKE_PORT, Reason};
+use crate::machine::AGENT_PORTS;
+use crate::records::{Sandbox, SandboxState};
+use crate::sandbox::wrong_state;
+
+/// How long an agent may take to accept a session.
+const ATTACH_TIMEOUT: Duration = Duration::from_secs(15);
+/// How often taken ports are tried again.
+const RETRY: Duration = Duration::from_millis(10);
+
+/// A command for a guest.
+#[derive(Debug, Clone, Default)]
+pub struct ExecCommand {
+    /// Program and arguments.
+    pub argv: Vec<String>,
+    /// Environment variables, besides the usual ones.
+    pub env: Vec<(String, String)>,
+    /// The working directory.
+    pub cwd: Option<String>,
+    /// The user, by name or number; root when absent.
+    pub user: Option<String>,
+    /// Whether standard input is passed on.
+    pub stdin: bool,
+    /// The command is killed with all its processes after this time.
+    pub timeout: Option<Duration>,
+}
+
+/// How a command ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExecEnd {
+    /// It exited with this status.
+    Code(u8),
+    /// This signal ended it.
+    Signal(u8),
+    /// It was killed when its time was over.
+    TimedOut,
+}
+
+/// Why a command was not started in the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NotStarted {
+    /// There is no such program; exit status 127, as a shell has it.
+    NotFound,
+    /// The program is there and cannot be run, or its folder or user cannot be taken; exit status 126.
+    NotRunnable,
+}
+
+impl EngineError {
+    /// Whether this says that a command was not started in the guest, of which nothing has run.
+    #[must_use]
+    pub fn not_started(&self) -> Option<NotStarted> {
+        let source = std::error::Error::source(self)?;
+        let LinkError::Rejected { reason } = source.downcast_ref()? else {
+            return None;
+        };
+        match reason {
+            Rejection::Start { step, errno } => {
+                let is_missing = *errno == rustix::io::Errno::NOENT.raw_os_error();
+                Some(if is_missing && step.starts_with("run ") {
+                    NotStarted::NotFound
+                } else {
+                    NotStarted::NotRunnable
+                })
+            }
+            Rejection::Invalid(_) => Some(NotStarted::NotRunnable),
+            Rejection::Busy | Rejection::Frozen | Rejection::TooManyCommands { .. } => None,
+        }
+    }
+}
+
+/// What a command wrote, and how it ended.
+#[derive(Debug, Clone)]
+pub struct ExecOutput {
+    /// How it ended.
+    pub status: ExecEnd,
+    /// Standard output.
+    pub stdout: Vec<u8>,
+    /// Standard error.
+    pub stderr: Vec<u8>,
+}
+
+impl ExecOutput {
+    /// Whether it exited with status 0.
+    #[must_use]
+    pub fn success(&self) -> bool {
+        self.status == ExecEnd::Code(0)
+    }
+}
+
+/// A session with a guest's agent and the lock of its port.
+pub(crate) struct Session {
+    port: AgentPort,
+    _lock: FileLock,
+}
+
+impl Session {
+    pub(crate) fn link(&mut self) -> &mut AgentLink {
+        &mut self.port.link
+    }
+}
+
+impl Engine {
+    /// Runs a command in a sandbox, passing its streams and `signals` on.
+    ///
+    /// # Errors
+    /// When the sandbox does not run, its agent does not answer, or the command cannot be started.
+    pub async fn exec<I, O, E>(
+        &self,
+        name: &str,
+        command: ExecCommand,
+        stdin: I,
+        stdout: O,
+        stderr: E,
+        signals: mpsc::Receiver<i32>,
+    ) -> Result<ExecEnd>
+    where
+        I: AsyncRead + Send + Unpin + 'static,
+        O: AsyncWrite + Send + Unpin + 'static,
+        E: AsyncWrite + Send + Unpin + 'static,
+    {
+        let (sandbox, mut session) = self.command_session(name).await?;
+        let io = stead_agent_link::ExecIo {
+            stdin,
+            stdout,
+            stderr,
+        };
+        let failed = |source| agent_error("exec in", &sandbox, source);
+        let request = request(command);
+        let begun = Instant::now();
+        loop {
+            match session.link().start(request.clone()).await {
+                Ok(running) => {
+                    return running.run(io, signals).await.map(end_of).map_err(failed);
+                }
+                Err(error) if self.thaws_soon(&error, begun) => {
+                    tokio::time::sleep(RETRY).await;
+                }
+                Err(error) => return Err(failed(error)),
+            }
+        }
+    }
+
+    /// Runs a command in a sandbox and collects what it writes, up to the link's bound.
+    ///
+    /// # Errors
+    /// As [`Engine::exec`], and when it writes too much.
+    pub async fn exec_capture(
+        &self,
+        name: &str,
+        command: ExecCommand,
+        stdin: &[u8],
+    ) -> Result<ExecOutput> {
+        let (sandbox, mut session) = self.command_session(name).await?;
+        let request = request(command);
+        let begun = Instant::now();
+        loop {
+            match session.link().exec_capture(request.clone(), stdin).await {
+                Ok(output) => {
+                    return Ok(ExecOutput {
+                        status: end_of(output.status),
+                        stdout: output.stdout,
+                        stderr: output.stderr,
+                    });
+                }
+                Err(error) if self.thaws_soon(&error, begun) => {
+                    tokio::time::sleep(RETRY).await;
+                }
+                Err(error) => return Err(agent_error("exec in", &sandbox, error)),
+            }
+        }
+    }
+
+    /// Whether the command was only refused because a disk-only checkpoint is being taken: it did not
+    /// run, and may be sent again.
+    fn thaws_soon(&self, error: &LinkError, begun: Instant) -> bool {
+        let frozen = matches!(
+            error,
+            LinkError::Rejected {
+                reason: Rejection::Frozen
+            }
+        );
+        frozen && begun.elapsed() < self.settings.wait
+    }
+
+    async fn running(&self, name: &str, attempt: &str) -> Result<Sandbox> {
+        let sandbox = self.records.sandbox(name).await?;
+        let sandbox = self.notice_crash(sandbox).await?;
+        if sandbox.state != SandboxState::Running {
+            return Err(wrong_state(attempt, &sandbox, "it does not run"));
+        }
+        Ok(sandbox)
+    }
+
+    /// Opens a session of the sandbox's epoch on the first free port.
+    pub(crate) async fn attach(&self, sandbox: &Sandbox, timeout: Duration) -> Result<Session> {
+        let (Some(launch), Some(epoch)) = (&sandbox.launch, &sandbox.epoch) else {
+            return Err(EngineError::new(
+                Kind::Agent,
+                format!("reach the agent of sandbox {}", sandbox.name),
+                "it was started without waiting for an agent",
+            )
+            .next("make a template with stead-agent inside, or use the console"));
+        };
+        let epoch: Epoch = epoch.parse().map_err(|source| {
+            EngineError::internal("read the sandbox's epoch", "").because(source)
+        })?;
+        let (number, lock) = self.free_port(launch, sandbox).await?;
+        let mut port = AgentPort::connect(&self.dir.run(launch), number, &sandbox.name).await?;
+        port.link
+            .attach(epoch, timeout)
+            .await
+            .map_err(|source| agent_error("reach the agent of", sandbox, source))?;
+        Ok(Session { port, _lock: lock })
+    }
+
+    /// A session for a command. An agent that has forgotten its epoch is given a new one.
+    async fn command_session(&self, name: &str) -> Result<(Sandbox, Session)> {
+        let sandbox = self.running(name, "exec in").await?;
+        match self.attach(&sandbox, ATTACH_TIMEOUT).await {
+            Ok(session) => Ok((sandbox, session)),
+            Err(error) if lives_another_life(&error) => {
+                let (_lock, now) = self.lock_sandbox(&sandbox.id, "greet").await?;
+                let now = self.running(&now.id, "exec in").await?;
+                let session = self.attach_locked(&now, ATTACH_TIMEOUT).await?;
+                Ok((now, session))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// As [`Engine::attach`], for one who holds the sandbox's lock: a guest that was rebooted, or whose
+    /// agent was restarted, lives a life that nobody has greeted yet. Nobody else can be greeting it.
+    pub(crate) async fn attach_locked(
+        &self,
+        sandbox: &Sandbox,
+        timeout: Duration,
+    ) -> Result<Session> {
+        match (self.attach(sandbox, timeout).await, &sandbox.launch) {
+            (Err(error), Some(launch)) if lives_another_life(&error) => {
+                let folder = self.dir.run(launch);
+                let mut port = AgentPort::connect(&folder, HANDSHAKE_PORT, &sandbox.name).await?;
+                let epoch = port.greet(Reason::Boot, timeout).await?;
+                self.records.set_epoch(&sandbox.id, &epoch).await?;
+                let now = Sandbox {
+                    epoch: Some(epoch),
+                    ..sandbox.clone()
+                };
+                self.attach(&now, timeout).await
+            }
+            (result, _) => result,
+        }
+    }
+
+    async fn free_port(&self, launch: &str, sandbox: &Sandbox) -> Result<(u8, FileLock)> {
+        let begun = Instant::now();
+        let own = format!("a command, process {}", std::process::id());
+        loop {
+            for port in HANDSHAKE_PORT + 1..AGENT_PORTS {
+                let path = self.port_lock(launch, port);
+                if let Attempt::Locked(lock) = FileLock::attempt(&path, &own).at("lock", &path)? {
+                    return Ok((port, lock));
+                }
+            }
+            if begun.elapsed() >= self.settings.wait {
+                return Err(EngineError::new(
+                    Kind::Conflict,
+                    format!("exec in sandbox {}", sandbox.name),
+                    format!(
+                        "all {} command ports are in use (waited {} s)",
+                        AGENT_PORTS - 1,
+                        self.settings.wait.as_secs()
+                    ),
+                )
+                .next("wait for a command to end, or give --wait a longer time"));
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    /// A launch has a name of its own, so no lock file of it is ever looked for again.
+    pub(crate) fn remove_port_locks(&self, launch: &str) -> Result<()> {
+        for port in HANDSHAKE_PORT + 1..AGENT_PORTS {
+            let path = self.port_lock(launch, port);
+            if path.exists() {
+                stead_sys::durable::remove_file(&path).at("remove", &path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Locks lie with ours, not in the VM's folder: what its user can write we do not open.
+    fn port_lock(&self, launch: &str, port: u8) -> std::path::PathBuf {
+        self.dir.locks().join(format!("port-{launch}-{port}"))
+    }
+
+    /// Asks the guest to power itself off; whether it does is seen by who waits.
+    pub(crate) async fn ask_to_power_off(&self, sandbox: &Sandbox) -> bool {
+        let Ok(mut session) = self.attach_locked(sandbox, ATTACH_TIMEOUT).await else {
+            return false;
+        };
+        session
+            .link()
+            .shutdown(ShutdownKind::Poweroff)
+            .await
+            .is_ok()
+    }
+}
+
+/// Whether the agent answered, and knows another epoch than the recorded one, or none.
+fn lives_another_life(error: &EngineError) -> bool {
+    let source = std::error::Error::source(error).and_then(|source| source.downcast_ref());
+    matches!(
+        source,
+        Some(LinkError::StepFailed {
+            phase: Phase::Epoch,
+            ..
+        })
+    )
+}
+
+pub(crate) fn agent_error(attempt: &str, sandbox: &Sandbox, source: LinkError) -> EngineError {
+    let error = EngineError::new(
+        Kind::Agent,
+        format!("{attempt} sandbox {}", sandbox.name),
+        "",
+    )
+    .because(source)
+    .left("the VM runs on");
+    match error.not_started() {
+        // The agent did as it must.
+        Some(_) => error.of_kind(Kind::Usage),
+        None => error,
+    }
+}
+
+fn request(command: ExecCommand) -> ExecRequest {
+    ExecRequest {
+        argv: command
+            .argv
+            .iter()
+            .map(|word| Bytes::from(word.as_str()))
+            .collect(),
+        env: command
+            .env
+            .iter()
+            .map(|(name, value)| (Bytes::from(name.as_str()), Bytes::from(value.as_str())))
+            .collect(),
+        cwd: command.cwd.as_deref().map(Bytes::from),
+        user: command.user,
+        stdin: command.stdin,
+        timeout_ms: command.timeout.map_or(0, |timeout| {
+            u64::try_from(timeout.as_millis())
+                .unwrap_or(u64::MAX)
+                .max(1)
+        }),
+    }
+}
+
+fn end_of(status: ExitStatus) -> ExecEnd {
+    let byte = |value: i32| u8::try_from(value & 0xff).unwrap_or(u8::MAX);
+    match status {
+        ExitStatus::Code(code) => ExecEnd::Code(byte(code)),
+        ExitStatus::Signal(signal) => ExecEnd::Signal(byte(signal)),
+        ExitStatus::TimedOut => ExecEnd::TimedOut,
+    }
+}

@@ -1,0 +1,190 @@
+//! Sandboxes, templates, checkpoints and forks as durable jobs.
+//!
+//! The engine puts the crates below it together: it asks [`stead_vmm`] to run and capture machines,
+//! [`stead_qcow2`] for layers, [`stead_store`] to publish and fetch, [`stead_agent_link`] to talk to
+//! guests, and keeps in one SQLite database what lies on this worker. It never prints.
+//!
+//! | module | idea |
+//! |---|---|
+//! | `sandbox` | create, start, stop, remove, list |
+//! | `template` | build, import, list, remove |
+//! | `capture` | checkpoint and hibernate: one instant, then publish |
+//! | `materialise` | bring a checkpoint's parts here and prove them |
+//! | `restore` | fork, restore, wake: run proven parts |
+//! | `launch` | one QEMU: files, process, handshake |
+//! | `layers` | layer files and what a guest sees through them |
+//! | `job`, `undo` | what survives a crash, and how it is taken back |
+//! | `exclusion` | which operations wait for which |
+//! | `records` | the database, every statement |
+#![forbid(unsafe_code)]
+
+mod blobs;
+mod capture;
+mod doctor;
+mod error;
+mod event;
+mod exclusion;
+mod exec;
+mod host;
+mod id;
+mod job;
+mod launch;
+mod layers;
+mod machine;
+mod materialise;
+mod paths;
+mod records;
+mod restore;
+mod sandbox;
+mod store;
+mod template;
+mod undo;
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use stead_store::Store;
+use stead_sys::lock::FileLock;
+use stead_vmm::Qemu;
+use tokio::sync::OnceCell;
+
+pub use capture::{CaptureReport, CheckpointRequest, PauseReport};
+pub use doctor::{Advice, DoctorReport, Finding};
+pub use error::{EngineError, Kind, Result};
+pub use event::{Event, Watch};
+pub use exec::{ExecCommand, ExecEnd, ExecOutput, NotStarted};
+pub use host::AcceleratorChoice;
+pub use paths::DataDir;
+pub use records::{RamSharing, SandboxState};
+pub use restore::{RestoreReport, VerifyReport};
+pub use sandbox::{CreateRequest, SandboxInfo};
+pub use store::{CheckpointInfo, DiskInfo, GcSummary, ScrubReport};
+pub use template::{BuildRequest, ImportRequest, TemplateInfo, find_agent};
+
+use records::{Records, Sandbox};
+
+/// How a worker is set up.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The worker's folder.
+    pub data_dir: PathBuf,
+    /// The store's URL; `None` for the folder `store` in the data directory.
+    pub store: Option<String>,
+    /// How long to wait for another command that works on the same sandbox.
+    pub wait: Duration,
+    /// Where template builds keep what the next one can use; `None` for the worker's own folder.
+    pub template_cache: Option<PathBuf>,
+}
+
+impl Settings {
+    /// The usual folder: `/var/lib/steadfast` for root, else below the home directory.
+    ///
+    /// # Errors
+    /// When not root and `HOME` is not set.
+    pub fn default_data_dir() -> Result<PathBuf> {
+        if rustix::process::geteuid().is_root() {
+            return Ok(PathBuf::from("/var/lib/steadfast"));
+        }
+        let home = std::env::var_os("HOME").ok_or_else(|| {
+            EngineError::usage("find the data directory", "HOME is not set")
+                .next("give --data-dir DIR or set STEAD_DATA_DIR")
+        })?;
+        Ok(Path::new(&home).join(".local/share/steadfast"))
+    }
+}
+
+/// One worker.
+#[derive(Debug)]
+pub struct Engine {
+    settings: Settings,
+    dir: DataDir,
+    records: Records,
+    watch: Watch,
+    store: OnceCell<Store>,
+    qemu: OnceCell<Qemu>,
+    reflinks: OnceLock<bool>,
+}
+
+impl Engine {
+    /// Opens the worker and undoes what operations whose process died have left.
+    ///
+    /// # Errors
+    /// When the data directory or its database cannot be used.
+    pub async fn open(settings: Settings, watch: Watch) -> Result<Self> {
+        let dir = DataDir::open(&settings.data_dir)?;
+        let records = Records::open(&dir.database()).await?;
+        let engine = Self {
+            settings,
+            dir,
+            records,
+            watch,
+            store: OnceCell::new(),
+            qemu: OnceCell::new(),
+            reflinks: OnceLock::new(),
+        };
+        engine.recover().await?;
+        Ok(engine)
+    }
+
+    /// Where this worker keeps what.
+    #[must_use]
+    pub fn data_dir(&self) -> &DataDir {
+        &self.dir
+    }
+
+    /// Takes a sandbox's lock, undoes what a dead command left of it, and reads it afresh.
+    async fn lock_sandbox(&self, name: &str, purpose: &str) -> Result<(FileLock, Sandbox)> {
+        let found = self.records.sandbox(name).await?;
+        let path = self.lock_path(&found.id);
+        let lock = exclusion::lock(
+            &path,
+            &format!("sandbox {}", found.name),
+            purpose,
+            self.settings.wait,
+            &self.watch,
+        )
+        .await?;
+        self.recover_locked(&found.id).await?;
+        let now = self.records.sandbox(&found.id).await?;
+        let now = self.notice_crash(now).await?;
+        Ok((lock, now))
+    }
+
+    fn lock_path(&self, sandbox: &str) -> PathBuf {
+        self.dir.locks().join(format!("sandbox-{sandbox}"))
+    }
+
+    /// Records that a sandbox's QEMU is gone, if it is.
+    async fn notice_crash(&self, sandbox: Sandbox) -> Result<Sandbox> {
+        let Some(process) = sandbox.process else {
+            return Ok(sandbox);
+        };
+        if process.is_alive().map_err(|source| {
+            EngineError::internal(format!("look for process {process}"), "").because(source)
+        })? {
+            return Ok(sandbox);
+        }
+        // A command may have ended it on purpose meanwhile: only what was seen is recorded.
+        self.records.set_crashed(&sandbox.id, process).await?;
+        self.records.sandbox(&sandbox.id).await
+    }
+}
+
+/// Now, as RFC 3339 in UTC.
+pub(crate) fn now() -> String {
+    jiff::Timestamp::now().to_string()
+}
+
+/// Runs work that blocks, so that other tasks go on meanwhile.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(error) => Err(EngineError::internal("run blocking work", "").because(error)),
+        },
+    }
+}

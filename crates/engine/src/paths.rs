@@ -1,0 +1,94 @@
+//! Where a worker keeps what: one folder, and for live RAM a memory file system where that is better.
+
+use std::path::{Path, PathBuf};
+
+use crate::error::{AtFile, Result};
+use stead_sys::durable;
+
+/// The folder of one worker.
+#[derive(Debug, Clone)]
+pub struct DataDir {
+    root: PathBuf,
+}
+
+impl DataDir {
+    /// Creates the folders that are missing. VM users may pass through, not list.
+    ///
+    /// # Errors
+    /// When a folder cannot be created.
+    pub fn open(root: &Path) -> Result<Self> {
+        let absolute = std::path::absolute(root).at("resolve", root)?;
+        let dir = Self { root: absolute };
+        for (path, mode) in [
+            (dir.root.clone(), 0o711),
+            (dir.layers(), 0o711),
+            (dir.ram(), 0o711),
+            (dir.blobs(), 0o711),
+            (dir.runs(), 0o711),
+            (dir.locks(), 0o700),
+            (dir.cache(), 0o700),
+            (dir.builds(), 0o700),
+        ] {
+            durable::create_dir(&path, mode).at("create folder", &path)?;
+        }
+        Ok(dir)
+    }
+
+    /// The folder itself.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The worker's database.
+    #[must_use]
+    pub fn database(&self) -> PathBuf {
+        self.root.join("stead.db")
+    }
+
+    /// The store used when none is named.
+    #[must_use]
+    pub fn default_store(&self) -> PathBuf {
+        self.root.join("store")
+    }
+
+    pub(crate) fn layers(&self) -> PathBuf {
+        self.root.join("layers")
+    }
+
+    /// Frozen RAM images, named by their content.
+    pub(crate) fn ram(&self) -> PathBuf {
+        self.root.join("ram")
+    }
+
+    /// Kernels, initramfs images and device states, named by their content.
+    pub(crate) fn blobs(&self) -> PathBuf {
+        self.root.join("blobs")
+    }
+
+    pub(crate) fn runs(&self) -> PathBuf {
+        self.root.join("run")
+    }
+
+    /// The folder of one QEMU process: sockets, logs, live RAM on a reflink file system.
+    pub(crate) fn run(&self, launch: &str) -> PathBuf {
+        self.runs().join(launch)
+    }
+
+    pub(crate) fn locks(&self) -> PathBuf {
+        self.root.join("locks")
+    }
+
+    pub(crate) fn cache(&self) -> PathBuf {
+        self.root.join("cache")
+    }
+
+    pub(crate) fn builds(&self) -> PathBuf {
+        self.root.join("build")
+    }
+}
+
+/// Where live RAM lies when the data folder's file system cannot share blocks.
+pub(crate) fn memory_folder(launch: &str) -> PathBuf {
+    Path::new("/dev/shm").join(format!("stead-{launch}"))
+}

@@ -1,0 +1,576 @@
+//! Sandboxes: create, start, stop, remove, list.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Serialize;
+use stead_vmm::Vm;
+
+use crate::error::{AtFile, EngineError, Kind, Result};
+use crate::host::AcceleratorChoice;
+use crate::job::{Job, Undo};
+use crate::launch::{LaunchPlan, RamPlan, Reason};
+use crate::layers;
+use crate::machine::{MachineRecord, disk_names};
+use crate::records::{
+    Incarnation, LayerRow, RamSharing, Records, Sandbox, SandboxDisk, SandboxState,
+};
+use crate::{Engine, blocking, id, now, paths};
+
+/// The most disks a sandbox may have.
+pub const DISKS_MAX: usize = 16;
+/// The least memory a sandbox may have, in bytes.
+pub const MEMORY_BYTES_MIN: u64 = 64 << 20;
+/// Memory comes in steps of this, in bytes.
+const MEMORY_STEP_BYTES: u64 = 2 << 20;
+/// How long a guest may take from power-on until its agent answers.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(180);
+
+/// How long QEMU may take to end when it is told to.
+const QUIT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What a new sandbox shall be.
+#[derive(Debug, Clone)]
+pub struct CreateRequest {
+    /// Name or id of the template.
+    pub template: String,
+    /// The sandbox's name; `None` for its id.
+    pub name: Option<String>,
+    /// Guest memory in bytes, a multiple of 2 MiB.
+    pub memory_bytes: u64,
+    /// Virtual CPUs.
+    pub cpus: u16,
+    /// Size of the first disk in bytes; `None` for the template's.
+    pub disk_bytes: Option<u64>,
+    /// Sizes of further, empty disks in bytes.
+    pub extra_disks: Vec<u64>,
+    /// The accelerator.
+    pub accelerator: AcceleratorChoice,
+    /// Whether to wait for the guest's agent.
+    pub agent: bool,
+}
+
+/// A sandbox as it is shown.
+#[derive(Debug, Clone, Serialize)]
+pub struct SandboxInfo {
+    /// 12 hex digits.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// Its state.
+    pub state: SandboxState,
+    /// Id of the template it was made from.
+    pub template: String,
+    /// Guest memory in bytes.
+    pub memory_bytes: u64,
+    /// Virtual CPUs.
+    pub cpus: u16,
+    /// The versioned machine type.
+    pub machine_type: String,
+    /// The CPU model.
+    pub cpu_model: String,
+    /// `kvm` or `tcg`.
+    pub accelerator: String,
+    /// Its disks.
+    pub disks: Vec<SandboxDiskInfo>,
+    /// Process id of its QEMU while it runs.
+    pub pid: Option<i32>,
+    /// How its RAM is mapped while it runs.
+    pub ram: Option<RamSharing>,
+    /// The epoch its agent acknowledged, 32 hex digits; absent when no agent answered.
+    pub epoch: Option<String>,
+    /// The checkpoint it last made or came from.
+    pub checkpoint: Option<String>,
+    /// The checkpoint it will wake from.
+    pub hibernated_as: Option<String>,
+    /// RFC 3339.
+    pub created: String,
+}
+
+/// A disk of a sandbox.
+#[derive(Debug, Clone, Serialize)]
+pub struct SandboxDiskInfo {
+    /// vda, vdb, …
+    pub name: String,
+    /// What the guest sees, in bytes.
+    pub size_bytes: u64,
+    /// Layers from the one written to down to the base.
+    pub layers: usize,
+    /// The file the guest writes to.
+    pub file: PathBuf,
+}
+
+impl Engine {
+    /// Creates a sandbox from a template, boots it and waits until its agent is ready.
+    ///
+    /// # Errors
+    /// Anything that fails is undone: no sandbox, no process, no files.
+    pub async fn create(&self, request: &CreateRequest) -> Result<SandboxInfo> {
+        check_request(request)?;
+        let template = self.template_row(&request.template).await?;
+        let sandbox = id::short()?;
+        let name = request.name.clone().unwrap_or_else(|| sandbox.clone());
+        id::check_name("sandbox", &name)?;
+        let base = self.base_layer(&template.layer).await?;
+        let overlays = plan_disks(request, &base)?;
+        let host = self.host(request.accelerator).await?;
+        let machine = MachineRecord {
+            qemu: host.machine(
+                request.cpus,
+                request.memory_bytes,
+                disk_names(overlays.len()),
+            ),
+            kernel: template.kernel.clone(),
+            initrd: template.initrd.clone(),
+            cmdline: template.cmdline.clone(),
+            agent: request.agent,
+        };
+        let row = Sandbox {
+            id: sandbox.clone(),
+            name,
+            state: SandboxState::Creating,
+            template: template.id.clone(),
+            machine: crate::records::to_json(&machine)?,
+            vm_user: crate::launch::new_vm_user()?,
+            epoch: None,
+            launch: None,
+            process: None,
+            ram_sharing: None,
+            checkpoint: None,
+            hibernated_as: None,
+            created: now(),
+        };
+        let launch = id::long()?;
+        let job = Job::begin(
+            &self.records,
+            &self.watch,
+            "create",
+            Some(&sandbox),
+            Undo {
+                launches: vec![launch.clone()],
+                sandboxes: vec![sandbox.clone()],
+                layers: overlays.iter().map(|layer| layer.id.clone()).collect(),
+                ..Undo::default()
+            },
+        )
+        .await?;
+        let made = self
+            .boot_new(&job, &row, &machine, &overlays, Some(&base), &launch)
+            .await;
+        self.undone_on_error(&job, made).await?;
+        self.sandbox(&sandbox).await
+    }
+
+    async fn boot_new(
+        &self,
+        job: &Job,
+        row: &Sandbox,
+        machine: &MachineRecord,
+        overlays: &[LayerRow],
+        base: Option<&LayerRow>,
+        launch: &str,
+    ) -> Result<()> {
+        job.step("disks").await?;
+        let disks = self.insert_with_disks(row, machine, overlays).await?;
+        for overlay in overlays {
+            let parent = base.filter(|base| overlay.parent.as_deref() == Some(&base.id));
+            layers::create_overlay_file(
+                &self.dir,
+                overlay,
+                parent,
+                crate::launch::owner(row.vm_user),
+            )?;
+        }
+        job.step("boot").await?;
+        let plan = LaunchPlan {
+            launch,
+            sandbox: row,
+            machine,
+            disks: &disks,
+            ram: RamPlan::Fresh,
+            incoming: None,
+            reason: Reason::Boot,
+            timeout: BOOT_TIMEOUT,
+        };
+        let running = self.launch(&plan).await?;
+        let mut tx = self.records.begin().await?;
+        Records::set_running(&mut tx, &row.id, &running.incarnation(launch)).await?;
+        job.finish(&mut tx).await?;
+        tx.commit().await?;
+        Ok(())
+    }
+
+    /// Records a sandbox that is being made together with its new layers.
+    pub(crate) async fn insert_with_disks(
+        &self,
+        row: &Sandbox,
+        machine: &MachineRecord,
+        overlays: &[LayerRow],
+    ) -> Result<Vec<SandboxDisk>> {
+        let disks: Vec<SandboxDisk> = machine
+            .qemu
+            .disks
+            .iter()
+            .zip(overlays)
+            .map(|(disk, layer)| SandboxDisk {
+                disk: disk.clone(),
+                layer: layer.id.clone(),
+            })
+            .collect();
+        let mut tx = self.records.begin().await?;
+        for overlay in overlays {
+            Records::insert_layer(&mut tx, overlay).await?;
+        }
+        Records::insert_sandbox(&mut tx, row, &disks).await?;
+        tx.commit().await?;
+        Ok(disks)
+    }
+
+    /// Boots a stopped or crashed sandbox from its disks.
+    ///
+    /// # Errors
+    /// When it runs or is hibernated, or the guest's agent does not answer.
+    pub async fn start(&self, name: &str) -> Result<SandboxInfo> {
+        let (_lock, sandbox) = self.lock_sandbox(name, "start").await?;
+        match sandbox.state {
+            SandboxState::Stopped | SandboxState::Crashed => {}
+            SandboxState::Running => {
+                return Err(wrong_state("start", &sandbox, "it runs already"));
+            }
+            SandboxState::Hibernated => {
+                return Err(
+                    wrong_state("start", &sandbox, "its memory is in the store").next(format!(
+                        "`stead wake {}` starts it where it was",
+                        sandbox.name
+                    )),
+                );
+            }
+            SandboxState::Creating => {
+                return Err(wrong_state("start", &sandbox, "it is being created"));
+            }
+        }
+        let machine = self.machine_of(&sandbox)?;
+        let disks = self.records.disks(&sandbox.id).await?;
+        let launch = id::long()?;
+        let job = Job::begin(
+            &self.records,
+            &self.watch,
+            "start",
+            Some(&sandbox.id),
+            Undo {
+                launches: vec![launch.clone()],
+                ..Undo::default()
+            },
+        )
+        .await?;
+        let started = async {
+            job.step("boot").await?;
+            let plan = LaunchPlan {
+                launch: &launch,
+                sandbox: &sandbox,
+                machine: &machine,
+                disks: &disks,
+                ram: RamPlan::Fresh,
+                incoming: None,
+                reason: Reason::Boot,
+                timeout: BOOT_TIMEOUT,
+            };
+            let running = self.launch(&plan).await?;
+            let mut tx = self.records.begin().await?;
+            Records::set_running(&mut tx, &sandbox.id, &running.incarnation(&launch)).await?;
+            job.finish(&mut tx).await?;
+            tx.commit().await?;
+            Ok(())
+        }
+        .await;
+        self.undone_on_error(&job, started).await?;
+        if let Some(earlier) = &sandbox.launch {
+            self.remove_launch(earlier).await?;
+        }
+        self.sandbox(&sandbox.id).await
+    }
+
+    /// Shuts a running sandbox down: through its agent, else by the power button; by force after `timeout`.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub async fn stop(&self, name: &str, timeout: Duration, force: bool) -> Result<SandboxInfo> {
+        let (_lock, sandbox) = self.lock_sandbox(name, "stop").await?;
+        if sandbox.state != SandboxState::Running {
+            return Err(wrong_state("stop", &sandbox, "it does not run"));
+        }
+        let vm = self.connect_vm(&sandbox).await?;
+        let asked = !force && self.ask_to_power_off(&sandbox).await;
+        self.end_vm(&sandbox, vm, (!force).then_some((asked, timeout)))
+            .await?;
+        self.records
+            .set_not_running(&sandbox.id, SandboxState::Stopped, None)
+            .await?;
+        if let Some(launch) = &sandbox.launch {
+            self.free_memory(launch)?;
+        }
+        self.sandbox(&sandbox.id).await
+    }
+
+    /// Waits for the guest to power off, if it shall be given that time, and ends QEMU in order.
+    async fn end_vm(
+        &self,
+        sandbox: &Sandbox,
+        mut vm: Vm,
+        gently: Option<(bool, Duration)>,
+    ) -> Result<()> {
+        let watch = self.watch.clone();
+        let sandbox = sandbox.clone();
+        blocking(move || {
+            let failed = |source| vm_error("stop", &sandbox, source);
+            if let Some((agent_was_asked, timeout)) = gently {
+                if !agent_was_asked {
+                    vm.powerdown().map_err(failed)?;
+                }
+                if vm.wait_exit(timeout).map_err(failed)?.is_some() {
+                    return Ok(());
+                }
+                watch.notice(format!(
+                    "{} did not shut down within {} s; cutting its power",
+                    sandbox.name,
+                    timeout.as_secs()
+                ));
+            }
+            vm.quit(QUIT_TIMEOUT).map_err(failed)?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Removes a sandbox with its disks. Checkpoints made of it stay.
+    ///
+    /// # Errors
+    /// When it runs and `force` is not set.
+    pub async fn remove(&self, name: &str, force: bool) -> Result<()> {
+        let (_lock, sandbox) = self.lock_sandbox(name, "rm").await?;
+        if sandbox.state == SandboxState::Running && !force {
+            return Err(wrong_state("rm", &sandbox, "it runs").next(format!(
+                "`stead stop {0}` first, or `stead rm --force {0}`",
+                sandbox.name
+            )));
+        }
+        if let Some(launch) = &sandbox.launch {
+            self.remove_launch(launch).await?;
+        }
+        self.records.remove_sandbox(&sandbox.id).await?;
+        if let Err(error) = self.forget_hibernations(&sandbox.id, None).await {
+            self.watch.notice(format!(
+                "{} is removed; what it hibernated into stays in the store: {error}",
+                sandbox.name
+            ));
+        }
+        // Whoever waits for this lock will find no sandbox; ids are not used twice.
+        let lock = self.lock_path(&sandbox.id);
+        stead_sys::durable::remove_file(&lock).at("remove", &lock)?;
+        self.sweep().await
+    }
+
+    /// Every sandbox of this worker.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub async fn sandboxes(&self) -> Result<Vec<SandboxInfo>> {
+        let mut all = Vec::new();
+        for sandbox in self.records.sandboxes().await? {
+            let now = self.notice_crash(sandbox).await?;
+            all.push(self.info(now).await?);
+        }
+        Ok(all)
+    }
+
+    /// One sandbox, by name, id, or the beginning of an id.
+    ///
+    /// # Errors
+    /// When there is none or more than one.
+    pub async fn sandbox(&self, name: &str) -> Result<SandboxInfo> {
+        let sandbox = self.records.sandbox(name).await?;
+        let now = self.notice_crash(sandbox).await?;
+        self.info(now).await
+    }
+
+    /// The file that a sandbox's console is written to.
+    ///
+    /// # Errors
+    /// When it was never started.
+    pub async fn console(&self, name: &str) -> Result<PathBuf> {
+        let sandbox = self.records.sandbox(name).await?;
+        let launch = sandbox
+            .launch
+            .as_deref()
+            .ok_or_else(|| wrong_state("logs", &sandbox, "it was never started"))?;
+        Ok(self.dir.run(launch).join(stead_vmm::dir::SERIAL_LOG))
+    }
+
+    async fn info(&self, sandbox: Sandbox) -> Result<SandboxInfo> {
+        let machine = self.machine_of(&sandbox)?;
+        let mut disks = Vec::new();
+        for disk in self.records.disks(&sandbox.id).await? {
+            let chain = self.records.chain(&disk.layer).await?;
+            let top = &chain[0];
+            disks.push(SandboxDiskInfo {
+                name: disk.disk,
+                size_bytes: layers::bytes(top)?,
+                layers: chain.len(),
+                file: layers::path_of(&self.dir, &top.id, &top.format),
+            });
+        }
+        Ok(SandboxInfo {
+            id: sandbox.id,
+            name: sandbox.name,
+            state: sandbox.state,
+            template: sandbox.template,
+            memory_bytes: machine.qemu.memory_bytes,
+            cpus: machine.qemu.cpus,
+            machine_type: machine.qemu.machine_type,
+            cpu_model: machine.qemu.cpu_model,
+            accelerator: machine.qemu.accelerator.to_string(),
+            disks,
+            pid: sandbox.process.map(|process| process.pid),
+            ram: sandbox.ram_sharing,
+            epoch: sandbox.epoch,
+            checkpoint: sandbox.checkpoint,
+            hibernated_as: sandbox.hibernated_as,
+            created: sandbox.created,
+        })
+    }
+
+    pub(crate) async fn base_layer(&self, layer: &str) -> Result<LayerRow> {
+        let mut chain = self.records.chain(layer).await?;
+        Ok(chain.swap_remove(0))
+    }
+
+    /// Gives back the memory of a VM that has ended; its logs stay.
+    pub(crate) fn free_memory(&self, launch: &str) -> Result<()> {
+        let memory = paths::memory_folder(launch);
+        stead_sys::durable::remove_tree(&memory).at("remove", &memory)?;
+        let ram = self.dir.run(launch).join(crate::launch::RAM_FILE);
+        stead_sys::durable::remove_file(&ram).at("remove", &ram)
+    }
+}
+
+pub(crate) fn wrong_state(attempt: &str, sandbox: &Sandbox, found: &str) -> EngineError {
+    EngineError::new(
+        Kind::Conflict,
+        format!("{attempt} sandbox {}", sandbox.name),
+        format!("{found} (state {})", sandbox.state.word()),
+    )
+    .left("nothing was changed")
+}
+
+pub(crate) fn vm_error(attempt: &str, sandbox: &Sandbox, source: stead_vmm::Error) -> EngineError {
+    EngineError::new(Kind::Vm, format!("{attempt} sandbox {}", sandbox.name), "").because(source)
+}
+
+fn check_request(request: &CreateRequest) -> Result<()> {
+    let wrong = |found: String| Err(EngineError::usage("create a sandbox", found));
+    if request.memory_bytes < MEMORY_BYTES_MIN
+        || !request.memory_bytes.is_multiple_of(MEMORY_STEP_BYTES)
+    {
+        return wrong(format!(
+            "memory of {} bytes is not a multiple of {MEMORY_STEP_BYTES} from {MEMORY_BYTES_MIN} on",
+            request.memory_bytes
+        ));
+    }
+    if request.extra_disks.len() >= DISKS_MAX {
+        return wrong(format!("more than {DISKS_MAX} disks"));
+    }
+    if let Some(odd) = request
+        .extra_disks
+        .iter()
+        .chain(&request.disk_bytes)
+        .find(|size| **size == 0 || *size % 512 != 0 || i64::try_from(**size).is_err())
+    {
+        return wrong(format!(
+            "a disk of {odd} bytes is not a positive multiple of 512"
+        ));
+    }
+    Ok(())
+}
+
+fn plan_disks(request: &CreateRequest, base: &LayerRow) -> Result<Vec<LayerRow>> {
+    let base_bytes = layers::bytes(base)?;
+    let first = request.disk_bytes.unwrap_or(base_bytes);
+    if first < base_bytes {
+        return Err(EngineError::usage(
+            "create a sandbox",
+            format!("a first disk of {first} bytes is smaller than the template's {base_bytes}"),
+        ));
+    }
+    let size = |bytes: u64| {
+        i64::try_from(bytes).map_err(|source| {
+            EngineError::usage("create a sandbox", format!("a disk of {bytes} bytes"))
+                .because(source)
+        })
+    };
+    let mut overlays = vec![layers::new_overlay(&id::long()?, base, size(first)?)];
+    for extra in &request.extra_disks {
+        overlays.push(LayerRow {
+            id: id::long()?,
+            format: layers::QCOW2.to_owned(),
+            parent: None,
+            virtual_bytes: size(*extra)?,
+            frozen: false,
+            content: None,
+        });
+    }
+    Ok(overlays)
+}
+
+impl crate::launch::Running {
+    pub(crate) fn incarnation<'a>(&'a self, launch: &'a str) -> Incarnation<'a> {
+        Incarnation {
+            launch,
+            process: self.process,
+            ram_sharing: self.ram_sharing,
+            epoch: self.epoch.as_deref(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request() -> CreateRequest {
+        CreateRequest {
+            template: "debian".to_owned(),
+            name: None,
+            memory_bytes: 512 << 20,
+            cpus: 1,
+            disk_bytes: None,
+            extra_disks: Vec::new(),
+            accelerator: AcceleratorChoice::Auto,
+            agent: true,
+        }
+    }
+
+    #[test]
+    fn sizes_that_qemu_would_round_are_refused() {
+        assert!(check_request(&request()).is_ok());
+        for memory_bytes in [0, 1 << 20, (512 << 20) + 1, u64::MAX] {
+            assert!(
+                check_request(&CreateRequest {
+                    memory_bytes,
+                    ..request()
+                })
+                .is_err(),
+                "{memory_bytes}"
+            );
+        }
+        for disk in [0, 511, u64::MAX] {
+            assert!(
+                check_request(&CreateRequest {
+                    disk_bytes: Some(disk),
+                    ..request()
+                })
+                .is_err(),
+                "{disk}"
+            );
+        }
+    }
+}
