@@ -1,0 +1,393 @@
+//! The command line: what can be said, with an example for each command.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+
+/// Keep the state of virtual machines: capture, publish, verify, restore, fork.
+#[derive(Debug, Parser)]
+#[command(name = "stead", version, max_term_width = 100)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What holds for every command.
+#[derive(Debug, Clone, Args)]
+pub struct Global {
+    /// Folder of this worker [default: /var/lib/steadfast as root, else ~/.local/share/steadfast]
+    #[arg(long, global = true, env = "STEAD_DATA_DIR", value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// Where checkpoints are kept: a folder, or s3://BUCKET/PREFIX [default: the folder `store` in the data directory]
+    #[arg(long, global = true, env = "STEAD_STORE", value_name = "URL")]
+    pub store: Option<String>,
+    /// Where template builds keep packages that were already fetched and installed [default: in the data directory]
+    #[arg(
+        long,
+        global = true,
+        env = "STEAD_TEMPLATE_CACHE",
+        value_name = "DIR",
+        hide = true
+    )]
+    pub template_cache: Option<PathBuf>,
+    /// Print the result as JSON on standard output, and events as JSON lines on standard error
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Show no progress
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+    /// How long to wait for another command that works on the same sandbox
+    #[arg(long, global = true, value_name = "SECONDS", default_value_t = 30)]
+    pub wait: u64,
+    /// Write what is done, step by step, to standard error; repeat for more
+    #[arg(long, short, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Build, import, list and remove templates (immutable base images with a kernel)
+    #[command(subcommand)]
+    Template(TemplateCommand),
+    /// Create a sandbox (a managed VM) from a template and start it
+    #[command(after_help = "Example:\n  stead create debian --name web --memory 1G --cpus 2")]
+    Create(CreateArgs),
+    /// Run a command in a sandbox; its output, input and exit status are passed on
+    #[command(
+        after_help = "Exit status: that of CMD; 124 when it timed out, 125 when stead itself failed,\n126 and 127 when CMD could not be run or found, 128+N when signal N ended it.\n\nExample:\n  echo hello | stead exec web -- tee /root/greeting"
+    )]
+    Exec(ExecArgs),
+    /// List sandboxes
+    #[command(
+        visible_alias = "ps",
+        after_help = "Example:\n  stead ls --json | jq '.[].name'"
+    )]
+    Ls,
+    /// Show one sandbox
+    #[command(after_help = "Example:\n  stead show web")]
+    Show(One),
+    /// Print a sandbox's console
+    #[command(after_help = "Example:\n  stead logs --follow web")]
+    Logs(LogsArgs),
+    /// Shut a sandbox down; its disks stay
+    #[command(after_help = "Example:\n  stead stop web")]
+    Stop(StopArgs),
+    /// Boot a stopped sandbox from its disks
+    #[command(after_help = "Example:\n  stead start web")]
+    Start(One),
+    /// Remove sandboxes with their disks; checkpoints stay
+    #[command(after_help = "Example:\n  stead rm --force web")]
+    Rm(RmArgs),
+    /// Create, list, verify and remove checkpoints
+    #[command(subcommand)]
+    Checkpoint(CheckpointCommand),
+    /// Start new sandboxes from a checkpoint
+    #[command(after_help = "Example:\n  stead fork before-upgrade -n 10")]
+    Fork(ForkArgs),
+    /// Put a sandbox back to a checkpoint; its present state goes once the new one runs
+    #[command(after_help = "Example:\n  stead restore web before-upgrade")]
+    Restore(RestoreArgs),
+    /// Put a sandbox's whole state into the store and stop it
+    #[command(after_help = "Example:\n  stead hibernate web")]
+    Hibernate(One),
+    /// Start a hibernated sandbox where it was
+    #[command(after_help = "Example:\n  stead wake web")]
+    Wake(One),
+    /// Set up a store
+    #[command(subcommand)]
+    Store(StoreCommand),
+    /// Check everything in the store, byte by byte
+    #[command(after_help = "Example:\n  stead verify --store s3://vm-state/prod")]
+    Verify,
+    /// Give back the room of what no checkpoint, template or sandbox uses
+    #[command(after_help = "Example:\n  stead gc --dry-run")]
+    Gc(GcArgs),
+    /// Say what this host offers, and what to install
+    #[command(after_help = "Example:\n  stead doctor")]
+    Doctor,
+    /// Show the whole path on a real VM: checkpoint, ten forks on two workers, hibernate, wake, damage refused
+    #[command(after_help = "Example:\n  stead demo")]
+    Demo(DemoArgs),
+    /// Print a completion script
+    #[command(after_help = "Example:\n  stead completion bash > /etc/bash_completion.d/stead")]
+    Completion {
+        /// The shell to write it for
+        shell: Shell,
+    },
+    /// Print the manual page
+    #[command(after_help = "Example:\n  stead man | man -l -")]
+    Man,
+}
+
+/// A sandbox.
+#[derive(Debug, Args)]
+pub struct One {
+    /// Name, id, or the beginning of an id
+    #[arg(value_name = "SANDBOX")]
+    pub name: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum TemplateCommand {
+    /// Build a Debian template from apt's configured sources
+    #[command(after_help = "Example:\n  stead template build debian --package postgresql")]
+    Build(TemplateBuildArgs),
+    /// Make a template of your own disk, kernel and initramfs
+    #[command(
+        after_help = "The guest must run stead-agent, or exec and file system freezing are not available.\n\nExample:\n  stead template import mine --disk disk.qcow2 --kernel vmlinuz \\\n      --initrd initrd.img --cmdline 'console=ttyS0 root=/dev/vda1'"
+    )]
+    Import(TemplateImportArgs),
+    /// List templates
+    #[command(after_help = "Example:\n  stead template ls")]
+    Ls,
+    /// Show one template
+    #[command(after_help = "Example:\n  stead template show debian")]
+    Show {
+        /// Name, id, or the beginning of an id
+        name: String,
+    },
+    /// Remove a template; sandboxes and checkpoints made from it stay
+    #[command(after_help = "Example:\n  stead template rm debian")]
+    Rm {
+        /// Name, id, or the beginning of an id
+        name: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct TemplateBuildArgs {
+    /// The template's name
+    pub name: String,
+    /// A Debian package to install besides the usual ones; repeatable
+    #[arg(long = "package", value_name = "NAME")]
+    pub packages: Vec<String>,
+    /// Install only these packages (and what a bootable system needs)
+    #[arg(long, requires = "packages")]
+    pub minimal: bool,
+    /// Debian suite [default: the host's]
+    #[arg(long)]
+    pub suite: Option<String>,
+    /// Size of the disk, for instance 2G
+    #[arg(long, value_name = "SIZE", default_value = "2G", value_parser = crate::size::parse)]
+    pub disk_size: u64,
+    /// The static agent to put inside [default: stead-agent beside this program]
+    #[arg(long, value_name = "FILE", env = "STEAD_AGENT")]
+    pub agent: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct TemplateImportArgs {
+    /// The template's name
+    pub name: String,
+    /// The disk image, raw or qcow2
+    #[arg(long, value_name = "FILE")]
+    pub disk: PathBuf,
+    /// The kernel (bzImage)
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+    /// The initramfs
+    #[arg(long, value_name = "FILE")]
+    pub initrd: PathBuf,
+    /// The kernel's command line
+    #[arg(long, default_value = "console=ttyS0 root=/dev/vda rw")]
+    pub cmdline: String,
+}
+
+/// Which accelerator runs the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Accelerator {
+    /// KVM if a guest really boots under it, else TCG
+    Auto,
+    /// The kernel's virtual machine
+    Kvm,
+    /// QEMU's translator
+    Tcg,
+}
+
+#[derive(Debug, Args)]
+pub struct CreateArgs {
+    /// Name or id of the template
+    pub template: String,
+    /// The sandbox's name [default: its id]
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Memory, for instance 512M or 1G
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = crate::size::parse)]
+    pub memory: u64,
+    /// Virtual CPUs
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub cpus: u16,
+    /// Size of the first disk, at least the template's [default: the template's]
+    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse)]
+    pub disk_size: Option<u64>,
+    /// One more, empty disk of this size; repeatable
+    #[arg(long = "disk", value_name = "SIZE", value_parser = crate::size::parse)]
+    pub disks: Vec<u64>,
+    /// Accelerator
+    #[arg(long, value_enum, default_value_t = Accelerator::Auto)]
+    pub accelerator: Accelerator,
+    /// Do not wait for the guest's agent (the template has none)
+    #[arg(long)]
+    pub no_agent: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ExecArgs {
+    /// Name, id, or the beginning of an id
+    #[arg(value_name = "SANDBOX")]
+    pub name: String,
+    /// An environment variable; repeatable
+    #[arg(long, short, value_name = "NAME=VALUE")]
+    pub env: Vec<String>,
+    /// The working directory
+    #[arg(long, short = 'C', value_name = "DIR")]
+    pub cwd: Option<String>,
+    /// The user to run as, by name or number
+    #[arg(long, short, value_name = "USER")]
+    pub user: Option<String>,
+    /// Kill the command after this time
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout: Option<f64>,
+    /// Pass nothing from standard input
+    #[arg(long, short = 'n')]
+    pub no_stdin: bool,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "CMD")]
+    pub command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct LogsArgs {
+    /// Name, id, or the beginning of an id
+    #[arg(value_name = "SANDBOX")]
+    pub name: String,
+    /// Go on printing what is added
+    #[arg(long, short)]
+    pub follow: bool,
+    /// Print only the last N lines
+    #[arg(long, value_name = "N")]
+    pub tail: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+pub struct StopArgs {
+    /// Name, id, or the beginning of an id
+    #[arg(value_name = "SANDBOX")]
+    pub name: String,
+    /// Cut the power when the guest has not shut down by then
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    pub timeout: u64,
+    /// Cut the power at once
+    #[arg(long, short)]
+    pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct RmArgs {
+    /// Names, ids, or beginnings of ids
+    #[arg(required = true, value_name = "SANDBOX")]
+    pub names: Vec<String>,
+    /// Remove running ones too
+    #[arg(long, short)]
+    pub force: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum CheckpointCommand {
+    /// Capture a sandbox and publish it; the sandbox runs on
+    #[command(after_help = "Example:\n  stead checkpoint create web --name before-upgrade")]
+    Create(CheckpointCreateArgs),
+    /// List the store's checkpoints
+    #[command(after_help = "Example:\n  stead checkpoint ls")]
+    Ls,
+    /// Show one checkpoint: parts, sizes, lineage, what made it
+    #[command(after_help = "Example:\n  stead checkpoint show before-upgrade")]
+    Show(Checkpoint),
+    /// Read every byte of a checkpoint and compare it with its manifest
+    #[command(after_help = "Example:\n  stead checkpoint verify before-upgrade")]
+    Verify(Checkpoint),
+    /// Remove checkpoints; `stead gc` gives back their room
+    #[command(after_help = "Example:\n  stead checkpoint rm before-upgrade")]
+    Rm {
+        /// Names, ids, or beginnings of ids
+        #[arg(required = true, value_name = "CHECKPOINT")]
+        names: Vec<String>,
+    },
+}
+
+/// A checkpoint.
+#[derive(Debug, Args)]
+pub struct Checkpoint {
+    /// Name, id, or the beginning of an id
+    #[arg(value_name = "CHECKPOINT")]
+    pub name: String,
+}
+
+#[derive(Debug, Args)]
+pub struct CheckpointCreateArgs {
+    /// Name, id, or the beginning of an id
+    #[arg(value_name = "SANDBOX")]
+    pub sandbox: String,
+    /// The checkpoint's name
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Only the disks, with the guest's file systems frozen for the instant
+    #[arg(long)]
+    pub disk_only: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ForkArgs {
+    /// Name, id, or the beginning of an id
+    #[arg(value_name = "CHECKPOINT")]
+    pub checkpoint: String,
+    /// How many
+    #[arg(long, short = 'n', default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub count: u32,
+    /// Name of the fork; with -n, NAME-1, NAME-2, … [default: its id]
+    #[arg(long)]
+    pub name: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct RestoreArgs {
+    /// Name, id, or the beginning of an id
+    #[arg(value_name = "SANDBOX")]
+    pub name: String,
+    /// Name, id, or the beginning of an id
+    #[arg(value_name = "CHECKPOINT")]
+    pub checkpoint: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum StoreCommand {
+    /// Make the folder or bucket prefix named by --store a store
+    #[command(after_help = "Example:\n  stead store init --store s3://vm-state/prod")]
+    Init,
+}
+
+#[derive(Debug, Args)]
+pub struct GcArgs {
+    /// Only say what would go
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Forget the lease of a publisher that is gone for good (`stead gc` names them)
+    #[arg(long, value_name = "LEASE")]
+    pub break_lease: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// Template to use; it is built if absent
+    #[arg(long, default_value = "debian")]
+    pub template: String,
+    /// How many forks, half of them on each worker
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(2..=100))]
+    pub forks: u32,
+    /// Leave workers, store and VMs as they are at the end
+    #[arg(long)]
+    pub keep: bool,
+}

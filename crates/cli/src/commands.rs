@@ -1,0 +1,575 @@
+//! From a command to the engine and back to what is printed.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::CommandFactory;
+use stead_engine::{
+    AcceleratorChoice, BuildRequest, CheckpointInfo, CheckpointRequest, CreateRequest, Engine,
+    ImportRequest, Result, SandboxInfo, Settings, TemplateInfo, Watch,
+};
+
+use crate::args::{
+    Accelerator, CheckpointCommand, CheckpointCreateArgs, Cli, Command, CreateArgs, ForkArgs,
+    GcArgs, Global, RestoreArgs, StopArgs, StoreCommand, TemplateBuildArgs, TemplateCommand,
+    TemplateImportArgs,
+};
+use crate::size::human;
+use crate::{demo, exec, logs, print, progress};
+
+/// Runs a command and returns the exit status.
+pub async fn run(cli: Cli) -> u8 {
+    if let Command::Completion { shell } = &cli.command {
+        return completion(*shell);
+    }
+    if matches!(cli.command, Command::Man) {
+        return manual_page();
+    }
+    let global = cli.global.clone();
+    let watch = progress::watch(&global);
+    if !matches!(cli.command, Command::Exec(_)) {
+        cancel_on_interrupt(watch.clone());
+    }
+    let is_exec = matches!(cli.command, Command::Exec(_));
+    match dispatch(cli, watch).await {
+        Ok(code) => code,
+        Err(error) => {
+            let code = if is_exec {
+                exec::status_of(&error)
+            } else {
+                error.kind().exit_code()
+            };
+            print::error(&error, code, global.json);
+            code
+        }
+    }
+}
+
+async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
+    let global = &cli.global;
+    let settings = settings(global)?;
+    if let Command::Demo(args) = &cli.command {
+        return demo::run(args, &settings, watch, global.json).await;
+    }
+    let engine = Engine::open(settings, watch).await?;
+    match cli.command {
+        Command::Template(command) => template(&engine, command, global).await,
+        Command::Create(args) => create(&engine, args, global).await,
+        Command::Exec(args) => exec::run(&engine, args).await,
+        Command::Ls => list(&engine, global).await,
+        Command::Show(one) => Ok(show_sandbox(&engine.sandbox(&one.name).await?, global)),
+        Command::Logs(args) => logs::run(&engine, &args).await,
+        Command::Stop(args) => stop(&engine, &args, global).await,
+        Command::Start(one) => Ok(named(&engine.start(&one.name).await?, global)),
+        Command::Rm(args) => {
+            for name in &args.names {
+                engine.remove(name, args.force).await?;
+                print_removed(name, global);
+            }
+            Ok(0)
+        }
+        Command::Checkpoint(command) => checkpoint(&engine, command, global).await,
+        Command::Fork(args) => fork(&engine, &args, global).await,
+        Command::Restore(args) => restore(&engine, &args, global).await,
+        Command::Hibernate(one) => hibernate(&engine, &one.name, global).await,
+        Command::Wake(one) => {
+            let report = engine.wake(&one.name).await?;
+            Ok(if global.json {
+                print::json(&report)
+            } else {
+                print::line(&report.sandbox.name)
+            })
+        }
+        Command::Store(StoreCommand::Init) => {
+            let url = engine.init_store().await?;
+            Ok(if global.json {
+                print::json(&serde_json::json!({ "store": url }))
+            } else {
+                print::line(&url)
+            })
+        }
+        Command::Verify => verify_store(&engine, global).await,
+        Command::Gc(args) => gc(&engine, &args, global).await,
+        Command::Doctor => doctor(&engine, global).await,
+        Command::Demo(_) | Command::Completion { .. } | Command::Man => {
+            unreachable!("handled before a worker is opened")
+        }
+    }
+}
+
+fn settings(global: &Global) -> Result<Settings> {
+    Ok(Settings {
+        data_dir: match &global.data_dir {
+            Some(dir) => dir.clone(),
+            None => Settings::default_data_dir()?,
+        },
+        store: global.store.clone(),
+        wait: Duration::from_secs(global.wait),
+        template_cache: global.template_cache.clone(),
+    })
+}
+
+/// The first Ctrl-C asks the operation to undo itself; the second one ends the program.
+fn cancel_on_interrupt(watch: Watch) {
+    tokio::spawn(async move {
+        if tokio::signal::ctrl_c().await.is_err() {
+            return;
+        }
+        eprintln!(
+            "stead: interrupted; undoing what was begun (once more to leave it to the next command)"
+        );
+        watch.cancel();
+        if tokio::signal::ctrl_c().await.is_ok() {
+            std::process::exit(130);
+        }
+    });
+}
+
+fn completion(shell: clap_complete::Shell) -> u8 {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "stead", &mut script);
+    print::bytes(&script)
+}
+
+fn manual_page() -> u8 {
+    let mut page = Vec::new();
+    match clap_mangen::Man::new(Cli::command()).render(&mut page) {
+        Ok(()) => print::bytes(&page),
+        Err(error) => {
+            print::plain_error(&format!("write the manual page: {error}"));
+            1
+        }
+    }
+}
+
+fn print_removed(name: &str, global: &Global) {
+    if global.json {
+        print::json(&serde_json::json!({ "removed": name }));
+    } else {
+        print::line(name);
+    }
+}
+
+// ---- templates
+
+async fn template(engine: &Engine, command: TemplateCommand, global: &Global) -> Result<u8> {
+    match command {
+        TemplateCommand::Build(args) => {
+            let info = engine.template_build(&build_request(args)?).await?;
+            Ok(template_done(&info, global))
+        }
+        TemplateCommand::Import(args) => {
+            let info = engine.template_import(&import_request(args)).await?;
+            Ok(template_done(&info, global))
+        }
+        TemplateCommand::Ls => {
+            let all = engine.templates().await?;
+            if global.json {
+                return Ok(print::json(&all));
+            }
+            Ok(print::table(
+                ["NAME", "ID", "SIZE", "USED", "CREATED"],
+                all.into_iter().map(|t| {
+                    [
+                        t.name,
+                        print::short(&t.id),
+                        human(t.disk_bytes),
+                        human(t.used_bytes),
+                        t.created,
+                    ]
+                }),
+            ))
+        }
+        TemplateCommand::Show { name } => {
+            let info = engine.template(&name).await?;
+            if global.json {
+                return Ok(print::json(&info));
+            }
+            Ok(print::fields(&[
+                ("name", info.name),
+                ("id", info.id),
+                ("disk", human(info.disk_bytes)),
+                ("used", human(info.used_bytes)),
+                ("kernel", info.kernel),
+                ("initrd", info.initrd),
+                ("cmdline", info.cmdline),
+                ("origin", info.origin),
+                ("packages", info.packages.join(" ")),
+                ("created", info.created),
+            ]))
+        }
+        TemplateCommand::Rm { name } => {
+            engine.template_remove(&name).await?;
+            print_removed(&name, global);
+            Ok(0)
+        }
+    }
+}
+
+fn template_done(info: &TemplateInfo, global: &Global) -> u8 {
+    if global.json {
+        print::json(info)
+    } else {
+        print::line(&format!("{}  {}", info.name, print::short(&info.id)))
+    }
+}
+
+fn build_request(args: TemplateBuildArgs) -> Result<BuildRequest> {
+    Ok(BuildRequest {
+        name: args.name,
+        suite: args.suite,
+        packages: args.packages,
+        minimal: args.minimal,
+        disk_bytes: args.disk_size,
+        agent: match args.agent {
+            Some(path) => path,
+            None => agent_beside_this_program()?,
+        },
+        identity: None,
+    })
+}
+
+/// Where the build puts the agent: beside the command, or in the static build's folder of the same tree.
+pub fn agent_beside_this_program() -> Result<PathBuf> {
+    stead_engine::find_agent()
+}
+
+fn import_request(args: TemplateImportArgs) -> ImportRequest {
+    ImportRequest {
+        name: args.name,
+        disk: args.disk,
+        kernel: args.kernel,
+        initrd: args.initrd,
+        cmdline: args.cmdline,
+    }
+}
+
+// ---- sandboxes
+
+pub fn accelerator(choice: Accelerator) -> AcceleratorChoice {
+    match choice {
+        Accelerator::Auto => AcceleratorChoice::Auto,
+        Accelerator::Kvm => AcceleratorChoice::Kvm,
+        Accelerator::Tcg => AcceleratorChoice::Tcg,
+    }
+}
+
+async fn create(engine: &Engine, args: CreateArgs, global: &Global) -> Result<u8> {
+    let info = engine
+        .create(&CreateRequest {
+            template: args.template,
+            name: args.name,
+            memory_bytes: args.memory,
+            cpus: args.cpus,
+            disk_bytes: args.disk_size,
+            extra_disks: args.disks,
+            accelerator: accelerator(args.accelerator),
+            agent: !args.no_agent,
+        })
+        .await?;
+    Ok(named(&info, global))
+}
+
+fn named(info: &SandboxInfo, global: &Global) -> u8 {
+    if global.json {
+        print::json(info)
+    } else {
+        print::line(&info.name)
+    }
+}
+
+async fn list(engine: &Engine, global: &Global) -> Result<u8> {
+    let all = engine.sandboxes().await?;
+    if global.json {
+        return Ok(print::json(&all));
+    }
+    Ok(print::table(
+        [
+            "NAME",
+            "ID",
+            "STATE",
+            "MEMORY",
+            "CPUS",
+            "ACCEL",
+            "CHECKPOINT",
+            "CREATED",
+        ],
+        all.into_iter().map(|s| {
+            [
+                s.name,
+                s.id,
+                s.state.word().to_owned(),
+                human(s.memory_bytes),
+                s.cpus.to_string(),
+                s.accelerator,
+                s.checkpoint
+                    .as_deref()
+                    .map(print::short)
+                    .unwrap_or_default(),
+                s.created,
+            ]
+        }),
+    ))
+}
+
+fn show_sandbox(info: &SandboxInfo, global: &Global) -> u8 {
+    if global.json {
+        return print::json(info);
+    }
+    let mut rows = vec![
+        ("name", info.name.clone()),
+        ("id", info.id.clone()),
+        ("state", info.state.word().to_owned()),
+        ("template", print::short(&info.template)),
+        ("memory", human(info.memory_bytes)),
+        ("cpus", info.cpus.to_string()),
+        (
+            "machine",
+            format!(
+                "{} {} {}",
+                info.machine_type, info.cpu_model, info.accelerator
+            ),
+        ),
+        ("created", info.created.clone()),
+    ];
+    let optional = [
+        ("pid", info.pid.map(|pid| pid.to_string())),
+        ("epoch", info.epoch.clone()),
+        ("checkpoint", info.checkpoint.clone()),
+        ("hibernated as", info.hibernated_as.clone()),
+    ];
+    rows.extend(
+        optional
+            .into_iter()
+            .filter_map(|(name, value)| Some((name, value?))),
+    );
+    for disk in &info.disks {
+        rows.push((
+            "disk",
+            format!(
+                "{} {} in {} layers, {}",
+                disk.name,
+                human(disk.size_bytes),
+                disk.layers,
+                disk.file.display()
+            ),
+        ));
+    }
+    print::fields(&rows)
+}
+
+async fn stop(engine: &Engine, args: &StopArgs, global: &Global) -> Result<u8> {
+    let info = engine
+        .stop(&args.name, Duration::from_secs(args.timeout), args.force)
+        .await?;
+    Ok(named(&info, global))
+}
+
+// ---- state
+
+async fn checkpoint(engine: &Engine, command: CheckpointCommand, global: &Global) -> Result<u8> {
+    match command {
+        CheckpointCommand::Create(args) => checkpoint_create(engine, args, global).await,
+        CheckpointCommand::Ls => checkpoint_list(engine, global).await,
+        CheckpointCommand::Show(one) => {
+            let info = engine.checkpoint(&one.name).await?;
+            Ok(show_checkpoint(&info, global))
+        }
+        CheckpointCommand::Verify(one) => {
+            let report = engine.checkpoint_verify(&one.name).await?;
+            Ok(if global.json {
+                print::json(&report)
+            } else {
+                print::line(&format!(
+                    "{} is whole: {} compared with its manifest",
+                    one.name,
+                    human(report.bytes)
+                ))
+            })
+        }
+        CheckpointCommand::Rm { names } => {
+            for name in names {
+                engine.checkpoint_remove(&name).await?;
+                print_removed(&name, global);
+            }
+            Ok(0)
+        }
+    }
+}
+
+async fn checkpoint_create(
+    engine: &Engine,
+    args: CheckpointCreateArgs,
+    global: &Global,
+) -> Result<u8> {
+    let request = CheckpointRequest {
+        name: args.name,
+        disk_only: args.disk_only,
+    };
+    let made = engine.checkpoint_create(&args.sandbox, &request).await?;
+    if global.json {
+        return Ok(print::json(&made));
+    }
+    Ok(print::line(&format!(
+        "{}  {} stored, guest stopped {:.1} ms",
+        print::short(&made.checkpoint.id),
+        human(made.stored_bytes),
+        made.pause.paused_us as f64 / 1000.0,
+    )))
+}
+
+async fn checkpoint_list(engine: &Engine, global: &Global) -> Result<u8> {
+    let all = engine.checkpoints().await?;
+    if global.json {
+        return Ok(print::json(&all));
+    }
+    Ok(print::table(
+        ["NAME", "ID", "KIND", "SANDBOX", "STATE", "HERE", "CREATED"],
+        all.into_iter().map(|c| {
+            [
+                c.name.unwrap_or_default(),
+                print::short(&c.id),
+                c.kind,
+                c.sandbox,
+                c.damage
+                    .map_or("ready".to_owned(), |why| format!("damaged: {why}")),
+                if c.local { "yes" } else { "no" }.to_owned(),
+                c.created,
+            ]
+        }),
+    ))
+}
+
+fn show_checkpoint(info: &CheckpointInfo, global: &Global) -> u8 {
+    if global.json {
+        return print::json(info);
+    }
+    let mut rows = vec![
+        ("id", info.id.clone()),
+        ("name", info.name.clone().unwrap_or_default()),
+        ("kind", info.kind.clone()),
+        ("created", info.created.clone()),
+        ("sandbox", info.sandbox.clone()),
+        ("template", print::short(&info.template)),
+        ("parent", info.parent.clone().unwrap_or_default()),
+        ("producer", info.producer.clone()),
+    ];
+    for disk in &info.disks {
+        rows.push((
+            "disk",
+            format!(
+                "{} {} content {}",
+                disk.name,
+                human(disk.size_bytes),
+                disk.content
+            ),
+        ));
+    }
+    if let Some(ram) = &info.ram {
+        rows.push((
+            "ram",
+            format!("{} content {}", human(ram.size_bytes), ram.content),
+        ));
+    }
+    if let Some(bytes) = info.unique_bytes {
+        rows.push(("unique", human(bytes)));
+    }
+    if let Some(why) = &info.damage {
+        rows.push(("damaged", why.clone()));
+    }
+    print::fields(&rows)
+}
+
+async fn fork(engine: &Engine, args: &ForkArgs, global: &Global) -> Result<u8> {
+    let reports = engine
+        .fork(&args.checkpoint, args.count, args.name.as_deref())
+        .await?;
+    if global.json {
+        return Ok(print::json(&reports));
+    }
+    let names: Vec<&str> = reports.iter().map(|r| r.sandbox.name.as_str()).collect();
+    Ok(print::line(&names.join("\n")))
+}
+
+async fn restore(engine: &Engine, args: &RestoreArgs, global: &Global) -> Result<u8> {
+    let report = engine.restore(&args.name, &args.checkpoint).await?;
+    Ok(if global.json {
+        print::json(&report)
+    } else {
+        print::line(&report.sandbox.name)
+    })
+}
+
+async fn hibernate(engine: &Engine, name: &str, global: &Global) -> Result<u8> {
+    let made = engine.hibernate(name).await?;
+    Ok(if global.json {
+        print::json(&made)
+    } else {
+        print::line(&format!(
+            "{name}  {} stored as {}",
+            human(made.stored_bytes),
+            print::short(&made.checkpoint.id)
+        ))
+    })
+}
+
+// ---- store and host
+
+async fn verify_store(engine: &Engine, global: &Global) -> Result<u8> {
+    let report = engine.scrub().await?;
+    if global.json {
+        print::json(&report);
+    } else {
+        print::line(&format!(
+            "{} objects, {} read; {} damaged",
+            report.objects,
+            human(report.bytes),
+            report.damaged.len()
+        ));
+        for line in &report.damaged {
+            print::line(&format!("damaged: {line}"));
+        }
+    }
+    Ok(if report.damaged.is_empty() {
+        0
+    } else {
+        stead_engine::Kind::Damaged.exit_code()
+    })
+}
+
+async fn gc(engine: &Engine, args: &GcArgs, global: &Global) -> Result<u8> {
+    let report = engine.gc(args.dry_run, &args.break_lease).await?;
+    if global.json {
+        return Ok(print::json(&report));
+    }
+    let verb = if args.dry_run { "would free" } else { "freed" };
+    print::line(&format!(
+        "{verb} {} in {} objects",
+        human(report.freed_bytes),
+        report.removed_objects
+    ));
+    for lease in &report.waiting_for {
+        print::line(&format!("waits for: {lease}"));
+    }
+    Ok(0)
+}
+
+async fn doctor(engine: &Engine, global: &Global) -> Result<u8> {
+    let report = engine.doctor().await;
+    if global.json {
+        print::json(&report);
+    } else {
+        for finding in &report.findings {
+            print::line(&format!(
+                "{:5} {:12} {}",
+                finding.advice.word(),
+                finding.what,
+                finding.found
+            ));
+            if let Some(next) = &finding.next {
+                print::line(&format!("{:18} next: {next}", ""));
+            }
+        }
+    }
+    Ok(if report.usable() { 0 } else { 1 })
+}

@@ -1,0 +1,55 @@
+//! The `stead` command: reads the command line, asks the engine, prints.
+#![forbid(unsafe_code)]
+
+mod args;
+mod commands;
+mod demo;
+mod exec;
+mod logs;
+mod print;
+mod progress;
+mod size;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let cli = match args::Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return ExitCode::from(print::command_line(&error)),
+    };
+    start_tracing(cli.global.verbose);
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            print::plain_error(&format!("start the runtime: {error}"));
+            return ExitCode::from(1);
+        }
+    };
+    let code = runtime.block_on(commands::run(cli));
+    // A read of standard input may still block a thread; nothing waits for it.
+    runtime.shutdown_background();
+    ExitCode::from(code)
+}
+
+fn start_tracing(verbose: u8) {
+    use tracing_subscriber::EnvFilter;
+    let level = match verbose {
+        0 => "error",
+        1 => "info",
+        2 => "debug",
+        _ => "trace",
+    };
+    let filter = EnvFilter::try_from_env("STEAD_LOG")
+        .unwrap_or_else(|_unset| EnvFilter::new(format!("stead={level}")));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .without_time()
+        .init();
+}
