@@ -1,0 +1,252 @@
+//! `stead-bench`: every promised figure, ours beside the peer's, in one run.
+#![forbid(unsafe_code)]
+
+mod content;
+mod error;
+mod facts;
+mod first;
+mod fork;
+mod growth;
+mod memory;
+mod pause;
+mod peer;
+mod program;
+mod qmp;
+mod rate;
+mod report;
+mod scratch;
+mod worker;
+mod workload;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use clap::{Parser, ValueEnum};
+use stead_engine::ImportRequest;
+use stead_sys::durable::{self, Existing};
+use stead_template::{BuildSpec, BuiltTemplate, DiskIdentity, Recipe, Watch};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::error::{BenchError, Doing, Result};
+use crate::peer::PeerSpec;
+use crate::report::Report;
+use crate::scratch::Scratch;
+use crate::worker::Worker;
+
+/// The template's name.
+const TEMPLATE: &str = "bench";
+/// The template disk's size in bytes.
+const DISK_BYTES: u64 = 2 << 30;
+
+/// Measures every promised figure beside its peer. Needs root, QEMU, xfsprogs, zstd and tar.
+#[derive(Debug, Parser)]
+#[command(name = "stead-bench")]
+struct Arguments {
+    /// Where the report goes, in Markdown; the table is printed in any case.
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// How often each figure is measured.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u8).range(1..=50))]
+    runs: u8,
+    /// Measure each figure once.
+    #[arg(long)]
+    quick: bool,
+    /// Measure only these.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    only: Vec<Group>,
+    /// Where template builds keep what the next one can use [default: template-cache in the target folder].
+    #[arg(long, env = "STEAD_TEMPLATE_CACHE")]
+    template_cache: Option<PathBuf>,
+}
+
+/// Figures that are measured together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Group {
+    /// Forks, one and ten at once.
+    Fork,
+    /// What checkpoints cost in the store.
+    Growth,
+    /// How long a guest stands still.
+    Pause,
+    /// Publishing and fetching.
+    Rate,
+}
+
+impl Arguments {
+    fn wants(&self, group: Group) -> bool {
+        self.only.is_empty() || self.only.contains(&group)
+    }
+}
+
+/// A run under way.
+#[derive(Debug)]
+struct Bench {
+    runs: usize,
+    spec: PeerSpec,
+    worker: Worker,
+    report: Report,
+    begun: Instant,
+    // Last: the others end before their files go.
+    scratch: Scratch,
+}
+
+impl Bench {
+    fn say(&self, what: &str) {
+        eprintln!("{:>4} s  {what}", self.begun.elapsed().as_secs());
+    }
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let result = tokio::select! {
+        result = run(&arguments) => result,
+        interrupted = interrupted() => Err(interrupted),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => {
+            eprintln!("a target was missed");
+            ExitCode::from(1)
+        }
+        Err(error) => {
+            eprintln!("{}", error.lines());
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Ends when somebody wants the run to end; dropping the run then cleans up.
+async fn interrupted() -> BenchError {
+    let (Ok(mut interrupt), Ok(mut terminate)) = (
+        signal(SignalKind::interrupt()),
+        signal(SignalKind::terminate()),
+    ) else {
+        return BenchError::new("listen for signals", "refused");
+    };
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
+    BenchError::new("measure", "interrupted")
+}
+
+/// Measures, prints and writes; whether every target held.
+async fn run(arguments: &Arguments) -> Result<bool> {
+    if !rustix::process::geteuid().is_root() {
+        return Err(BenchError::new(
+            "measure",
+            "only root can mount and build templates",
+        ));
+    }
+    let report = measure(arguments).await?;
+    println!("{}", report.table());
+    if let Some(out) = &arguments.out {
+        let text = report.markdown();
+        durable::publish(out, 0o644, text.as_bytes(), Existing::Replace)
+            .doing("write the report")?;
+    }
+    Ok(report.rows.iter().all(|row| row.held() != Some(false)))
+}
+
+async fn measure(arguments: &Arguments) -> Result<Report> {
+    let mut bench = begin(arguments).await?;
+    let first = first::prepare(&bench).await?;
+    if arguments.wants(Group::Fork) {
+        fork::measure(&mut bench, &first).await?;
+    }
+    if arguments.wants(Group::Growth) {
+        growth::measure(&mut bench, &first).await?;
+    }
+    bench
+        .worker
+        .engine
+        .remove(first::SANDBOX, true)
+        .await
+        .doing("remove a sandbox")?;
+    if arguments.wants(Group::Pause) {
+        pause::measure(&mut bench).await?;
+    }
+    if arguments.wants(Group::Rate) {
+        rate::measure(&mut bench, &first).await?;
+    }
+    bench.report.facts.push((
+        "the run took",
+        format!("{} s", bench.begun.elapsed().as_secs()),
+    ));
+    Ok(std::mem::take(&mut bench.report))
+}
+
+/// Builds the template and opens the worker on the plain file system.
+async fn begin(arguments: &Arguments) -> Result<Bench> {
+    let begun = Instant::now();
+    let target = target_dir()?;
+    let scratch = Scratch::create(&target)?;
+    let cache = arguments
+        .template_cache
+        .clone()
+        .unwrap_or_else(|| target.join("template-cache"));
+    let template = build_template(&scratch.path("template"), &cache)?;
+    let worker = Worker::open(&scratch.path("worker"), &scratch.path("store"), &cache).await?;
+    let request = ImportRequest {
+        name: TEMPLATE.to_owned(),
+        disk: template.disk.clone(),
+        kernel: template.vmlinuz.clone(),
+        initrd: template.initrd.clone(),
+        cmdline: template.cmdline.clone(),
+    };
+    worker
+        .engine
+        .template_import(&request)
+        .await
+        .doing("publish the template")?;
+    let like = worker.boot(TEMPLATE, "model").await?;
+    worker
+        .engine
+        .remove("model", true)
+        .await
+        .doing("remove a sandbox")?;
+    let runs = if arguments.quick {
+        1
+    } else {
+        usize::from(arguments.runs)
+    };
+    let report = Report {
+        facts: facts::of_machine(&like, &target, runs).await?,
+        ..Report::default()
+    };
+    Ok(Bench {
+        runs,
+        spec: PeerSpec { template, like },
+        worker,
+        report,
+        begun,
+        scratch,
+    })
+}
+
+fn build_template(out: &Path, cache: &Path) -> Result<BuiltTemplate> {
+    let agent = stead_engine::find_agent().doing("find the guest agent")?;
+    let spec = BuildSpec {
+        recipe: Recipe::default(),
+        size_bytes: DISK_BYTES,
+        identity: DiskIdentity::from_seed(TEMPLATE.as_bytes()),
+        agent: &agent,
+        cache,
+        out,
+    };
+    let cancel = AtomicBool::new(false);
+    let watch = Watch::new(&|_| {}, &cancel);
+    stead_template::build(&spec, &watch).doing("build the template")
+}
+
+/// The folder that holds the builds.
+fn target_dir() -> Result<PathBuf> {
+    let own = std::env::current_exe().doing("find the own program")?;
+    own.ancestors()
+        .nth(2)
+        .map(Path::to_owned)
+        .ok_or_else(|| BenchError::new("find the target folder", own.display().to_string()))
+}
