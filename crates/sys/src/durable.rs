@@ -5,9 +5,9 @@
 //! and [`remove_leftovers`] takes it away), or the whole file under its name.
 
 use std::ffi::OsString;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -36,7 +36,8 @@ pub struct Partial {
 }
 
 impl Partial {
-    /// Starts a file that will become `target`, with the permission bits `mode`.
+    /// Starts a file that will become `target`, with exactly the permission bits `mode`, whatever the
+    /// process's umask says: another user's QEMU may have to read it.
     ///
     /// # Errors
     /// When the folder of `target` is missing or not writable, or `target` has no file name.
@@ -48,11 +49,15 @@ impl Partial {
             .create_new(true)
             .mode(mode)
             .open(&temp)?;
-        Ok(Self {
+        let partial = Self {
             file: Some(file),
             temp,
             target: target.to_owned(),
-        })
+        };
+        partial
+            .file()
+            .set_permissions(Permissions::from_mode(mode))?;
+        Ok(partial)
     }
 
     /// The open file. Positioned reads and writes are fine, so is extending it.
@@ -117,6 +122,16 @@ pub fn publish(target: &Path, mode: u32, bytes: &[u8], existing: Existing) -> io
     Ok(())
 }
 
+/// A file without a name in `folder`, gone with the last descriptor that is open on it.
+///
+/// # Errors
+/// When the file system has no nameless files ([`io::ErrorKind::Unsupported`]) or cannot be written.
+pub fn nameless(folder: &Path) -> io::Result<File> {
+    use rustix::fs::{Mode, OFlags};
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(folder, flags, Mode::RUSR | Mode::WUSR)?.into())
+}
+
 /// Creates an empty file that a program outside will fill; for scratch files, which a crash may lose.
 ///
 /// # Errors
@@ -130,7 +145,8 @@ pub fn create_scratch(path: &Path, mode: u32) -> io::Result<File> {
         .open(path)
 }
 
-/// Creates `path` and its missing parents, new ones with the permission bits `mode`.
+/// Creates `path` and its missing parents, new ones with exactly the permission bits `mode`, whatever the
+/// process's umask says.
 ///
 /// # Errors
 /// When a folder cannot be created.
@@ -142,7 +158,10 @@ pub fn create_dir(path: &Path, mode: u32) -> io::Result<()> {
         create_dir(parent, mode)?;
     }
     match fs::DirBuilder::new().mode(mode).create(path) {
-        Ok(()) => sync_parent(path),
+        Ok(()) => {
+            fs::set_permissions(path, Permissions::from_mode(mode))?;
+            sync_parent(path)
+        }
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         Err(error) => Err(error),
     }
@@ -270,6 +289,28 @@ mod tests {
         publish(&target, 0o600, b"second", Existing::Replace).expect("replace");
         assert_eq!(fs::read(&target).expect("read"), b"second");
         assert_eq!(fs::read_dir(dir.path()).expect("list").count(), 1);
+    }
+
+    #[test]
+    fn permissions_are_those_asked_for_whatever_the_umask_says() {
+        // The umask is the whole process's, so other tests' files are narrowed meanwhile, which none looks at.
+        let before = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+        let dir = tempfile::tempdir().expect("temp dir");
+        let (folder, file) = (dir.path().join("folder"), dir.path().join("file"));
+        let made =
+            create_dir(&folder, 0o711).and_then(|()| publish(&file, 0o444, b"x", Existing::Keep));
+        rustix::process::umask(before);
+        made.expect("make");
+        let mode = |path: &Path| fs::metadata(path).expect("stat").permissions().mode() & 0o7777;
+        assert_eq!((mode(&folder), mode(&file)), (0o711, 0o444));
+    }
+
+    #[test]
+    fn a_nameless_file_is_never_listed() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let file = nameless(dir.path()).expect("create");
+        file.set_len(4096).expect("grow");
+        assert_eq!(fs::read_dir(dir.path()).expect("list").count(), 0);
     }
 
     #[test]

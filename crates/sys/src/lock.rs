@@ -44,7 +44,9 @@ impl FileLock {
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {
                 file.set_len(0)?;
-                file.write_all_at(holder.as_bytes(), 0)?;
+                // A full disk must not keep out the command that would make room on it: then the holder
+                // stays unnamed.
+                drop(file.write_all_at(holder.as_bytes(), 0));
                 Ok(Attempt::Locked(Self {
                     _file: file,
                     path: path.to_owned(),
