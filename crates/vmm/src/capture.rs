@@ -87,14 +87,9 @@ pub struct PhaseTimes {
     pub resume: Duration,
     /// Freezing the layers; zero while they are not.
     pub freeze: Duration,
-}
-
-impl PhaseTimes {
-    /// How long the guest stood still.
-    #[must_use]
-    pub fn paused(&self) -> Duration {
-        self.stop + self.snapshot + self.state + self.ram + self.resume
-    }
+    /// How long the guest stood still, by one clock: from before it was told to stop until it was seen to
+    /// run again, or, while it is not asked to go on, until its state was taken.
+    pub paused: Duration,
 }
 
 /// One instant of a VM.
@@ -152,8 +147,9 @@ impl Vm {
     /// # Errors
     /// [`Error::Capture`] says which step failed, what the guest does and where the disks write.
     pub fn capture(&mut self, request: &CaptureRequest<'_>) -> Result<Captured> {
-        let mut captured = self.take(request)?;
+        let (mut captured, stopped) = self.take(request)?;
         self.go_on(&mut captured)?;
+        captured.times.paused = stopped.elapsed();
         let started = Instant::now();
         captured.chains = self
             .freeze_layers()
@@ -172,11 +168,13 @@ impl Vm {
     /// # Errors
     /// As [`Vm::capture`].
     pub fn capture_paused(&mut self, request: &CaptureRequest<'_>) -> Result<Captured> {
-        let captured = self.take(request)?;
-        if let Err(error) = state_stream::verify(&captured.device_state, captured.state_format) {
-            return Err(self.give_up(CapturePhase::Verify, error, &[]).into());
+        let (mut captured, stopped) = self.take(request)?;
+        captured.times.paused = stopped.elapsed();
+        let verified = state_stream::verify(&captured.device_state, captured.state_format);
+        match verified.and_then(|_| self.disks()) {
+            Ok(chains) => Ok(Captured { chains, ..captured }),
+            Err(error) => Err(self.give_up(CapturePhase::Verify, error, &[]).into()),
         }
-        Ok(captured)
     }
 
     /// Freezes the disks alone, at one instant; the guest runs on.
@@ -204,8 +202,9 @@ impl Vm {
         })
     }
 
-    /// Everything up to the moment when the guest may go on.
-    fn take(&mut self, request: &CaptureRequest<'_>) -> Result<Captured> {
+    /// Everything up to the moment when the guest may go on, and when it was told to stop. The chains
+    /// are left to the caller: asking for them would keep the guest waiting.
+    fn take(&mut self, request: &CaptureRequest<'_>) -> Result<(Captured, Instant)> {
         let started = Instant::now();
         let mut times = PhaseTimes::default();
         let prepared = match self.prepare(request) {
@@ -214,16 +213,19 @@ impl Vm {
         };
         times.prepare = started.elapsed();
         let mut phase = CapturePhase::Stop;
-        let taken = self.take_stopped(request, &prepared, &mut phase, &mut times);
-        match taken.and_then(|taken| Ok((taken, self.disks()?))) {
-            Ok((taken, chains)) => Ok(Captured {
-                device_state: taken.device_state,
-                state_format: prepared.source.state_format(),
-                ram_method: taken.ram_method,
-                memory_bytes: prepared.source.memory_bytes,
-                chains,
-                times,
-            }),
+        let stopped = Instant::now();
+        match self.take_stopped(request, &prepared, &mut phase, &mut times) {
+            Ok(taken) => Ok((
+                Captured {
+                    device_state: taken.device_state,
+                    state_format: prepared.source.state_format(),
+                    ram_method: taken.ram_method,
+                    memory_bytes: prepared.source.memory_bytes,
+                    chains: Vec::new(),
+                    times,
+                },
+                stopped,
+            )),
             Err(error) => {
                 prepared.receiver.abort();
                 Err(self.give_up(phase, error, &prepared.overlays).into())

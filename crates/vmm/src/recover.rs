@@ -8,6 +8,7 @@
 //! | paused | stopped; disks switched or not | the same, and *cont* |
 //! | finish-migrate | state was being saved | saving is cancelled, then the same |
 //! | postmigrate | state was saved; disks given up | the same; *cont* takes them back |
+//! | io-error | a disk had no room; QEMU waits with the guest's request | the same; *cont* tries it again |
 //! | inmigrate, shutdown, other | not an interrupted capture | refused, nothing is changed |
 
 use std::path::PathBuf;
@@ -50,9 +51,10 @@ impl Vm {
                 RunState::Paused,
                 RunState::FinishMigrate,
                 RunState::PostMigrate,
+                RunState::IoError,
             ],
             "recover an interrupted capture",
-            "running, paused, finish-migrate or postmigrate",
+            "running, paused, finish-migrate, postmigrate or io-error",
         )?;
         let in_flight = matches!(migration::progress(self.qmp())?, Progress::Active(_));
         self.settle_and_resume()?;

@@ -226,7 +226,7 @@ fn measure_the_pause_of_a_guest_of_512_mib() {
         println!(
             "{:?} paused {:?} {:?} state {} bytes",
             captured.ram_method,
-            captured.times.paused(),
+            captured.times.paused,
             captured.times,
             captured.device_state.len()
         );
@@ -240,7 +240,7 @@ fn measure_the_pause_of_a_guest_of_512_mib() {
         println!(
             "{:?} paused {:?} {:?} state {} bytes",
             captured.ram_method,
-            captured.times.paused(),
+            captured.times.paused,
             captured.times,
             captured.device_state.len()
         );
