@@ -3,6 +3,7 @@
 //! The machine has the same devices at the same places as ours and boots the same kernel from the same
 //! template, so both guests can be told the same through the same agent.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -77,12 +78,17 @@ impl PeerSpec {
     }
 
     async fn start(&self, folder: &Path, image: &Path, tag: Option<&str>) -> Result<Peer> {
-        stead_sys::durable::create_dir(folder, 0o700).doing("create a peer's folder")?;
-        for name in leftovers() {
-            stead_sys::durable::remove_file(&folder.join(name)).doing("remove an old file")?;
-        }
-        let log = stead_sys::durable::create_scratch(&folder.join(stead_vmm::dir::QEMU_LOG), 0o600)
-            .doing("create a peer's log")?;
+        let log = prepare(folder)?;
+        self.start_prepared(folder, image, tag, log).await
+    }
+
+    async fn start_prepared(
+        &self,
+        folder: &Path,
+        image: &Path,
+        tag: Option<&str>,
+        log: File,
+    ) -> Result<Peer> {
         let process = Command::new(QEMU)
             .args(self.arguments(image, tag))
             .current_dir(folder)
@@ -250,10 +256,21 @@ pub async fn first_exec(
     image: &Path,
     tag: &str,
 ) -> Result<(Peer, Duration)> {
+    let log = prepare(folder)?;
     let begun = Instant::now();
-    let mut peer = spec.load(folder, image, tag).await?;
+    let mut peer = spec.start_prepared(folder, image, Some(tag), log).await?;
     peer.exec(&["true"]).await?;
     Ok((peer, begun.elapsed()))
+}
+
+/// Makes a folder ready for a process and gives the file for its messages.
+fn prepare(folder: &Path) -> Result<File> {
+    stead_sys::durable::create_dir(folder, 0o700).doing("create a peer's folder")?;
+    for name in leftovers() {
+        stead_sys::durable::remove_file(&folder.join(name)).doing("remove an old file")?;
+    }
+    stead_sys::durable::create_scratch(&folder.join(stead_vmm::dir::QEMU_LOG), 0o600)
+        .doing("create a peer's log")
 }
 
 /// What an earlier process in the same folder has left.
