@@ -315,6 +315,9 @@ pub enum CheckpointCommand {
         /// Names, ids, or beginnings of ids
         #[arg(required = true, value_name = "CHECKPOINT")]
         names: Vec<String>,
+        /// Also what a sandbox of another worker is hibernated in
+        #[arg(long, short)]
+        force: bool,
     },
 }
 

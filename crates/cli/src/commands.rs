@@ -387,9 +387,9 @@ async fn checkpoint(engine: &Engine, command: CheckpointCommand, global: &Global
                 ))
             })
         }
-        CheckpointCommand::Rm { names } => {
+        CheckpointCommand::Rm { names, force } => {
             for name in names {
-                engine.checkpoint_remove(&name).await?;
+                engine.checkpoint_remove(&name, force).await?;
                 print_removed(&name, global);
             }
             Ok(0)

@@ -113,7 +113,7 @@ impl Demo<'_> {
             }
         }
         for checkpoint in a.checkpoints().await? {
-            a.checkpoint_remove(&checkpoint.id).await?;
+            a.checkpoint_remove(&checkpoint.id, true).await?;
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ CREATE TABLE layers (
     virtual_bytes BIGINT NOT NULL,
     frozen        BOOLEAN NOT NULL,           -- a frozen layer is never written again
     content       TEXT,                       -- JSON TreeRef of what a guest sees through this layer, once known
+    stamp         TEXT,                       -- identity and times of the file when its content was last known to be right
     created       TEXT NOT NULL
 );
 

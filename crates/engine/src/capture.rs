@@ -22,7 +22,7 @@ use stead_sys::{copy, space};
 use stead_vmm::{CaptureRequest, Captured, NewOverlay, PhaseTimes, StateFormat, Vm};
 
 use crate::error::{AtFile, EngineError, Kind, Result};
-use crate::job::{CaptureUndo, Job, Undo};
+use crate::job::{CaptureUndo, Hibernations, Job, Undo};
 use crate::layers::{self, ChainSource};
 use crate::machine::MachineRecord;
 use crate::materialise::content_of;
@@ -69,7 +69,7 @@ pub struct PauseReport {
 impl From<PhaseTimes> for PauseReport {
     fn from(times: PhaseTimes) -> Self {
         Self {
-            paused_us: micros(times.paused()),
+            paused_us: micros(times.paused),
             stop_us: micros(times.stop),
             snapshot_us: micros(times.snapshot),
             state_us: micros(times.state),
@@ -157,10 +157,7 @@ impl Engine {
             self.publish_instant(&mut job, &plan, instant).await
         }
         .await;
-        let report = self.undone_on_error(&job, made).await?;
-        self.forget_hibernations(&plan.sandbox.id, Some(&report.checkpoint.id))
-            .await?;
-        Ok(report)
+        self.undone_on_error(&job, made).await
     }
 
     async fn plan_capture(
@@ -197,6 +194,7 @@ impl Engine {
         let mut disks = Vec::new();
         for disk in self.records.disks(&sandbox.id).await? {
             let layer = self.base_layer(&disk.layer).await?;
+            self.check_depth(attempt, &sandbox, &layer).await?;
             let overlay = layers::new_overlay(&id::long()?, &layer, layer.virtual_bytes);
             disks.push((disk.disk, layer, overlay));
         }
@@ -211,6 +209,23 @@ impl Engine {
         };
         self.check_room(&plan)?;
         Ok(plan)
+    }
+
+    /// Refuses what would put more layers on each other than can be opened.
+    async fn check_depth(&self, attempt: &str, sandbox: &Sandbox, top: &LayerRow) -> Result<()> {
+        let depth = self.records.chain(&top.id).await?.len();
+        if depth < layers::DEPTH_MAX {
+            return Ok(());
+        }
+        let name = &sandbox.name;
+        Err(wrong_state(
+            attempt,
+            sandbox,
+            &format!("its disk lies in {depth} layers, the most that can be"),
+        )
+        .next(format!(
+            "`stead restore {name} CHECKPOINT` with its newest checkpoint puts the disk into one layer"
+        )))
     }
 
     /// Refuses before anything is written when the capture cannot fit.
@@ -231,7 +246,7 @@ impl Engine {
         let attempt = format!("capture sandbox {}", plan.sandbox.name);
         let mut needs = vec![(self.dir.root().to_owned(), ram + SPARE_BYTES)];
         if ram > 0 && !self.reflinks()? {
-            needs.push((PathBuf::from("/dev/shm"), ram + SPARE_BYTES));
+            needs.push((PathBuf::from(paths::MEMORY), ram + SPARE_BYTES));
         }
         if let Some(store) = self.local_store() {
             needs.push((store, ram + disks + SPARE_BYTES));
@@ -460,7 +475,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Checks each frozen layer: closed for writing, and a whole image with exact reference counts.
+    /// Checks each frozen layer: closed for writing, and a whole image in which nothing is referred to
+    /// more often than is counted. From here on a change of its file is noticed.
     async fn read_back(&self, plan: &Plan) -> Result<()> {
         for (disk, old, _) in &plan.disks {
             if old.format == layers::RAW {
@@ -492,6 +508,9 @@ impl Engine {
                 .left("the sandbox runs on"));
             }
             layers::seal(&path)?;
+            let mut tx = self.records.begin().await?;
+            Records::set_layer_stamp(&mut tx, &old.id, &layers::stamp(&path)?).await?;
+            tx.commit().await?;
         }
         Ok(())
     }
@@ -509,12 +528,17 @@ impl Engine {
             .await
             .map_err(|error| error.left("no checkpoint was made, and the sandbox runs on"))?;
         job.step("commit").await?;
-        let (id, report) = publish
-            .commit(&manifest)
-            .await
-            .map_err(|source| store_error("write the manifest", source).left("the sandbox runs on"))?;
+        let (id, report) = publish.commit(&manifest).await.map_err(|source| {
+            store_error("write the manifest", source).left("the sandbox runs on")
+        })?;
         crate::job::crash_point("checkpoint", "committed");
-        self.record_checkpoint(job, plan, &id, &trees).await?;
+        self.record_checkpoint(job, plan, &id, &trees)
+            .await
+            .map_err(|error| {
+                error.left(format!(
+                    "checkpoint {id} is whole in the store all the same"
+                ))
+            })?;
         let info = crate::store::info_of(id.to_string(), &manifest, true);
         Ok(CaptureReport {
             checkpoint: info,
@@ -537,7 +561,9 @@ impl Engine {
             .await
             .map_err(|source| store_error("begin to publish", source))?;
         let trees = self.publish_disks(store, &mut publish, plan).await?;
-        let manifest = self.manifest_of(&mut publish, plan, instant, &trees).await?;
+        let manifest = self
+            .manifest_of(&mut publish, plan, instant, &trees)
+            .await?;
         Ok((publish, manifest, trees))
     }
 
@@ -559,6 +585,7 @@ impl Engine {
                 };
                 // Its nodes may be gone: another store, or the template was removed.
                 if store.local_index(&tree).await.is_ok() {
+                    self.prove_if_touched(&chain[depth..], &tree).await?;
                     let changed = source.changed(depth)?;
                     base = Some(Base { tree, changed });
                     break;
@@ -712,9 +739,13 @@ impl Engine {
             Records::set_hibernated(&mut tx, &plan.sandbox.id, &text).await?;
             let ended = Undo {
                 launches: vec![plan.launch.clone()],
+                hibernations: Some(Hibernations {
+                    sandbox: plan.sandbox.id.clone(),
+                    except: Some(text),
+                }),
                 ..Undo::default()
             };
-            job.turn(&mut tx, ended).await?;
+            job.turn(&mut tx, &ended).await?;
             tx.commit().await?;
             crate::job::crash_point("hibernate", "recorded");
             return self.complete(job).await;
@@ -737,7 +768,7 @@ impl Engine {
             })
             .collect();
         for info in earlier {
-            self.checkpoint_remove(&info.id).await?;
+            self.remove_from_store(&info.id, &info.id).await?;
         }
         Ok(())
     }

@@ -207,23 +207,14 @@ impl Engine {
 /// Whether files in `folder` can share blocks, found by trying.
 pub(crate) fn can_reflink(folder: &Path) -> std::io::Result<bool> {
     use std::os::unix::fs::FileExt;
-    let name = |role: &str| {
-        folder.join(format!(
-            "{}probe-{role}-{}",
-            durable::TEMP_PREFIX,
-            std::process::id()
-        ))
+    let source = match durable::nameless(folder) {
+        Ok(source) => source,
+        // A file system that has neither.
+        Err(error) if error.kind() == std::io::ErrorKind::Unsupported => return Ok(false),
+        Err(error) => return Err(error),
     };
-    let (from, to) = (name("from"), name("to"));
-    let outcome = durable::create_scratch(&from, 0o600).and_then(|source| {
-        source.write_all_at(&[1; 4096], 0)?;
-        let target = durable::create_scratch(&to, 0o600)?;
-        copy::reflink(&source, &target)
-    });
-    for path in [from, to] {
-        durable::remove_file(&path)?;
-    }
-    outcome
+    source.write_all_at(&[1; 4096], 0)?;
+    copy::reflink(&source, &durable::nameless(folder)?)
 }
 
 fn on_path(program: &str) -> bool {

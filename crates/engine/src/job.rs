@@ -38,6 +38,15 @@ pub(crate) struct Undo {
     pub capture: Option<CaptureUndo>,
     /// Whether a lease in the store may be left.
     pub lease: bool,
+    /// States in the store that nothing will wake from any more.
+    pub hibernations: Option<Hibernations>,
+}
+
+/// What a sandbox hibernated into, except the state it is to wake from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Hibernations {
+    pub sandbox: String,
+    pub except: Option<String>,
 }
 
 /// A capture under way.
@@ -55,6 +64,7 @@ pub(crate) struct Job {
     kind: &'static str,
     records: Records,
     watch: Watch,
+    /// What the row names, to add to; undoing reads the row.
     undo: Undo,
 }
 
@@ -102,26 +112,20 @@ impl Job {
         Ok(())
     }
 
-    /// What undoing would take away.
-    pub(crate) fn undo(&self) -> &Undo {
-        &self.undo
-    }
-
     /// Names more that the job is about to create.
     pub(crate) async fn also(&mut self, add: impl FnOnce(&mut Undo)) -> Result<()> {
         let mut undo = self.undo.clone();
         add(&mut undo);
         let mut tx = self.records.begin().await?;
-        self.turn(&mut tx, undo).await?;
+        self.turn(&mut tx, &undo).await?;
         tx.commit().await?;
+        self.undo = undo;
         Ok(())
     }
 
     /// Replaces what undoing would take away, in a transaction that the caller commits.
-    pub(crate) async fn turn(&mut self, tx: &mut SqliteConnection, undo: Undo) -> Result<()> {
-        Records::set_job_detail(tx, &self.id, &to_json(&undo)?).await?;
-        self.undo = undo;
-        Ok(())
+    pub(crate) async fn turn(&self, tx: &mut SqliteConnection, undo: &Undo) -> Result<()> {
+        Records::set_job_detail(tx, &self.id, &to_json(undo)?).await
     }
 
     /// The job's id.

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use stead_agent_link::{AgentLink, Epoch, Greeting};
 use stead_sys::process::ProcessId;
-use stead_sys::{copy, durable};
+use stead_sys::{copy, durable, space};
 use stead_vmm::{Boot, Disk, Launch, Layer, LayerFormat, Ram, RunAs, StateFormat, Vm};
 
 use crate::error::{AtFile, EngineError, Kind, Result};
@@ -231,6 +231,7 @@ impl Engine {
                 let path = if self.reflinks()? {
                     own
                 } else {
+                    check_memory_room(&plan.sandbox.name, plan.machine.qemu.memory_bytes)?;
                     self.memory_file(plan.launch, user)?
                 };
                 let file = durable::create_scratch(&path, 0o600).at("create RAM", &path)?;
@@ -301,6 +302,48 @@ impl Engine {
         })
         .await
     }
+}
+
+/// Refuses a VM whose RAM would not fit the memory file system together with what running VMs may still use.
+///
+/// A guest that touches a page for which there is no room is killed by the kernel, and so are all others there.
+fn check_memory_room(sandbox: &str, memory_bytes: u64) -> Result<()> {
+    let folder = Path::new(paths::MEMORY);
+    let available = space::available_bytes(folder).at("ask for room on", folder)?;
+    let promised = promised_bytes(folder).at("measure the RAM of running VMs in", folder)?;
+    let required = memory_bytes.saturating_add(promised);
+    if required <= available {
+        return Ok(());
+    }
+    Err(EngineError::new(
+        Kind::NoSpace,
+        format!("give sandbox {sandbox} its RAM"),
+        format!(
+            "{} has {available} bytes left, of which running VMs may still use {promised}; \
+             {memory_bytes} are needed",
+            folder.display()
+        ),
+    )
+    .left("nothing was started")
+    .next(
+        "stop another sandbox, give this one less --memory, make the file system larger, \
+         or put the data directory on a file system with reflinks",
+    ))
+}
+
+/// What the RAM files of VMs, whoever runs them, may still grow by.
+fn promised_bytes(folder: &Path) -> std::io::Result<u64> {
+    let mut promised = 0_u64;
+    for entry in std::fs::read_dir(folder)? {
+        let ram = entry?.path().join(RAM_FILE);
+        // A VM may end meanwhile, and other programs' files are not ours to count.
+        let Ok(meta) = std::fs::symlink_metadata(&ram) else {
+            continue;
+        };
+        let allocated = space::allocated_bytes(&ram).unwrap_or(meta.len());
+        promised = promised.saturating_add(meta.len().saturating_sub(allocated));
+    }
+    Ok(promised)
 }
 
 /// A connection to one agent port of a running VM.

@@ -18,6 +18,8 @@ use crate::records::{LayerRow, Records};
 
 /// The deepest chain that is opened, in layers.
 pub(crate) const DEPTH_MAX: usize = 200;
+/// A deeper chain is not put under new sandboxes: its content is rebuilt as one layer instead.
+pub(crate) const DEPTH_REUSED_MAX: usize = 64;
 
 /// The format word of a raw base.
 pub(crate) const RAW: &str = "raw";
@@ -38,6 +40,7 @@ pub(crate) fn new_overlay(id: &str, parent: &LayerRow, virtual_bytes: i64) -> La
         virtual_bytes,
         frozen: false,
         content: None,
+        stamp: None,
     }
 }
 
@@ -93,6 +96,26 @@ pub(crate) fn seal(path: &Path) -> Result<()> {
         chown(path, Some(0), Some(0)).at("take back", path)?;
     }
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o444)).at("seal", path)
+}
+
+/// What a file looks like from outside: which it is, its length, and when it was last changed.
+///
+/// A write moves the time of the last status change, which no system call sets back. So a file with the
+/// stamp that it had when its content was proven has that content still, unless somebody turned the clock
+/// back or wrote below the file system.
+pub(crate) fn stamp(path: &Path) -> Result<String> {
+    use std::os::unix::fs::MetadataExt;
+    let meta = std::fs::metadata(path).at("look at", path)?;
+    Ok(format!(
+        "{}:{}:{}:{}.{:09}:{}.{:09}",
+        meta.dev(),
+        meta.ino(),
+        meta.len(),
+        meta.mtime(),
+        meta.mtime_nsec(),
+        meta.ctime(),
+        meta.ctime_nsec()
+    ))
 }
 
 /// The size a guest sees.

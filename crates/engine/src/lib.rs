@@ -151,6 +151,19 @@ impl Engine {
         Ok((lock, now))
     }
 
+    /// Takes the lock of a sandbox that is about to be recorded: nobody else knows its id yet, and who
+    /// finds it half made waits.
+    async fn lock_new(&self, sandbox: &Sandbox, purpose: &str) -> Result<FileLock> {
+        exclusion::lock(
+            &self.lock_path(&sandbox.id),
+            &format!("sandbox {}", sandbox.name),
+            purpose,
+            self.settings.wait,
+            &self.watch,
+        )
+        .await
+    }
+
     fn lock_path(&self, sandbox: &str) -> PathBuf {
         self.dir.locks().join(format!("sandbox-{sandbox}"))
     }

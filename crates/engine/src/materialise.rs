@@ -204,7 +204,7 @@ impl Engine {
         for (slot, disk) in manifest.disks.iter().enumerate() {
             let own = known.as_ref().and_then(|layers| layers.get(slot));
             let layer = match own {
-                Some(layer) if self.files_are_here(layer).await? => self.base_layer(layer).await?,
+                Some(layer) if self.is_fit(layer).await? => self.base_layer(layer).await?,
                 _ => {
                     self.layer_of_content(job, &disk.id, &disk.tree, cost)
                         .await?
@@ -213,6 +213,12 @@ impl Engine {
             found.push(layer);
         }
         Ok(found)
+    }
+
+    /// Whether a layer can go under a new sandbox: its files are here, and there are not too many.
+    async fn is_fit(&self, layer: &str) -> Result<bool> {
+        let depth = self.records.chain(layer).await?.len();
+        Ok(depth <= layers::DEPTH_REUSED_MAX && self.files_are_here(layer).await?)
     }
 
     async fn files_are_here(&self, layer: &str) -> Result<bool> {
@@ -231,7 +237,7 @@ impl Engine {
         cost: &mut Cost,
     ) -> Result<LayerRow> {
         for layer in self.records.layers_with_content().await? {
-            if content_of(&layer)? == Some(*tree) && self.files_are_here(&layer.id).await? {
+            if content_of(&layer)? == Some(*tree) && self.is_fit(&layer.id).await? {
                 return Ok(layer);
             }
         }
@@ -244,6 +250,7 @@ impl Engine {
             })?,
             frozen: true,
             content: Some(crate::records::to_json(tree)?),
+            stamp: None,
         };
         job.also(|undo| undo.layers.push(layer.id.clone())).await?;
         let path = layers::path_of(&self.dir, &layer.id, layers::RAW);
@@ -370,14 +377,9 @@ impl Engine {
     pub(crate) async fn prove(&self, parts: &mut Parts) -> Result<()> {
         let begun = Instant::now();
         for (disk, layer) in parts.manifest.disks.iter().zip(&parts.layers) {
-            let chain = Arc::new(ChainSource::open(&self.records, &self.dir, &layer.id).await?);
-            let part = Part {
-                what: format!("disk {}", disk.id),
-                file: layers::path_of(&self.dir, &layer.id, &layer.format),
-                source: chain.clone(),
-                chain: Some(chain),
-            };
-            self.prove_part(part, &disk.tree).await?;
+            let rows = self.records.chain(&layer.id).await?;
+            self.prove_layers(&format!("disk {}", disk.id), &rows, &disk.tree)
+                .await?;
             parts.cost.verified_bytes += disk.tree.length_bytes;
         }
         if let (Some(tree), Some(path)) = (&parts.manifest.ram, &parts.ram) {
@@ -393,6 +395,63 @@ impl Engine {
         }
         parts.cost.verify = begun.elapsed();
         Ok(())
+    }
+
+    /// Proves what a guest will read below the layer that it writes to, before it is started.
+    ///
+    /// The highest layer whose content is known stands for all below it. Layers above that were
+    /// written by a guest of this worker and not captured yet: nothing is known of them.
+    pub(crate) async fn prove_under(&self, layer: &str) -> Result<()> {
+        let rows = self.records.chain(layer).await?;
+        for (depth, row) in rows.iter().enumerate() {
+            if let Some(tree) = content_of(row)? {
+                return self
+                    .prove_layers("the disk's base", &rows[depth..], &tree)
+                    .await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Proves layers of known content again if one of their files was touched since that was done last.
+    pub(crate) async fn prove_if_touched(&self, rows: &[LayerRow], tree: &TreeRef) -> Result<()> {
+        if self
+            .stamps(rows)?
+            .iter()
+            .zip(rows)
+            .all(|(now, row)| row.stamp.as_ref() == Some(now))
+        {
+            return Ok(());
+        }
+        self.prove_layers("the disk's base", rows, tree).await
+    }
+
+    /// Hashes what a guest sees through `rows`, top first, and compares it with `tree`.
+    async fn prove_layers(&self, what: &str, rows: &[LayerRow], tree: &TreeRef) -> Result<()> {
+        // Taken before the reading, so that a change meanwhile is a change since.
+        let stamps = self.stamps(rows)?;
+        let chain = Arc::new(ChainSource::open_rows(&self.dir, rows)?);
+        let top = &rows[0];
+        let part = Part {
+            what: what.to_owned(),
+            file: layers::path_of(&self.dir, &top.id, &top.format),
+            source: chain.clone(),
+            chain: Some(chain),
+        };
+        self.prove_part(part, tree).await?;
+        let mut tx = self.records.begin().await?;
+        for (row, stamp) in rows.iter().zip(&stamps) {
+            Records::set_layer_stamp(&mut tx, &row.id, stamp).await?;
+        }
+        tx.commit().await?;
+        Ok(())
+    }
+
+    fn stamps(&self, rows: &[LayerRow]) -> Result<Vec<String>> {
+        let stamp =
+            |row: &LayerRow| layers::stamp(&layers::path_of(&self.dir, &row.id, &row.format));
+        let stamps: Result<_> = rows.iter().map(stamp).collect();
+        stamps.map_err(|error| error.of_kind(Kind::Damaged).left("nothing was started"))
     }
 
     async fn prove_part(&self, part: Part, tree: &TreeRef) -> Result<()> {

@@ -17,10 +17,11 @@ impl DataDir {
     /// # Errors
     /// When a folder cannot be created.
     pub fn open(root: &Path) -> Result<Self> {
-        let absolute = std::path::absolute(root).at("resolve", root)?;
-        let dir = Self { root: absolute };
+        // One spelling: a QEMU is found by the folder that it works in, as the kernel spells it.
+        durable::create_dir(root, 0o711).at("create folder", root)?;
+        let root = std::fs::canonicalize(root).at("resolve", root)?;
+        let dir = Self { root };
         for (path, mode) in [
-            (dir.root.clone(), 0o711),
             (dir.layers(), 0o711),
             (dir.ram(), 0o711),
             (dir.blobs(), 0o711),
@@ -88,7 +89,10 @@ impl DataDir {
     }
 }
 
+/// The memory file system.
+pub(crate) const MEMORY: &str = "/dev/shm";
+
 /// Where live RAM lies when the data folder's file system cannot share blocks.
 pub(crate) fn memory_folder(launch: &str) -> PathBuf {
-    Path::new("/dev/shm").join(format!("stead-{launch}"))
+    Path::new(MEMORY).join(format!("stead-{launch}"))
 }

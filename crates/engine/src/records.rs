@@ -165,6 +165,8 @@ pub(crate) struct LayerRow {
     pub virtual_bytes: i64,
     pub frozen: bool,
     pub content: Option<String>,
+    /// What [`crate::layers::stamp`] said when the content was last known to be right.
+    pub stamp: Option<String>,
 }
 
 /// A template of this worker.
@@ -337,7 +339,7 @@ impl Records {
         sandbox: &str,
         now: &Incarnation<'_>,
     ) -> Result<()> {
-        sqlx::query(
+        let updated = sqlx::query(
             "UPDATE sandboxes SET state = 'running', launch = ?, process = ?, ram_sharing = ?, epoch = ?,
              hibernated_as = NULL WHERE id = ?",
         )
@@ -348,7 +350,14 @@ impl Records {
         .bind(sandbox)
         .execute(tx)
         .await?;
-        Ok(())
+        if updated.rows_affected() == 1 {
+            return Ok(());
+        }
+        Err(EngineError::new(
+            Kind::Conflict,
+            format!("record that sandbox {sandbox} runs"),
+            "it was removed meanwhile",
+        ))
     }
 
     /// Records that no QEMU runs for the sandbox any more.
@@ -448,8 +457,8 @@ impl Records {
 
     pub(crate) async fn insert_layer(tx: &mut SqliteConnection, layer: &LayerRow) -> Result<()> {
         sqlx::query(
-            "INSERT INTO layers (id, format, parent, virtual_bytes, frozen, content, created)
-             VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
+            "INSERT INTO layers (id, format, parent, virtual_bytes, frozen, content, stamp, created)
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
         )
         .bind(&layer.id)
         .bind(&layer.format)
@@ -457,6 +466,7 @@ impl Records {
         .bind(layer.virtual_bytes)
         .bind(layer.frozen)
         .bind(&layer.content)
+        .bind(&layer.stamp)
         .bind(crate::now())
         .execute(tx)
         .await?;
@@ -484,6 +494,20 @@ impl Records {
         Ok(())
     }
 
+    /// Records what a layer's file looked like when its content was known to be right.
+    pub(crate) async fn set_layer_stamp(
+        tx: &mut SqliteConnection,
+        layer: &str,
+        stamp: &str,
+    ) -> Result<()> {
+        sqlx::query("UPDATE layers SET stamp = ? WHERE id = ?")
+            .bind(stamp)
+            .bind(layer)
+            .execute(tx)
+            .await?;
+        Ok(())
+    }
+
     /// The layer and everything below it, top first.
     pub(crate) async fn chain(&self, top: &str) -> Result<Vec<LayerRow>> {
         let mut chain: Vec<LayerRow> = Vec::new();
@@ -496,7 +520,7 @@ impl Records {
                 ));
             }
             let layer: LayerRow = sqlx::query_as(
-                "SELECT id, format, parent, virtual_bytes, frozen, content FROM layers WHERE id = ?",
+                "SELECT id, format, parent, virtual_bytes, frozen, content, stamp FROM layers WHERE id = ?",
             )
             .bind(&id)
             .fetch_optional(&self.pool)
@@ -513,7 +537,7 @@ impl Records {
     /// Layers that a TreeRef is known of: sources for a fetch.
     pub(crate) async fn layers_with_content(&self) -> Result<Vec<LayerRow>> {
         Ok(sqlx::query_as(
-            "SELECT id, format, parent, virtual_bytes, frozen, content FROM layers
+            "SELECT id, format, parent, virtual_bytes, frozen, content, stamp FROM layers
              WHERE content IS NOT NULL AND frozen ORDER BY created",
         )
         .fetch_all(&self.pool)
@@ -523,7 +547,7 @@ impl Records {
     /// Every layer.
     pub(crate) async fn layers(&self) -> Result<Vec<LayerRow>> {
         Ok(sqlx::query_as(
-            "SELECT id, format, parent, virtual_bytes, frozen, content FROM layers ORDER BY created",
+            "SELECT id, format, parent, virtual_bytes, frozen, content, stamp FROM layers ORDER BY created",
         )
         .fetch_all(&self.pool)
         .await?)
@@ -535,7 +559,7 @@ impl Records {
         let mut forgotten = Vec::new();
         loop {
             let unused: Vec<LayerRow> = sqlx::query_as(
-                "SELECT id, format, parent, virtual_bytes, frozen, content FROM layers l
+                "SELECT id, format, parent, virtual_bytes, frozen, content, stamp FROM layers l
                  WHERE NOT EXISTS (SELECT 1 FROM layers c WHERE c.parent = l.id)
                    AND NOT EXISTS (SELECT 1 FROM templates t WHERE t.layer = l.id)
                    AND NOT EXISTS (SELECT 1 FROM sandbox_disks d WHERE d.layer = l.id)

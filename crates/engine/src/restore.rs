@@ -7,6 +7,7 @@
 
 use std::time::Duration;
 
+use futures::StreamExt;
 use serde::Serialize;
 
 #[cfg(doc)]
@@ -21,6 +22,8 @@ use crate::sandbox::wrong_state;
 use crate::store::store_error;
 use crate::{Engine, SandboxInfo, id, now};
 
+/// How many forks are started at once, at the most.
+const STARTS_AT_ONCE: usize = 16;
 /// How long a restored guest's agent may take to acknowledge.
 const RESTORE_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a guest that boots from a disk-only checkpoint may take.
@@ -108,7 +111,9 @@ impl Engine {
         })
         .await?;
         job.step("start").await?;
+        let mut locks = Vec::new();
         for body in &bodies {
+            locks.push(self.lock_new(&body.row, "fork").await?);
             self.insert_with_disks(&body.row, &parts.body.machine, &body.overlays)
                 .await?;
         }
@@ -116,17 +121,18 @@ impl Engine {
             .iter()
             .map(|body| self.start_body(&parts, body, Reason::Fork));
         // All are waited for, so that undoing never races with a start.
-        let started: Result<Vec<Running>> = futures::future::join_all(starts)
-            .await
-            .into_iter()
-            .collect();
-        let started = started?;
+        let started: Vec<Result<Running>> = futures::stream::iter(starts)
+            .buffered(STARTS_AT_ONCE)
+            .collect()
+            .await;
+        let started = started.into_iter().collect::<Result<Vec<Running>>>()?;
         let mut tx = self.records.begin().await?;
         for (body, running) in bodies.iter().zip(&started) {
             Records::set_running(&mut tx, &body.row.id, &running.incarnation(&body.launch)).await?;
         }
         job.finish(&mut tx).await?;
         tx.commit().await?;
+        drop(locks);
         let ids = bodies.into_iter().map(|body| body.row.id);
         Ok((parts.cost, ids.zip(started).collect()))
     }
@@ -208,7 +214,7 @@ impl Engine {
     /// The one transaction in which the sandbox becomes the new VM; then the earlier one ends.
     async fn swap(
         &self,
-        job: &mut Job,
+        job: &Job,
         sandbox: &Sandbox,
         body: &Body,
         parts: &Parts,
@@ -224,7 +230,7 @@ impl Engine {
         Records::set_running(&mut tx, &sandbox.id, &running.incarnation(&body.launch)).await?;
         Records::set_checkpoint(&mut tx, &sandbox.id, &parts.id.to_string()).await?;
         // From here on, undoing the job means ending the earlier VM.
-        job.turn(&mut tx, earlier).await?;
+        job.turn(&mut tx, &earlier).await?;
         tx.commit().await?;
         crate::job::crash_point("restore", "swapped");
         self.complete(job).await

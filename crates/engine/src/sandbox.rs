@@ -8,7 +8,7 @@ use stead_vmm::Vm;
 
 use crate::error::{AtFile, EngineError, Kind, Result};
 use crate::host::AcceleratorChoice;
-use crate::job::{Job, Undo};
+use crate::job::{Hibernations, Job, Undo};
 use crate::launch::{LaunchPlan, RamPlan, Reason};
 use crate::layers;
 use crate::machine::{MachineRecord, disk_names};
@@ -141,6 +141,7 @@ impl Engine {
             created: now(),
         };
         let launch = id::long()?;
+        let _lock = self.lock_new(&row, "create").await?;
         let job = Job::begin(
             &self.records,
             &self.watch,
@@ -170,6 +171,10 @@ impl Engine {
         base: Option<&LayerRow>,
         launch: &str,
     ) -> Result<()> {
+        job.step("verify").await?;
+        if let Some(base) = base {
+            self.prove_under(&base.id).await?;
+        }
         job.step("disks").await?;
         let disks = self.insert_with_disks(row, machine, overlays).await?;
         for overlay in overlays {
@@ -264,6 +269,10 @@ impl Engine {
         )
         .await?;
         let started = async {
+            job.step("verify").await?;
+            for disk in &disks {
+                self.prove_under(&disk.layer).await?;
+            }
             job.step("boot").await?;
             let plan = LaunchPlan {
                 launch: &launch,
@@ -285,7 +294,8 @@ impl Engine {
         .await;
         self.undone_on_error(&job, started).await?;
         if let Some(earlier) = &sandbox.launch {
-            self.remove_launch(earlier).await?;
+            let removed = self.remove_launch(earlier).await;
+            self.only_notice("the folder of its earlier run stays", removed);
         }
         self.sandbox(&sandbox.id).await
     }
@@ -354,20 +364,21 @@ impl Engine {
                 sandbox.name
             )));
         }
-        if let Some(launch) = &sandbox.launch {
-            self.remove_launch(launch).await?;
-        }
-        self.records.remove_sandbox(&sandbox.id).await?;
-        if let Err(error) = self.forget_hibernations(&sandbox.id, None).await {
-            self.watch.notice(format!(
-                "{} is removed; what it hibernated into stays in the store: {error}",
-                sandbox.name
-            ));
-        }
+        // Undoing this job is removing the sandbox: a crash on the way does not bring half of it back.
+        let undo = Undo {
+            launches: sandbox.launch.clone().into_iter().collect(),
+            sandboxes: vec![sandbox.id.clone()],
+            hibernations: Some(Hibernations {
+                sandbox: sandbox.id.clone(),
+                except: None,
+            }),
+            ..Undo::default()
+        };
+        let job = Job::begin(&self.records, &self.watch, "rm", Some(&sandbox.id), undo).await?;
+        self.complete(&job).await?;
         // Whoever waits for this lock will find no sandbox; ids are not used twice.
         let lock = self.lock_path(&sandbox.id);
-        stead_sys::durable::remove_file(&lock).at("remove", &lock)?;
-        self.sweep().await
+        stead_sys::durable::remove_file(&lock).at("remove", &lock)
     }
 
     /// Every sandbox of this worker.
@@ -516,6 +527,7 @@ fn plan_disks(request: &CreateRequest, base: &LayerRow) -> Result<Vec<LayerRow>>
             virtual_bytes: size(*extra)?,
             frozen: false,
             content: None,
+            stamp: None,
         });
     }
     Ok(overlays)

@@ -306,10 +306,16 @@ impl Engine {
     /// Removes a checkpoint from the store and its parts from this worker.
     ///
     /// # Errors
-    /// When a hibernated sandbox of this worker needs it.
-    pub async fn checkpoint_remove(&self, name: &str) -> Result<()> {
+    /// When a sandbox, of this or another worker, is hibernated in it; `force` lifts that for other
+    /// workers' sandboxes.
+    pub async fn checkpoint_remove(&self, name: &str, force: bool) -> Result<()> {
         let id = match self.find_manifest(Role::Checkpoint, name).await {
-            Ok(Some((id, _))) => id,
+            Ok(Some((id, manifest))) => {
+                if !force && body_of(&id, &manifest)?.hibernation {
+                    return Err(is_hibernation(name, &manifest));
+                }
+                id
+            }
             Ok(None) => {
                 return Err(EngineError::not_found(
                     "checkpoint",
@@ -333,15 +339,24 @@ impl Engine {
                 .next(format!("wake or remove {} first", sandbox.name)));
             }
         }
+        self.remove_from_store(name, &text).await?;
+        self.sweep().await
+    }
+
+    /// Removes a manifest and forgets what of it lies here; the next sweep takes the files.
+    pub(crate) async fn remove_from_store(&self, name: &str, id: &str) -> Result<()> {
+        let attempt = format!("remove checkpoint {name}");
+        let parsed = id
+            .parse()
+            .map_err(|source| EngineError::internal(attempt.clone(), "").because(source))?;
         self.store()
             .await?
-            .remove_manifest(id)
+            .remove_manifest(parsed)
             .await
-            .map_err(|source| store_error(format!("remove checkpoint {name}"), source))?;
-        self.records.remove_local_checkpoint(&text).await?;
-        let lock = self.fetch_lock(&text);
-        stead_sys::durable::remove_file(&lock).at("remove", &lock)?;
-        self.sweep().await
+            .map_err(|source| store_error(attempt, source))?;
+        self.records.remove_local_checkpoint(id).await?;
+        let lock = self.fetch_lock(id);
+        stead_sys::durable::remove_file(&lock).at("remove", &lock)
     }
 
     /// Held while a checkpoint's parts are brought here.
@@ -427,8 +442,14 @@ impl Engine {
             .into_iter()
             .filter_map(|entry| Some(entry.id?.to_string()))
             .collect();
+        let sandboxes = self.records.sandboxes().await?;
+        let woken_from = |id: &str| {
+            sandboxes
+                .iter()
+                .any(|sandbox| sandbox.hibernated_as.as_deref() == Some(id))
+        };
         for (id, _) in self.records.local_checkpoints().await? {
-            if !in_store.contains(&id) {
+            if !in_store.contains(&id) && !woken_from(&id) {
                 self.records.remove_local_checkpoint(&id).await?;
             }
         }
@@ -450,6 +471,20 @@ impl Engine {
 }
 
 /// Whether the process that a lease of this host names is there.
+fn is_hibernation(name: &str, manifest: &Manifest) -> EngineError {
+    let sandbox = manifest.lineage.sandbox.as_ref();
+    let owner = sandbox.map_or("a sandbox".to_owned(), |sandbox| {
+        format!("sandbox {}", sandbox.name.as_deref().unwrap_or(&sandbox.id))
+    });
+    EngineError::new(
+        Kind::Conflict,
+        format!("remove checkpoint {name}"),
+        format!("{owner} is hibernated in it, on this worker or on another"),
+    )
+    .left("nothing was changed")
+    .next("wake or remove that sandbox first; `--force` when its worker is gone for good")
+}
+
 fn is_alive(owner: &LeaseOwner) -> Result<bool> {
     parse_process(&owner.process)?
         .is_alive()
@@ -566,7 +601,11 @@ pub(crate) fn store_error(attempt: impl Into<String>, source: stead_store::Error
         | Error::GcBlocked { .. } => Kind::Store,
     };
     let error = EngineError::new(kind, attempt, "").because(source);
-    if kind == Kind::NoSpace { error.next(MAKE_ROOM) } else { error }
+    if kind == Kind::NoSpace {
+        error.next(MAKE_ROOM)
+    } else {
+        error
+    }
 }
 
 fn damage_lines(report: &stead_store::VerifyReport) -> Vec<String> {

@@ -244,7 +244,11 @@ impl Engine {
         }
         .await;
         let id = self.undone_on_error(&job, made).await?;
-        self.sweep().await?;
+        let swept = self.sweep().await;
+        self.only_notice(
+            "scratch files of the build stay until the next command",
+            swept,
+        );
         self.template(&id).await
     }
 
@@ -259,6 +263,7 @@ impl Engine {
         let path = layers::path_of(&self.dir, &layer, layers::RAW);
         durable::move_to(&built.disk, &path, Existing::Keep).at("take in", &path)?;
         layers::seal(&path)?;
+        let stamp = layers::stamp(&path)?;
         let (kernel, kernel_bytes) = blobs::read_file(&built.vmlinuz)?;
         let (initrd, initrd_bytes) = blobs::read_file(&built.initrd)?;
         job.also(|undo| undo.blobs.extend([kernel.clone(), initrd.clone()]))
@@ -292,6 +297,7 @@ impl Engine {
                 .map_err(|source| EngineError::internal("record a template", "").because(source))?,
             frozen: true,
             content: Some(to_json(&content)?),
+            stamp: Some(stamp),
         };
         let template = TemplateRow {
             id: id.to_string(),

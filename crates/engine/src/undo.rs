@@ -33,7 +33,7 @@ impl Engine {
             Ok(value) => return Ok(value),
             Err(error) => error,
         };
-        match self.undo(job.id(), job.undo()).await {
+        match self.undo_recorded(job.id()).await {
             Ok(()) => Err(error),
             Err(undo) => {
                 warn!(%undo, "undoing failed");
@@ -46,7 +46,29 @@ impl Engine {
 
     /// Ends a job whose result is valid by taking away what it has turned its undoing to.
     pub(crate) async fn complete(&self, job: &Job) -> Result<()> {
-        self.undo(job.id(), job.undo()).await
+        self.undo_recorded(job.id()).await
+    }
+
+    /// Undoes what the job's row names. Memory does not count: the transaction that was to turn the
+    /// undoing to something else may have failed.
+    async fn undo_recorded(&self, job: &str) -> Result<()> {
+        match self
+            .records
+            .jobs()
+            .await?
+            .into_iter()
+            .find(|row| row.id == job)
+        {
+            Some(row) => self.undo(job, &from_json("job detail", &row.detail)?).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Tidying after a success: when it fails, the operation has succeeded all the same.
+    pub(crate) fn only_notice(&self, what_stays: &str, tidied: Result<()>) {
+        if let Err(error) = tidied {
+            self.watch.notice(format!("{what_stays}: {error}"));
+        }
     }
 
     /// Undoes every job whose process died, unless somebody alive works on its sandbox.
@@ -141,6 +163,15 @@ impl Engine {
         }
         for sandbox in &undo.sandboxes {
             self.records.remove_sandbox(sandbox).await?;
+        }
+        if let Some(earlier) = &undo.hibernations {
+            let forgotten = self
+                .forget_hibernations(&earlier.sandbox, earlier.except.as_deref())
+                .await;
+            self.only_notice(
+                "what it hibernated into earlier stays in the store",
+                forgotten,
+            );
         }
         if undo.lease
             && let Err(error) = self.remove_own_leases().await
@@ -280,7 +311,7 @@ impl Engine {
 
     /// The folders of this worker's VMs on the memory file system.
     fn memory_folders(&self) -> Result<Vec<PathBuf>> {
-        let folder = Path::new("/dev/shm");
+        let folder = Path::new(paths::MEMORY);
         if !folder.is_dir() {
             return Ok(Vec::new());
         }
@@ -374,8 +405,10 @@ fn file_name(path: &Path) -> String {
         .unwrap_or_default()
 }
 
-/// The processes whose working directory is `folder`: a QEMU of ours works in its run folder.
+/// The QEMUs whose working directory is `folder`: one of ours works in its run folder. So does, for a moment,
+/// a process of this program that is about to become one. Anybody else there, a shell for instance, is not meant.
 fn processes_in(folder: &Path) -> io::Result<Vec<ProcessId>> {
+    let own = fs::read_link("/proc/self/exe")?;
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")? {
         let name = entry?.file_name();
@@ -383,11 +416,20 @@ fn processes_in(folder: &Path) -> io::Result<Vec<ProcessId>> {
             continue;
         };
         let works_there = fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == folder);
-        if works_there && let Ok(process) = ProcessId::of(pid) {
+        if works_there
+            && fs::read_link(format!("/proc/{pid}/exe"))
+                .is_ok_and(|exe| exe == own || is_qemu(&exe))
+            && let Ok(process) = ProcessId::of(pid)
+        {
             found.push(process);
         }
     }
     Ok(found)
+}
+
+/// Whether a program is a QEMU, also one that was replaced by a newer version meanwhile.
+fn is_qemu(exe: &Path) -> bool {
+    file_name(exe).starts_with("qemu-system-")
 }
 
 #[cfg(test)]
@@ -395,18 +437,33 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_process_is_found_by_the_folder_it_works_in() {
+    fn a_qemu_is_found_by_the_folder_it_works_in_and_a_bystander_is_not() {
         let dir = tempfile::tempdir().expect("temp dir");
-        let mut child = std::process::Command::new("sleep")
-            .arg("60")
-            .current_dir(dir.path())
-            .spawn()
-            .expect("spawn");
-        let found = processes_in(dir.path()).expect("search");
-        child.kill().expect("kill");
-        child.wait().expect("wait");
-        assert_eq!(found.len(), 1);
-        assert_eq!(found[0].pid.unsigned_abs(), child.id());
+        let start = |program: &str, args: &[&str]| {
+            std::process::Command::new(program)
+                .args(args)
+                .current_dir(dir.path())
+                .spawn()
+                .expect("spawn")
+        };
+        let mut bystander = start("sleep", &["60"]);
+        let mut qemu = start(
+            "qemu-system-x86_64",
+            &["-M", "none", "-S", "-display", "none"],
+        );
+        let found = loop {
+            let found = processes_in(dir.path()).expect("search");
+            // Between fork and exec it is this very program.
+            if fs::read_link(format!("/proc/{}/exe", qemu.id())).is_ok_and(|exe| is_qemu(&exe)) {
+                break found;
+            }
+        };
+        for child in [&mut bystander, &mut qemu] {
+            child.kill().expect("kill");
+            child.wait().expect("wait");
+        }
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert_eq!(found[0].pid.unsigned_abs(), qemu.id());
     }
 
     #[test]
