@@ -444,3 +444,45 @@ fn a_layer_a_ram_image_or_a_base_changed_with_size_and_times_kept_is_refused_nam
     changed.put_back();
     forks_equal(&other, &spy, "base", &seen);
 }
+
+/// The base that a sandbox's disk starts from.
+fn base_of(worker: &Worker) -> PathBuf {
+    let mut bases = layer_of(worker, "raw");
+    assert_eq!(bases.len(), 1, "{bases:?}");
+    bases.swap_remove(0)
+}
+
+#[test]
+fn a_base_changed_behind_our_back_is_refused_by_create_start_and_checkpoint() {
+    let spy = Spy::new();
+    let mut worker = Worker::with_own_store();
+    spy.watch(&mut worker);
+    worker.boot("running");
+    let seen = guest::fill(&worker, "running");
+    worker.boot("stopped");
+    worker.ok(&["stop", "stopped"]);
+    let base = base_of(&worker);
+    let changed = Changed::at(&base, unused_byte(&base));
+    let guests = spy.guests();
+    for args in [
+        &["create", stead_tests::TEMPLATE, "--name", "another"][..],
+        &["start", "stopped"],
+        &["checkpoint", "create", "running", "--name", "built-on-it"],
+        &["checkpoint", "create", "running", "--disk-only"],
+        &["hibernate", "running"],
+    ] {
+        let error = worker.fails(args, 5);
+        assert_names(&error, &base.display().to_string());
+    }
+    assert_eq!(spy.guests(), guests, "a guest was started");
+    assert_eq!(worker.state("running"), "running");
+    assert_eq!(worker.state("stopped"), "stopped");
+    assert_eq!(worker.json(&["ls"]).as_array().map(Vec::len), Some(2));
+    assert!(worker.checkpoints().is_empty());
+    changed.put_back();
+    let now = guest::look(&worker, "running");
+    assert_eq!((&now.files, &now.memory), (&seen.files, &seen.memory));
+    worker.ok(&["checkpoint", "create", "running", "--name", "good"]);
+    worker.ok(&["start", "stopped"]);
+    forks_equal(&worker, &spy, "good", &seen);
+}

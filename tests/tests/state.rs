@@ -486,6 +486,15 @@ fn restore_drops_what_came_later_and_a_refused_one_changes_nothing_and_wake_goes
     );
     assert!(!listed.iter().any(|entry| entry["id"] == id.as_str()));
     let other = Worker::on(Path::new(&worker.store));
+    // Another worker that tidies up does not take away what this one will wake from.
+    let error = other.fails(&["checkpoint", "rm", &again], 4);
+    assert!(
+        error["next"]
+            .as_str()
+            .is_some_and(|next| next.contains("--force")),
+        "{error}"
+    );
+    worker.fails(&["checkpoint", "rm", "--force", &again], 4);
     other.ok(&["fork", &again, "--name", "elsewhere"]);
     assert_eq!(look(&other, "elsewhere"), asleep);
     assert_clock_is_right(&other, "elsewhere");
