@@ -8,11 +8,13 @@ mod proof;
 mod stage;
 
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use stead_engine::{
-    AcceleratorChoice, BuildRequest, CheckpointRequest, CreateRequest, Engine, EngineError, Kind,
-    Result, Settings, TemplateInfo, Watch,
+    AcceleratorChoice, BuildRequest, CheckpointRequest, CreateRequest, Engine, EngineError, Event,
+    Kind, Result, Settings, TemplateInfo, Watch,
 };
 
 use crate::args::DemoArgs;
@@ -22,6 +24,11 @@ use stage::Expected;
 
 const SOURCE: &str = "demo-source";
 const CHECKPOINT: &str = "demo-checkpoint";
+/// The store of the two workers, in the demo's folder.
+const STORE: &str = "store";
+/// A copy of it with one byte flipped, and the worker that is to fetch from it.
+const DAMAGED_STORE: &str = "store-damaged";
+const DAMAGED_WORKER: &str = "worker-c";
 
 struct Demo<'a> {
     args: &'a DemoArgs,
@@ -45,8 +52,9 @@ pub async fn run(args: &DemoArgs, settings: &Settings, watch: Watch, json: bool)
     };
     let begun = Instant::now();
     let result = demo.play().await;
-    demo.clean_up().await?;
-    result?;
+    let cleaned = demo.clean_up().await;
+    // Why the demo failed says more than why it could not be tidied up.
+    result.and(cleaned)?;
     Ok(demo.proofs.print(begun.elapsed()))
 }
 
@@ -65,7 +73,10 @@ impl Demo<'_> {
             ),
         );
         let mut expected = self.source(&a, &template_a).await?;
+        let before = stage::packs(&self.root.join(STORE))?;
         self.checkpoint(&a).await?;
+        let own = stage::packs(&self.root.join(STORE))?;
+        let own: Vec<PathBuf> = own.difference(&before).cloned().collect();
         let (first, second) = self.halves();
         let after = self.change(&a, &expected).await?;
         self.forks(&a, "same worker", first, &mut expected).await?;
@@ -73,7 +84,7 @@ impl Demo<'_> {
             .await?;
         self.source_goes_on(&a, &after).await?;
         self.hibernate_and_wake(&a, &after).await?;
-        self.damage(&b).await
+        self.damage(&own).await
     }
 
     fn halves(&self) -> (u32, u32) {
@@ -82,6 +93,10 @@ impl Demo<'_> {
     }
 
     async fn worker(&self, name: &str, store: &str) -> Result<Engine> {
+        self.worker_watched(name, store, self.watch.clone()).await
+    }
+
+    async fn worker_watched(&self, name: &str, store: &str, watch: Watch) -> Result<Engine> {
         Engine::open(
             Settings {
                 data_dir: self.root.join(name),
@@ -89,19 +104,19 @@ impl Demo<'_> {
                 wait: Duration::from_secs(30),
                 template_cache: Some(self.template_cache.clone()),
             },
-            self.watch.clone(),
+            watch,
         )
         .await
     }
 
     async fn workers(&self) -> Result<(Engine, Engine)> {
-        let a = self.worker("worker-a", "store").await?;
+        let a = self.worker("worker-a", STORE).await?;
         match a.init_store().await {
             Ok(_) => {}
             Err(error) if error.kind() == Kind::Conflict => {}
             Err(error) => return Err(error),
         }
-        let b = self.worker("worker-b", "store").await?;
+        let b = self.worker("worker-b", STORE).await?;
         Ok((a, b))
     }
 
@@ -312,17 +327,27 @@ impl Demo<'_> {
         Ok(())
     }
 
-    /// One flipped byte in a copy of the store: a worker that must fetch is told, before a vCPU runs.
-    async fn damage(&mut self, b: &Engine) -> Result<()> {
-        let whole = b.checkpoint(CHECKPOINT).await?;
-        let copy = self.root.join("store-damaged");
-        let flipped = stage::copy_with_one_byte_flipped(&self.root.join("store"), &copy, &whole)?;
-        let worker = self.worker("worker-c", "store-damaged").await?;
+    /// One flipped byte in a copy of the store, in a pack that only this checkpoint needs: a worker that
+    /// must fetch it is told, and starts no QEMU.
+    async fn damage(&mut self, packs: &[PathBuf]) -> Result<()> {
+        let (store, copy) = (self.root.join(STORE), self.root.join(DAMAGED_STORE));
+        let flipped = stage::copy_with_one_byte_flipped(&store, &copy, packs)?;
+        let started = Arc::new(AtomicBool::new(false));
+        let seen = started.clone();
+        let watch = Watch::new(move |event| {
+            let starts = matches!(event, Event::Step { step, .. } if step == "start");
+            seen.fetch_or(starts, Ordering::SeqCst);
+        });
+        let worker = self
+            .worker_watched(DAMAGED_WORKER, DAMAGED_STORE, watch)
+            .await?;
         let begun = Instant::now();
         let (held, found) = match worker.fork(CHECKPOINT, 1, None).await {
             Ok(_) => (false, "a fork was started".to_owned()),
             Err(error) => (
-                error.kind() == Kind::Damaged && worker.sandboxes().await?.is_empty(),
+                error.kind() == Kind::Damaged
+                    && !started.load(Ordering::SeqCst)
+                    && worker.sandboxes().await?.is_empty(),
                 error.to_string(),
             ),
         };
@@ -343,7 +368,14 @@ impl Demo<'_> {
         self.remove_earlier(&a, &b).await?;
         a.gc(false, &[]).await?;
         b.gc(false, &[]).await?;
-        for folder in ["store-damaged", "worker-c"] {
+        if self.root.join(DAMAGED_STORE).is_dir() {
+            // Where the refusal failed, a VM runs there.
+            let c = self.worker(DAMAGED_WORKER, DAMAGED_STORE).await?;
+            for sandbox in c.sandboxes().await? {
+                c.remove(&sandbox.id, true).await?;
+            }
+        }
+        for folder in [DAMAGED_STORE, DAMAGED_WORKER] {
             let path = self.root.join(folder);
             stead_sys::durable::remove_tree(&path).map_err(|error| {
                 EngineError::new(Kind::Internal, format!("remove {}", path.display()), "")

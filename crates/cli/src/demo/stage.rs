@@ -1,10 +1,11 @@
 //! What the demo does inside the guest, and what it reads back.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use stead_engine::{CheckpointInfo, Engine, EngineError, ExecCommand, Kind, Result};
+use stead_engine::{Engine, EngineError, ExecCommand, Kind, Result};
 
 const FILL: &str = include_str!("fill.sh");
 const ASK: &str = include_str!("ask.py");
@@ -135,35 +136,38 @@ pub struct Flipped {
     pub at: u64,
 }
 
-/// Copies a store and flips one bit in the middle of the largest object.
-pub fn copy_with_one_byte_flipped(
-    store: &Path,
-    copy: &Path,
-    _whole: &CheckpointInfo,
-) -> Result<Flipped> {
-    let failed = |what: &str, path: &Path, error: std::io::Error| {
-        EngineError::new(Kind::Internal, format!("{what} {}", path.display()), "").because(error)
-    };
+/// The packs of a store, by their paths in it.
+pub fn packs(store: &Path) -> Result<BTreeSet<PathBuf>> {
+    let files = files_below(&store.join("packs")).map_err(|error| failed("list", store, error))?;
+    let inside = |path: PathBuf| path.strip_prefix(store).map(Path::to_owned).unwrap_or(path);
+    Ok(files.into_iter().map(|(_, path)| inside(path)).collect())
+}
+
+/// Copies a store and flips one bit in the middle of the largest of these packs.
+pub fn copy_with_one_byte_flipped(store: &Path, copy: &Path, packs: &[PathBuf]) -> Result<Flipped> {
     stead_sys::durable::remove_tree(copy).map_err(|error| failed("remove", copy, error))?;
     copy_tree(store, copy).map_err(|error| failed("copy the store to", copy, error))?;
-    let packs = files_below(&copy.join("packs")).map_err(|error| failed("list", copy, error))?;
-    let (length, path) = packs.into_iter().max().ok_or_else(|| {
-        EngineError::new(
-            Kind::Internal,
-            "damage a copy of the store",
-            "it has no pack",
-        )
-    })?;
-    let at = length / 2;
-    flip(&path, at).map_err(|error| failed("damage", &path, error))?;
+    let length = |pack: &PathBuf| fs::metadata(copy.join(pack)).map_or(0, |meta| meta.len());
+    let pack = packs
+        .iter()
+        .max_by_key(|pack| length(pack))
+        .ok_or_else(|| {
+            EngineError::new(
+                Kind::Internal,
+                "damage a copy of the store",
+                "the checkpoint has no pack of its own",
+            )
+        })?;
+    let at = length(pack) / 2;
+    flip(&copy.join(pack), at).map_err(|error| failed("damage", pack, error))?;
     Ok(Flipped {
-        object: path
-            .strip_prefix(copy)
-            .unwrap_or(&path)
-            .display()
-            .to_string(),
+        object: pack.display().to_string(),
         at,
     })
+}
+
+fn failed(what: &str, path: &Path, error: std::io::Error) -> EngineError {
+    EngineError::new(Kind::Internal, format!("{what} {}", path.display()), "").because(error)
 }
 
 fn flip(path: &Path, at: u64) -> std::io::Result<()> {
