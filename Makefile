@@ -70,10 +70,5 @@ soak: setup-dev agent ## the tests again and again, with new random cases, for M
 	@scripts/soak $(MINUTES)
 
 .PHONY: install
-install: build ## build, and install under PREFIX=/usr/local
-	$(AS_ROOT) install -D -m 755 target/release/stead $(DESTDIR)$(PREFIX)/bin/stead
-	$(AS_ROOT) install -D -m 755 target/x86_64-unknown-linux-gnu/agent/stead-agent $(DESTDIR)$(PREFIX)/lib/steadfast/stead-agent
-	target/release/stead man > target/release/stead.1
-	target/release/stead completion bash > target/release/stead.bash
-	$(AS_ROOT) install -D -m 644 target/release/stead.1 $(DESTDIR)$(PREFIX)/share/man/man1/stead.1
-	$(AS_ROOT) install -D -m 644 target/release/stead.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/stead
+install: build ## build, and install under PREFIX=/usr/local, with completion and manual pages
+	$(AS_ROOT) scripts/install target/release/stead target/x86_64-unknown-linux-gnu/agent/stead-agent $(DESTDIR)$(PREFIX)

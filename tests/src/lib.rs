@@ -316,10 +316,8 @@ impl Worker {
 
     /// The JSON of every checkpoint in the store.
     pub fn checkpoints(&self) -> Vec<Value> {
-        match self.json(&["checkpoint", "ls"]) {
-            Value::Array(all) => all,
-            other => panic!("not a list: {other}"),
-        }
+        let all = self.json(&["checkpoint", "ls"]);
+        all.as_array().expect("a list").clone()
     }
 }
 
@@ -366,6 +364,27 @@ pub fn kill(pid: i32) {
             !process.is_alive().expect("look")
         });
     }
+}
+
+/// Sends SIGINT, as Ctrl-C does, to a command once it listens to it: before, it would just be killed.
+pub fn interrupt(command: &Child) {
+    const SIGINT: u64 = 1 << (2 - 1);
+    let pid = command.id();
+    until(Duration::from_secs(10), || {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+        let caught = u64::from_str_radix(caught.expect("SigCgt").trim(), 16).expect("a mask");
+        caught & SIGINT != 0
+    });
+    signal(i32::try_from(pid).expect("a pid fits"), "INT");
+}
+
+/// Sends a signal by its name.
+pub fn signal(pid: i32, name: &str) {
+    let sent = Command::new("kill")
+        .args([format!("-{name}"), pid.to_string()])
+        .status();
+    assert!(sent.is_ok_and(|status| status.success()), "kill -{name}");
 }
 
 /// Waits for something that must become true.

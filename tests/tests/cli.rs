@@ -10,7 +10,8 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 use stead_engine::Kind;
-use stead_tests::{Worker, finish, stead_program, target_dir};
+use stead_tests::mount::Mount;
+use stead_tests::{Worker, agent_program, finish, flip, stead_program, target_dir};
 
 /// A worker with an empty store and no template.
 fn empty_worker() -> Worker {
@@ -93,16 +94,8 @@ fn examples(help: &str) -> Vec<String> {
 #[test]
 fn every_command_explains_itself_with_an_example_that_the_command_line_accepts() {
     let all = every_command();
-    let leaves: Vec<_> = all
-        .iter()
-        .filter(|(_, help)| subcommands(help).is_empty())
-        .collect();
-    assert!(
-        leaves.len() >= 25,
-        "only {} commands were found",
-        leaves.len()
-    );
-    for (path, help) in leaves {
+    assert!(all.len() >= 30, "only {} commands were found", all.len());
+    for (path, help) in &all {
         let about = help.lines().next().unwrap_or_default();
         assert!(
             about.len() > 10,
@@ -112,7 +105,7 @@ fn every_command_explains_itself_with_an_example_that_the_command_line_accepts()
         assert!(!shown.is_empty(), "{path:?} has no example");
         let own = format!("stead {}", path.join(" "));
         assert!(
-            shown.iter().any(|line| line.contains(&own)),
+            shown.iter().any(|line| line.contains(own.trim_end())),
             "{path:?}: no example shows it: {shown:?}"
         );
         for line in shown {
@@ -397,8 +390,8 @@ fn a_data_directory_or_store_that_cannot_be_used_is_named_without_a_panic() {
     fs::write(&file, b"no folder").expect("write");
     let file = file.display().to_string();
     for (args, status) in [
-        (vec!["--data-dir", file.as_str(), "ls"], 1),
-        (vec!["--data-dir", "/proc/nothing", "ls"], 1),
+        (vec!["--data-dir", file.as_str(), "ls"], 2),
+        (vec!["--data-dir", "/proc/nothing", "ls"], 2),
         (vec!["--store", file.as_str(), "checkpoint", "ls"], 8),
         (vec!["--store", "/proc/nothing", "checkpoint", "ls"], 8),
         (vec!["--store", "nonsense://x/y", "checkpoint", "ls"], 2),
@@ -480,6 +473,40 @@ fn the_manual_page_renders_without_a_warning() {
 }
 
 #[test]
+fn what_is_installed_has_a_page_for_every_command_and_completion_for_three_shells() {
+    let worker = empty_worker();
+    let prefix = worker.data.join("installed/usr");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/install");
+    let installed = Command::new(script)
+        .args([stead_program(), agent_program(), prefix.clone()])
+        .output()
+        .expect("run scripts/install");
+    assert!(installed.status.success(), "{}", text(&installed.stderr));
+    for (path, _) in every_command() {
+        let page = [vec!["stead".to_owned()], path].concat().join("-");
+        let page = prefix.join(format!("share/man/man1/{page}.1"));
+        let source = fs::read_to_string(&page).unwrap_or_else(|_| panic!("{}", page.display()));
+        assert!(source.contains(".SH SYNOPSIS"), "{}", page.display());
+    }
+    for (file, says) in [
+        ("share/bash-completion/completions/stead", "complete -F"),
+        ("share/zsh/site-functions/_stead", "#compdef stead"),
+        (
+            "share/fish/vendor_completions.d/stead.fish",
+            "complete -c stead",
+        ),
+    ] {
+        let script = fs::read_to_string(prefix.join(file)).expect(file);
+        assert!(script.contains(says), "{file}");
+    }
+    for program in ["bin/stead", "lib/steadfast/stead-agent"] {
+        assert!(prefix.join(program).is_file(), "{program}");
+    }
+    assert!(text(&plain(&["man", "checkpoint", "create"]).stdout).contains("Capture a sandbox"));
+    assert_eq!(plain(&["man", "nonsense"]).status.code(), Some(2));
+}
+
+#[test]
 fn a_reader_that_goes_away_is_no_failure() {
     let worker = empty_worker();
     for args in [
@@ -552,6 +579,118 @@ fn doctor_ends_with_0_where_sandboxes_can_run_and_1_where_they_cannot() {
         text(&output.stdout).contains("stead store init"),
         "{}",
         text(&output.stdout)
+    );
+}
+
+/// The finding of `doctor --json` on what.
+fn finding(worker: &Worker, what: &str) -> Value {
+    let output = worker.run(&["doctor", "--json"]);
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let findings = report["findings"].as_array().expect("findings").iter();
+    let mut found = findings.filter(|finding| finding["what"] == what);
+    found
+        .next()
+        .unwrap_or_else(|| panic!("no {what}: {report}"))
+        .clone()
+}
+
+#[test]
+fn doctor_works_where_the_data_directory_cannot_be_used_or_is_full() {
+    let mut worker = empty_worker();
+    let folder = worker.data.join("full");
+    let full = Mount::tmpfs(&folder, 32 << 20);
+    let full_worker = Worker::at(&full.folder().join("data"), &worker.store);
+    let room = finding(&full_worker, "room");
+    assert_eq!(room["advice"], "need", "{room}");
+    assert!(room["next"].is_string(), "{room}");
+    drop(full_worker);
+    drop(full);
+
+    let file = worker.data.join("a-file");
+    fs::write(&file, b"no folder").expect("write");
+    worker.data = file;
+    let data = finding(&worker, "data");
+    assert_eq!(data["advice"], "need", "{data}");
+    let next = data["next"].as_str().unwrap_or_default();
+    assert!(next.contains("--data-dir"), "{data}");
+    for what in [
+        "qemu",
+        "/dev/kvm",
+        "apt sources",
+        "e2fsck",
+        "unshare",
+        "rights",
+    ] {
+        assert!(finding(&worker, what)["found"].is_string());
+    }
+}
+
+#[test]
+fn a_damaged_index_is_reported_as_json_and_rebuilt_from_the_packs() {
+    let worker = Worker::with_own_store();
+    let indexes = fs::read_dir(std::path::Path::new(&worker.store).join("indexes"));
+    let index = indexes
+        .expect("indexes")
+        .next()
+        .expect("one")
+        .expect("entry");
+    flip(&index.path(), 500);
+    let damaged = worker.fails(&["verify"], 5);
+    assert_eq!(damaged["kind"], "damaged", "{damaged}");
+    let name = index.file_name().to_string_lossy().into_owned();
+    assert!(
+        damaged["found"]
+            .as_str()
+            .is_some_and(|found| found.contains(&name)),
+        "{damaged}"
+    );
+    let next = damaged["next"].as_str().unwrap_or_default();
+    assert!(next.contains("stead store rebuild-index"), "{damaged}");
+    let refused = worker.fails(&["gc"], 8);
+    let next = refused["next"].as_str().unwrap_or_default();
+    assert!(next.contains("stead store rebuild-index"), "{refused}");
+
+    let rebuilt = worker.json(&["store", "rebuild-index"]);
+    assert!(
+        rebuilt["packs"].as_u64().is_some_and(|packs| packs > 0),
+        "{rebuilt}"
+    );
+    assert_eq!(rebuilt["damaged"], Value::Array(Vec::new()), "{rebuilt}");
+    assert_eq!(
+        worker.json(&["verify"])["damaged"],
+        Value::Array(Vec::new())
+    );
+    worker.ok(&["gc"]);
+}
+
+#[test]
+fn steps_are_plain_lines_in_a_log_json_for_programs_and_not_there_when_quiet() {
+    let worker = empty_worker();
+    let told = |args: &[&str]| text(&worker.run(args).stderr);
+    let plain = told(&["gc"]);
+    assert!(
+        plain.contains("stead: gc: look for what is in use\n"),
+        "{plain}"
+    );
+    assert!(!plain.contains('\u{1b}'), "{plain:?}");
+    assert_eq!(told(&["-q", "gc"]), "");
+    fs::write(worker.data.join("layers/nobody.raw"), b"").expect("write");
+    let lines = told(&["--json", "-v", "gc"]);
+    let events: Vec<Value> = lines
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("no JSON: {line}")))
+        .collect();
+    let swept = |event: &&Value| event["event"] == "log" && event["message"] == "sweep";
+    let swept = events
+        .iter()
+        .find(swept)
+        .unwrap_or_else(|| panic!("{lines}"));
+    assert!(
+        swept["path"]
+            .as_str()
+            .is_some_and(|path| path.ends_with("nobody.raw")),
+        "{swept}"
     );
 }
 

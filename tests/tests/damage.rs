@@ -139,7 +139,15 @@ fn refused_on_a_fresh_worker(store: &Path, spy: &Spy, checkpoint: &str, object: 
     let error = worker.fails(&["fork", checkpoint, "--name", "try"], 5);
     assert_names(&error, object);
     assert_eq!(error["kind"], "damaged");
-    assert!(error["next"].is_string() || error["found"].as_str().is_some_and(|f| !f.is_empty()));
+    let says = |field: &str| error[field].as_str().unwrap_or_default().to_owned();
+    assert!(!says("found").is_empty(), "{error}");
+    let next = says("next");
+    assert!(
+        ["stead verify", "stead checkpoint ls", "rebuild-index"]
+            .iter()
+            .any(|command| next.contains(command)),
+        "the next step names no command: {error}"
+    );
     assert_eq!(spy.guests(), before, "a guest was started");
     assert_eq!(worker.json(&["ls"]), serde_json::json!([]));
     assert!(worker.files().is_empty(), "{:?}", worker.files());
@@ -292,7 +300,7 @@ fn used_byte(path: &Path, thousandths: u64) -> u64 {
     let file = fs::File::open(path).expect("open");
     let length = file.metadata().expect("stat").len();
     let mut buffer = vec![0; 1 << 16];
-    let mut at = length * thousandths / 1000 & !0xffff;
+    let mut at = (length * thousandths / 1000) & !0xffff;
     while at + (1 << 16) <= length {
         file.read_exact_at(&mut buffer, at).expect("read");
         if let Some(used) = buffer.iter().position(|byte| *byte != 0) {

@@ -600,6 +600,12 @@ fn an_agent_that_falls_silent_is_an_error_in_time_and_the_state_can_still_be_kep
         "{error}"
     );
     assert!(
+        error["next"]
+            .as_str()
+            .is_some_and(|next| next.contains("stead logs web")),
+        "{error}"
+    );
+    assert!(
         error["left"]
             .as_str()
             .is_some_and(|left| left.contains("the VM runs on")),
@@ -618,8 +624,10 @@ fn an_agent_that_falls_silent_is_an_error_in_time_and_the_state_can_still_be_kep
     let fork = worker.spawn(&["--json", "fork", "whole", "--name", "never-ready"]);
     let fork = thread::spawn(move || finish(fork, b""));
     let begun = Instant::now();
+    // However quiet: it says what the checkpoint is worth.
     let output = worker.run(&[
         "--json",
+        "--quiet",
         "checkpoint",
         "create",
         "web",

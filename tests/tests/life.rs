@@ -25,6 +25,12 @@ fn run_folder(pid: i32) -> PathBuf {
     fs::read_link(format!("/proc/{pid}/cwd")).expect("it runs")
 }
 
+/// The error says to do this.
+fn assert_next(error: &Value, what: &str) {
+    let next = error["next"].as_str().unwrap_or_default();
+    assert!(next.contains(what), "{what} is not the next step: {error}");
+}
+
 fn column(table: &str, name: &str, at: usize) -> String {
     table
         .lines()
@@ -61,17 +67,21 @@ fn a_sandbox_keeps_its_disk_from_stop_to_start_and_leaves_nothing_when_removed()
 
     // What does not fit its state is refused and changes nothing.
     for (args, next) in [
-        (vec!["start", "web"], false),
-        (vec!["wake", "web"], false),
-        (vec!["rm", "web"], true),
+        (vec!["start", "web"], "stead stop web"),
+        (vec!["wake", "web"], "stead stop web"),
+        (vec!["rm", "web"], "stead rm --force web"),
         (
             vec!["create", TEMPLATE, "--name", "web", "--no-agent"],
-            true,
+            "choose another name",
+        ),
+        (
+            vec!["fork", "no-checkpoint", "--name", "web"],
+            "stead rm web",
         ),
     ] {
         let error = worker.fails(&args, 4);
         assert_eq!(error["kind"], "conflict", "{error}");
-        assert_eq!(error["next"].is_string(), next, "{error}");
+        assert_next(&error, next);
     }
     assert_eq!(worker.qemus(), [worker.pid("web")]);
 
@@ -117,10 +127,13 @@ fn a_sandbox_keeps_its_disk_from_stop_to_start_and_leaves_nothing_when_removed()
         vec!["checkpoint", "create", "web"],
         vec!["hibernate", "web"],
     ] {
-        assert_eq!(worker.fails(&args, 4)["kind"], "conflict", "{args:?}");
+        let error = worker.fails(&args, 4);
+        assert_eq!(error["kind"], "conflict", "{args:?}");
+        assert_next(&error, "stead start web");
     }
     let refused = worker.fails(&["exec", "web", "--", "true"], 125);
     assert_eq!(refused["kind"], "conflict", "{refused}");
+    assert_next(&refused, "stead start web");
 
     assert_eq!(worker.ok(&["start", "web"]), "web");
     assert_eq!(
@@ -823,4 +836,40 @@ fn an_own_disk_kernel_and_initramfs_become_a_template_unless_they_are_not_what_t
     assert_eq!(worker.state("mute-too"), "running");
     let stopped = worker.json(&["stop", "--timeout", "1", "mute"]);
     assert_eq!(stopped["state"], "stopped");
+}
+
+#[test]
+fn a_qemu_that_hangs_is_ended_by_stop_force_and_its_logs_stay() {
+    let worker = Worker::on(golden_store());
+    worker.boot("web");
+    worker.shell(
+        "web",
+        "echo kept > /root/kept; sync; echo on-the-console > /dev/ttyS0",
+    );
+    let pid = worker.pid("web");
+    stead_tests::signal(pid, "STOP");
+    let error = worker.fails(&["stop", "web"], 9);
+    assert_eq!(error["kind"], "vm", "{error}");
+    assert_next(&error, "stead stop --force web");
+    assert_eq!(worker.pid("web"), pid, "only force ends it");
+
+    let begun = Instant::now();
+    let stopped = worker.json(&["stop", "--force", "web"]);
+    assert!(
+        begun.elapsed() < Duration::from_secs(30),
+        "{:?}",
+        begun.elapsed()
+    );
+    assert_eq!(stopped["state"], "stopped");
+    assert!(worker.qemus().is_empty());
+    assert!(
+        memory_folders_of(&worker.data).is_empty(),
+        "its memory is given back"
+    );
+    assert!(
+        worker.ok(&["logs", "web"]).contains("on-the-console"),
+        "logs stay"
+    );
+    worker.ok(&["start", "web"]);
+    assert_eq!(worker.shell("web", "cat /root/kept"), "kept");
 }

@@ -7,7 +7,12 @@ use clap_complete::Shell;
 
 /// Keep the state of virtual machines: capture, publish, verify, restore, fork.
 #[derive(Debug, Parser)]
-#[command(name = "stead", version, max_term_width = 100)]
+#[command(
+    name = "stead",
+    version,
+    max_term_width = 100,
+    after_help = "Example:\n  stead template build debian\n  stead create debian --name web\n  stead checkpoint create web --name before-upgrade\n  stead fork before-upgrade -n 10"
+)]
 pub struct Cli {
     #[command(flatten)]
     pub global: Global,
@@ -36,7 +41,7 @@ pub struct Global {
     /// Print the result as JSON on standard output, and events as JSON lines on standard error
     #[arg(long, global = true)]
     pub json: bool,
-    /// Show no progress
+    /// Show no progress; notices and errors are still shown
     #[arg(long, short, global = true)]
     pub quiet: bool,
     /// How long to wait for another command that works on the same sandbox
@@ -50,7 +55,10 @@ pub struct Global {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Build, import, list and remove templates (immutable base images with a kernel)
-    #[command(subcommand)]
+    #[command(
+        subcommand,
+        after_help = "Example:\n  stead template build debian\n  stead template ls"
+    )]
     Template(TemplateCommand),
     /// Create a sandbox (a managed VM) from a template and start it
     #[command(after_help = "Example:\n  stead create debian --name web --memory 1G --cpus 2")]
@@ -70,7 +78,9 @@ pub enum Command {
     #[command(after_help = "Example:\n  stead show web")]
     Show(One),
     /// Print a sandbox's console
-    #[command(after_help = "Example:\n  stead logs --follow web")]
+    #[command(
+        after_help = "With --json, each line of the console is one JSON line: {\"line\":…}\n\nExample:\n  stead logs --follow web"
+    )]
     Logs(LogsArgs),
     /// Shut a sandbox down; its disks stay
     #[command(after_help = "Example:\n  stead stop web")]
@@ -82,7 +92,10 @@ pub enum Command {
     #[command(after_help = "Example:\n  stead rm --force web")]
     Rm(RmArgs),
     /// Create, list, verify and remove checkpoints
-    #[command(subcommand)]
+    #[command(
+        subcommand,
+        after_help = "Example:\n  stead checkpoint create web --name before-upgrade\n  stead checkpoint ls"
+    )]
     Checkpoint(CheckpointCommand),
     /// Start new sandboxes from a checkpoint
     #[command(after_help = "Example:\n  stead fork before-upgrade -n 10")]
@@ -96,8 +109,11 @@ pub enum Command {
     /// Start a hibernated sandbox where it was
     #[command(after_help = "Example:\n  stead wake web")]
     Wake(One),
-    /// Set up a store
-    #[command(subcommand)]
+    /// Set up a store, or rebuild its index
+    #[command(
+        subcommand,
+        after_help = "Example:\n  stead store init --store s3://vm-state/prod"
+    )]
     Store(StoreCommand),
     /// Check everything in the store, byte by byte
     #[command(after_help = "Example:\n  stead verify --store s3://vm-state/prod")]
@@ -117,9 +133,9 @@ pub enum Command {
         /// The shell to write it for
         shell: Shell,
     },
-    /// Print the manual page
-    #[command(after_help = "Example:\n  stead man | man -l -")]
-    Man,
+    /// Print a manual page, or write all of them into a folder
+    #[command(after_help = "Example:\n  stead man checkpoint create | man -l -")]
+    Man(ManArgs),
 }
 
 /// A sandbox.
@@ -370,6 +386,19 @@ pub enum StoreCommand {
     /// Make the folder or bucket prefix named by --store a store
     #[command(after_help = "Example:\n  stead store init --store s3://vm-state/prod")]
     Init,
+    /// Write the store's index anew from the packs themselves; checkpoints are not changed
+    #[command(after_help = "Example:\n  stead store rebuild-index")]
+    RebuildIndex,
+}
+
+#[derive(Debug, Args)]
+pub struct ManArgs {
+    /// The command whose page is wanted [default: the page of stead itself]
+    #[arg(value_name = "COMMAND", conflicts_with = "to")]
+    pub command: Vec<String>,
+    /// Write the pages of all commands into this folder, which must be there
+    #[arg(long, value_name = "DIR")]
+    pub to: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::CommandFactory;
 use stead_engine::{
     AcceleratorChoice, BuildRequest, CheckpointInfo, CheckpointRequest, CreateRequest, Engine,
-    ImportRequest, Result, SandboxInfo, Settings, TemplateInfo, Watch,
+    EngineError, ImportRequest, Kind, Result, SandboxInfo, Settings, TemplateInfo, Watch,
 };
 
 use crate::args::{
@@ -15,33 +15,25 @@ use crate::args::{
     TemplateImportArgs,
 };
 use crate::size::human;
-use crate::{demo, exec, logs, print, progress};
+use crate::{demo, exec, logs, manual, print, progress};
 
 /// Runs a command and returns the exit status.
 pub async fn run(cli: Cli) -> u8 {
     if let Command::Completion { shell } = &cli.command {
         return completion(*shell);
     }
-    if matches!(cli.command, Command::Man) {
-        return manual_page();
+    if let Command::Man(args) = &cli.command {
+        return manual::run(args);
     }
-    let global = cli.global.clone();
-    let watch = progress::watch(&global);
-    if !matches!(cli.command, Command::Exec(_)) {
-        cancel_on_interrupt(watch.clone());
+    let watch = progress::watch(&cli.global);
+    if let Some(say) = on_interrupt(&cli.command) {
+        cancel_on_interrupt(watch.clone(), say);
     }
     let is_exec = matches!(cli.command, Command::Exec(_));
     match dispatch(cli, watch).await {
         Ok(code) => code,
-        Err(error) => {
-            let code = if is_exec {
-                exec::status_of(&error)
-            } else {
-                error.kind().exit_code()
-            };
-            print::error(&error, code, global.json);
-            code
-        }
+        Err(error) if is_exec => print::error(&error, exec::status_of(&error)),
+        Err(error) => print::error(&error, error.kind().exit_code()),
     }
 }
 
@@ -51,22 +43,25 @@ async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
     if let Command::Demo(args) = &cli.command {
         return demo::run(args, &settings, watch, global.json).await;
     }
-    let engine = Engine::open(settings, watch).await?;
+    if let Command::Doctor = &cli.command {
+        return Ok(doctor(settings, watch, global).await);
+    }
+    let engine = Engine::open(settings, watch.clone()).await?;
     match cli.command {
         Command::Template(command) => template(&engine, command, global).await,
         Command::Create(args) => create(&engine, args, global).await,
         Command::Exec(args) => exec::run(&engine, args).await,
         Command::Ls => list(&engine, global).await,
         Command::Show(one) => Ok(show_sandbox(&engine.sandbox(&one.name).await?, global)),
-        Command::Logs(args) => logs::run(&engine, &args).await,
+        Command::Logs(args) => logs::run(&engine, &args, &watch, global.json).await,
         Command::Stop(args) => stop(&engine, &args, global).await,
         Command::Start(one) => Ok(named(&engine.start(&one.name).await?, global)),
         Command::Rm(args) => {
+            let mut removed = Removed::new(global);
             for name in &args.names {
-                engine.remove(name, args.force).await?;
-                print_removed(name, global);
+                removed.take(name, engine.remove(name, args.force).await)?;
             }
-            Ok(0)
+            Ok(removed.print())
         }
         Command::Checkpoint(command) => checkpoint(&engine, command, global).await,
         Command::Fork(args) => fork(&engine, &args, global).await,
@@ -80,18 +75,10 @@ async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
                 print::line(&report.sandbox.name)
             })
         }
-        Command::Store(StoreCommand::Init) => {
-            let url = engine.init_store().await?;
-            Ok(if global.json {
-                print::json(&serde_json::json!({ "store": url }))
-            } else {
-                print::line(&url)
-            })
-        }
+        Command::Store(command) => store(&engine, command, global).await,
         Command::Verify => verify_store(&engine, global).await,
         Command::Gc(args) => gc(&engine, &args, global).await,
-        Command::Doctor => doctor(&engine, global).await,
-        Command::Demo(_) | Command::Completion { .. } | Command::Man => {
+        Command::Demo(_) | Command::Doctor | Command::Completion { .. } | Command::Man(_) => {
             unreachable!("handled before a worker is opened")
         }
     }
@@ -109,18 +96,46 @@ fn settings(global: &Global) -> Result<Settings> {
     })
 }
 
+/// What is said when Ctrl-C asks a command to stop; nothing for one that catches signals itself.
+fn on_interrupt(command: &Command) -> Option<&'static str> {
+    match command {
+        Command::Exec(_) => None,
+        Command::Ls
+        | Command::Show(_)
+        | Command::Logs(_)
+        | Command::Stop(_)
+        | Command::Verify
+        | Command::Doctor
+        | Command::Completion { .. }
+        | Command::Man(_) => Some("interrupted (once more to end at once)"),
+        Command::Gc(_) | Command::Store(_) => {
+            Some("interrupted; ending where nothing is lost (once more to end at once)")
+        }
+        Command::Template(_)
+        | Command::Create(_)
+        | Command::Start(_)
+        | Command::Rm(_)
+        | Command::Checkpoint(_)
+        | Command::Fork(_)
+        | Command::Restore(_)
+        | Command::Hibernate(_)
+        | Command::Wake(_)
+        | Command::Demo(_) => {
+            Some("interrupted; undoing what was begun (once more to leave it to the next command)")
+        }
+    }
+}
+
 /// The first Ctrl-C asks the operation to undo itself; the second one ends the program.
-fn cancel_on_interrupt(watch: Watch) {
+fn cancel_on_interrupt(watch: Watch, say: &'static str) {
     tokio::spawn(async move {
         if tokio::signal::ctrl_c().await.is_err() {
             return;
         }
-        eprintln!(
-            "stead: interrupted; undoing what was begun (once more to leave it to the next command)"
-        );
+        watch.notice(say);
         watch.cancel();
         if tokio::signal::ctrl_c().await.is_ok() {
-            std::process::exit(130);
+            std::process::exit(Kind::Cancelled.exit_code().into());
         }
     });
 }
@@ -131,22 +146,46 @@ fn completion(shell: clap_complete::Shell) -> u8 {
     print::bytes(&script)
 }
 
-fn manual_page() -> u8 {
-    let mut page = Vec::new();
-    match clap_mangen::Man::new(Cli::command()).render(&mut page) {
-        Ok(()) => print::bytes(&page),
-        Err(error) => {
-            print::plain_error(&format!("write the manual page: {error}"));
-            1
-        }
-    }
+/// What a command with several names has removed: told one by one to people, at once to programs.
+struct Removed {
+    json: bool,
+    names: Vec<String>,
 }
 
-fn print_removed(name: &str, global: &Global) {
-    if global.json {
-        print::json(&serde_json::json!({ "removed": name }));
-    } else {
-        print::line(name);
+impl Removed {
+    fn new(global: &Global) -> Self {
+        Self {
+            json: global.json,
+            names: Vec::new(),
+        }
+    }
+
+    /// Takes note of one that is gone; the first failure ends the command and says which were gone before.
+    fn take(&mut self, name: &str, outcome: Result<()>) -> Result<()> {
+        match outcome {
+            Ok(()) => {}
+            Err(error) if self.names.is_empty() => return Err(error),
+            Err(error) => {
+                let gone = self.names.join(", ");
+                return Err(error.left(format!("removed before it: {gone}")));
+            }
+        }
+        self.names.push(name.to_owned());
+        if !self.json {
+            print::line(name);
+        }
+        Ok(())
+    }
+
+    fn print(self) -> u8 {
+        if !self.json {
+            return 0;
+        }
+        let removed = self.names.into_iter();
+        let all: Vec<_> = removed
+            .map(|name| serde_json::json!({ "removed": name }))
+            .collect();
+        print::json(&all)
     }
 }
 
@@ -200,8 +239,11 @@ async fn template(engine: &Engine, command: TemplateCommand, global: &Global) ->
         }
         TemplateCommand::Rm { name } => {
             engine.template_remove(&name).await?;
-            print_removed(&name, global);
-            Ok(0)
+            Ok(if global.json {
+                print::json(&serde_json::json!({ "removed": name }))
+            } else {
+                print::line(&name)
+            })
         }
     }
 }
@@ -388,11 +430,11 @@ async fn checkpoint(engine: &Engine, command: CheckpointCommand, global: &Global
             })
         }
         CheckpointCommand::Rm { names, force } => {
-            for name in names {
-                engine.checkpoint_remove(&name, force).await?;
-                print_removed(&name, global);
+            let mut removed = Removed::new(global);
+            for name in &names {
+                removed.take(name, engine.checkpoint_remove(name, force).await)?;
             }
-            Ok(0)
+            Ok(removed.print())
         }
     }
 }
@@ -411,8 +453,9 @@ async fn checkpoint_create(
         return Ok(print::json(&made));
     }
     Ok(print::line(&format!(
-        "{}  {} stored, guest stopped {:.1} ms",
+        "{}  {}  {} stored, guest stopped {:.1} ms",
         print::short(&made.checkpoint.id),
+        made.checkpoint.kind,
         human(made.stored_bytes),
         made.pause.paused_us as f64 / 1000.0,
     )))
@@ -515,6 +558,37 @@ async fn hibernate(engine: &Engine, name: &str, global: &Global) -> Result<u8> {
 
 // ---- store and host
 
+async fn store(engine: &Engine, command: StoreCommand, global: &Global) -> Result<u8> {
+    match command {
+        StoreCommand::Init => {
+            let url = engine.init_store().await?;
+            Ok(if global.json {
+                print::json(&serde_json::json!({ "store": url }))
+            } else {
+                print::line(&url)
+            })
+        }
+        StoreCommand::RebuildIndex => rebuild_index(engine, global).await,
+    }
+}
+
+async fn rebuild_index(engine: &Engine, global: &Global) -> Result<u8> {
+    let report = engine.rebuild_index().await?;
+    if global.json {
+        print::json(&report);
+    } else {
+        print::line(&format!(
+            "{} packs with {} chunks are in the index",
+            report.packs, report.chunks
+        ));
+    }
+    Ok(damaged(
+        "rebuild the store's index",
+        &report.damaged,
+        global,
+    ))
+}
+
 async fn verify_store(engine: &Engine, global: &Global) -> Result<u8> {
     let report = engine.scrub().await?;
     if global.json {
@@ -526,15 +600,28 @@ async fn verify_store(engine: &Engine, global: &Global) -> Result<u8> {
             human(report.bytes),
             report.damaged.len()
         ));
-        for line in &report.damaged {
+    }
+    Ok(damaged("verify the store", &report.damaged, global))
+}
+
+/// The end of a command that reports damage: each object as a line for people, and the error.
+fn damaged(attempt: &str, damaged: &[String], global: &Global) -> u8 {
+    let Some(first) = damaged.first() else {
+        return 0;
+    };
+    if !global.json {
+        for line in damaged {
             print::line(&format!("damaged: {line}"));
         }
     }
-    Ok(if report.damaged.is_empty() {
-        0
-    } else {
-        stead_engine::Kind::Damaged.exit_code()
-    })
+    let found = format!(
+        "{} objects are damaged, the first is {first}",
+        damaged.len()
+    );
+    let error = EngineError::new(Kind::Damaged, attempt, found)
+        .left("checkpoints that are not named by the report are whole; nothing was changed")
+        .next("bring the objects back from a copy of the store, or remove the checkpoints that they hit; `stead store rebuild-index` repairs a damaged index");
+    print::error(&error, error.kind().exit_code())
 }
 
 async fn gc(engine: &Engine, args: &GcArgs, global: &Global) -> Result<u8> {
@@ -554,8 +641,8 @@ async fn gc(engine: &Engine, args: &GcArgs, global: &Global) -> Result<u8> {
     Ok(0)
 }
 
-async fn doctor(engine: &Engine, global: &Global) -> Result<u8> {
-    let report = engine.doctor().await;
+async fn doctor(settings: Settings, watch: Watch, global: &Global) -> u8 {
+    let report = stead_engine::doctor(settings, watch).await;
     if global.json {
         print::json(&report);
     } else {
@@ -571,5 +658,5 @@ async fn doctor(engine: &Engine, global: &Global) -> Result<u8> {
             }
         }
     }
-    Ok(if report.usable() { 0 } else { 1 })
+    if report.usable() { 0 } else { 1 }
 }

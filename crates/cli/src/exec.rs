@@ -56,6 +56,7 @@ pub fn status_of(error: &EngineError) -> u8 {
     match error.not_started() {
         Some(NotStarted::NotFound) => NOT_FOUND,
         Some(NotStarted::NotRunnable) => NOT_RUNNABLE,
+        None if error.kind() == Kind::Cancelled => Kind::Cancelled.exit_code(),
         None => FAILED,
     }
 }

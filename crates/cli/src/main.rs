@@ -6,9 +6,11 @@ mod commands;
 mod demo;
 mod exec;
 mod logs;
+mod manual;
 mod print;
 mod progress;
 mod size;
+mod trace;
 
 use std::process::ExitCode;
 
@@ -19,37 +21,20 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return ExitCode::from(print::command_line(&error)),
     };
-    start_tracing(cli.global.verbose);
+    if cli.global.json {
+        print::speak_json();
+    }
+    trace::start(cli.global.verbose, cli.global.json);
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
     {
         Ok(runtime) => runtime,
-        Err(error) => {
-            print::plain_error(&format!("start the runtime: {error}"));
-            return ExitCode::from(1);
-        }
+        Err(error) => return ExitCode::from(print::internal("start the runtime", error)),
     };
     let code = runtime.block_on(commands::run(cli));
     // A read of standard input may still block a thread; nothing waits for it.
     runtime.shutdown_background();
     ExitCode::from(code)
-}
-
-fn start_tracing(verbose: u8) {
-    use tracing_subscriber::EnvFilter;
-    let level = match verbose {
-        0 => "error",
-        1 => "info",
-        2 => "debug",
-        _ => "trace",
-    };
-    let filter = EnvFilter::try_from_env("STEAD_LOG")
-        .unwrap_or_else(|_unset| EnvFilter::new(format!("stead={level}")));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .without_time()
-        .init();
 }

@@ -1,19 +1,31 @@
 //! Results on standard output, errors on standard error: for people, or as JSON.
+//!
+//! With `--json`, standard output holds one JSON document and standard error nothing but JSON lines.
 
 use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use comfy_table::{ContentArrangement, Table, presets};
 use serde::Serialize;
-use stead_engine::EngineError;
+use stead_engine::{EngineError, Kind};
+
+/// Whether programs read what is printed; decided once, from the command line.
+static AS_JSON: AtomicBool = AtomicBool::new(false);
+
+/// From now on, everything is printed for programs.
+pub fn speak_json() {
+    AS_JSON.store(true, Ordering::Relaxed);
+}
+
+fn as_json() -> bool {
+    AS_JSON.load(Ordering::Relaxed)
+}
 
 /// Prints a value as JSON.
 pub fn json<T: Serialize>(value: &T) -> u8 {
     match serde_json::to_string_pretty(value) {
         Ok(text) => line(&text),
-        Err(error) => {
-            plain_error(&format!("write the result as JSON: {error}"));
-            1
-        }
+        Err(source) => internal("write the result as JSON", source),
     }
 }
 
@@ -27,11 +39,8 @@ pub fn bytes(bytes: &[u8]) -> u8 {
     let mut out = std::io::stdout().lock();
     match out.write_all(bytes).and_then(|()| out.flush()) {
         Ok(()) => 0,
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => 0,
-        Err(error) => {
-            plain_error(&format!("write to standard output: {error}"));
-            1
-        }
+        Err(source) if source.kind() == std::io::ErrorKind::BrokenPipe => 0,
+        Err(source) => internal("write to standard output", source),
     }
 }
 
@@ -62,61 +71,77 @@ pub fn fields(rows: &[(&str, String)]) -> u8 {
     line(&text.join("\n"))
 }
 
-/// Prints an error of the engine that the command ends with `exit_code` for.
-pub fn error(error: &EngineError, exit_code: u8, as_json: bool) {
-    if as_json {
-        let value = serde_json::json!({
-            "event": "error",
-            "kind": error.kind().word(),
-            "attempt": error.attempt(),
-            "found": error.found(),
-            "left": error.what_is_left(),
-            "next": error.next_step(),
-            "exit_code": exit_code,
-        });
-        eprintln!("{value}");
+/// Prints an error that the command ends with `exit_code` for, and returns that.
+pub fn error(error: &EngineError, exit_code: u8) -> u8 {
+    let text = if as_json() {
+        error_as_json(error, exit_code)
     } else {
-        eprintln!("stead: {}: {}", error.attempt(), error.found());
-        if let Some(left) = error.what_is_left() {
-            eprintln!("  now:  {left}");
-        }
-        if let Some(next) = error.next_step() {
-            eprintln!("  next: {next}");
-        }
+        error_for_people(error)
+    };
+    // In one piece, so that two commands that share a terminal do not mix their lines.
+    eprintln!("{text}");
+    exit_code
+}
+
+fn error_as_json(error: &EngineError, exit_code: u8) -> String {
+    let mut value = serde_json::json!({
+        "event": "error",
+        "kind": error.kind().word(),
+        "attempt": error.attempt(),
+        "found": error.found(),
+        "left": error.what_is_left(),
+        "next": error.next_step(),
+        "exit_code": exit_code,
+    });
+    if !error.console().is_empty() {
+        value["console"] = error.console().into();
     }
+    value.to_string()
+}
+
+fn error_for_people(error: &EngineError) -> String {
+    let mut text = format!("stead: {}: {}", error.attempt(), error.found());
+    for line in error.console() {
+        text.push_str("\n  | ");
+        text.push_str(line);
+    }
+    if let Some(left) = error.what_is_left() {
+        text.push_str("\n  now:  ");
+        text.push_str(left);
+    }
+    text.push_str("\n  next: ");
+    text.push_str(error.next_step());
+    text
+}
+
+/// Prints a failure of the command itself and returns its exit status.
+pub fn internal(attempt: &str, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> u8 {
+    let failed = EngineError::new(Kind::Internal, attempt, "").because(source);
+    error(&failed, Kind::Internal.exit_code())
 }
 
 /// Prints what is wrong with a command line (or the help that was asked for) and returns the exit status.
 pub fn command_line(error: &clap::Error) -> u8 {
-    let as_json = std::env::args_os()
+    let code = u8::try_from(error.exit_code()).unwrap_or(1);
+    let wants_json = std::env::args_os()
         .take_while(|word| word != "--")
         .any(|word| word == "--json");
-    if !error.use_stderr() || !as_json {
-        if let Err(failed) = error.print()
-            && failed.kind() != std::io::ErrorKind::BrokenPipe
-        {
-            plain_error(&format!("write the help: {failed}"));
-        }
-    } else {
+    if wants_json && error.use_stderr() {
+        speak_json();
         let text = error.to_string();
         let found = text.split("\n\n").next().unwrap_or_default();
-        let value = serde_json::json!({
-            "event": "error",
-            "kind": stead_engine::Kind::Usage.word(),
-            "attempt": "read the command line",
-            "found": found.trim_start_matches("error: "),
-            "left": "nothing was changed",
-            "next": "try --help",
-            "exit_code": error.exit_code(),
-        });
-        eprintln!("{value}");
+        let found = found.trim_start_matches("error: ");
+        let refused = EngineError::new(Kind::Usage, "read the command line", found)
+            .left("nothing was changed")
+            .next("try --help");
+        return self::error(&refused, code);
     }
-    u8::try_from(error.exit_code()).unwrap_or(1)
-}
-
-/// Prints an error that the engine knows nothing of.
-pub fn plain_error(text: &str) {
-    eprintln!("stead: {text}");
+    match error.print() {
+        Err(source) if source.kind() != std::io::ErrorKind::BrokenPipe => {
+            internal("write the help", source)
+        }
+        Ok(()) | Err(_) => code,
+    }
 }
 
 /// The first 12 digits of an id, as people pass them on.

@@ -1,5 +1,6 @@
-//! What an operation tells while it runs: a bar for people, JSON lines for programs.
+//! What an operation tells while it runs: a bar for people, plain lines for logs, JSON lines for programs.
 
+use std::io::IsTerminal;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -12,24 +13,38 @@ use crate::args::Global;
 const PROGRESS_EVERY: Duration = Duration::from_millis(250);
 
 /// A watch that shows events as the command line wants them, on standard error.
+///
+/// Notices are always shown: they say what the result is worth, not how far it is.
 pub fn watch(global: &Global) -> Watch {
-    if global.quiet {
-        return Watch::silent();
-    }
-    if global.json {
-        let told = Mutex::new(None);
-        return Watch::new(move |event| {
-            if told.lock().is_ok_and(|mut told| is_due(&event, &mut told)) {
-                print_json(&event);
-            }
-        });
-    }
-    let bar = Mutex::new(Bar::new());
-    Watch::new(move |event| {
-        if let Ok(mut bar) = bar.lock() {
-            bar.show(event);
+    match (global.quiet, global.json) {
+        (true, json) => Watch::new(move |event| match event {
+            Event::Notice { .. } if json => print_json(&event),
+            Event::Notice { text } => eprintln!("stead: {text}"),
+            Event::Step { .. } | Event::Progress { .. } => {}
+        }),
+        (false, true) => {
+            let told = Mutex::new(None);
+            Watch::new(move |event| {
+                if told.lock().is_ok_and(|mut told| is_due(&event, &mut told)) {
+                    print_json(&event);
+                }
+            })
         }
-    })
+        (false, false) if std::io::stderr().is_terminal() => {
+            let bar = Mutex::new(Bar::new());
+            Watch::new(move |event| {
+                if let Ok(mut bar) = bar.lock() {
+                    bar.show(event);
+                }
+            })
+        }
+        (false, false) => Watch::new(|event| match event {
+            Event::Step { job, step } => eprintln!("stead: {job}: {step}"),
+            Event::Notice { text } => eprintln!("stead: {text}"),
+            // A step that a log shows begins and ends; how far it is in between is for those who watch.
+            Event::Progress { .. } => {}
+        }),
+    }
 }
 
 /// Whether to tell of this event: everything but progress that comes too soon after the last one.
@@ -59,7 +74,6 @@ struct Bar {
 
 impl Bar {
     fn new() -> Self {
-        // Hidden where standard error is no terminal.
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(10));
         bar.set_style(ProgressStyle::default_spinner());
         Self { bar }

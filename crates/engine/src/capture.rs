@@ -505,7 +505,8 @@ impl Engine {
                     attempt,
                     format!("{} errors: {}", report.corruptions, found.join("; ")),
                 )
-                .left("the sandbox runs on"));
+                .left("the sandbox runs on")
+                .next("copy what the guest still reads out of it; an earlier checkpoint is not touched by this"));
             }
             layers::seal(&path)?;
             let mut tx = self.records.begin().await?;

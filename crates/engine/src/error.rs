@@ -56,6 +56,29 @@ impl Kind {
         }
     }
 
+    /// What helps where nothing better is known.
+    fn usual_next_step(self) -> &'static str {
+        match self {
+            Self::Internal => "try again with -v, which says what was done; if it stays, report it",
+            Self::Usage => "`stead COMMAND --help` says what is possible",
+            Self::NotFound => {
+                "`stead ls`, `stead template ls` and `stead checkpoint ls` list what there is"
+            }
+            Self::Conflict => "try again when the other command has ended",
+            Self::Damaged => {
+                "`stead verify` says what in the store is damaged; nothing is repaired by itself"
+            }
+            Self::Incompatible => "`stead doctor` says what this host offers; use another worker",
+            Self::NoSpace => MAKE_ROOM,
+            Self::Store => {
+                "see that --store (STEAD_STORE) names the store and that it can be reached"
+            }
+            Self::Vm => "`stead doctor` says whether this host can run VMs; try again",
+            Self::Agent => "`stead logs` shows the guest's console; try again",
+            Self::Cancelled => "run it again when you want it",
+        }
+    }
+
     /// The word for programs (`error.kind` in JSON output).
     #[must_use]
     pub fn word(self) -> &'static str {
@@ -81,8 +104,9 @@ pub struct EngineError {
     kind: Kind,
     attempt: String,
     found: String,
-    left: Option<String>,
-    next: Option<String>,
+    left: Option<Box<str>>,
+    next: Option<Box<str>>,
+    console: Box<[String]>,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
@@ -95,6 +119,7 @@ impl EngineError {
             found: found.into(),
             left: None,
             next: None,
+            console: Box::default(),
             source: None,
         }
     }
@@ -109,17 +134,25 @@ impl EngineError {
     /// Says what stands now ("the VM runs on").
     #[must_use]
     pub fn left(mut self, left: impl Into<String>) -> Self {
-        self.left = Some(match self.left {
+        let left = match self.left {
             Some(earlier) => format!("{earlier}; {}", left.into()),
             None => left.into(),
-        });
+        };
+        self.left = Some(left.into());
         self
     }
 
     /// Says what to do next.
     #[must_use]
     pub fn next(mut self, next: impl Into<String>) -> Self {
-        self.next = Some(next.into());
+        self.next = Some(next.into().into());
+        self
+    }
+
+    /// Keeps the last lines of the console of a guest that could not be started.
+    #[must_use]
+    pub(crate) fn with_console(mut self, lines: Vec<String>) -> Self {
+        self.console = lines.into();
         self
     }
 
@@ -169,10 +202,19 @@ impl EngineError {
         self.left.as_deref()
     }
 
-    /// What to do next.
+    /// What to do next: what was said of this failure, else what helps with its class.
     #[must_use]
-    pub fn next_step(&self) -> Option<&str> {
-        self.next.as_deref()
+    pub fn next_step(&self) -> &str {
+        match &self.next {
+            Some(next) => next,
+            None => self.kind.usual_next_step(),
+        }
+    }
+
+    /// The last lines of the console of a guest that could not be started.
+    #[must_use]
+    pub fn console(&self) -> &[String] {
+        &self.console
     }
 
     pub(crate) fn not_found(what: &'static str, name: &str, list: &'static str) -> Self {

@@ -83,8 +83,22 @@ impl Watch {
         (self.sink)(event);
     }
 
-    pub(crate) fn notice(&self, text: impl Into<String>) {
+    /// Tells something that is no failure.
+    pub fn notice(&self, text: impl Into<String>) {
         self.tell(Event::Notice { text: text.into() });
+    }
+
+    /// Tells that a step of an operation begins that is no durable job.
+    pub(crate) fn step(&self, job: &str, step: impl Into<String>) {
+        self.tell(Event::Step {
+            job: job.to_owned(),
+            step: step.into(),
+        });
+    }
+
+    /// The wish to stop itself, for work that looks at it without being told.
+    pub(crate) fn wish_to_stop(&self) -> &AtomicBool {
+        &self.cancelled
     }
 
     pub(crate) fn progress(&self, what: &str, done: u64, total: u64) {
@@ -96,7 +110,7 @@ impl Watch {
     }
 
     /// Waits until somebody asks to stop.
-    pub(crate) async fn cancelled(&self) {
+    pub async fn cancelled(&self) {
         while !self.is_cancelled() {
             tokio::time::sleep(LOOK_AGAIN).await;
         }

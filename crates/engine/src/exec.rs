@@ -7,7 +7,8 @@
 use std::time::{Duration, Instant};
 
 use stead_agent_link::{
-    AgentLink, Epoch, ExecRequest, ExitStatus, LinkError, Phase, Rejection, ShutdownKind,
+    AgentLink, Epoch, ExecIo, ExecRequest, ExitStatus, LinkError, Phase, Rejection, Running,
+    ShutdownKind,
 };
 use stead_agent_proto::message::Bytes;
 use stead_sys::lock::{Attempt, FileLock};
@@ -25,6 +26,10 @@ use crate::sandbox::wrong_state;
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(15);
 /// How often taken ports are tried again.
 const RETRY: Duration = Duration::from_millis(10);
+/// How long a signal waits for the guest's answer that the command it is for runs.
+const SIGNAL_GRACE: Duration = Duration::from_secs(1);
+/// How many signals may wait to be sent to the guest.
+const SIGNALS_WAITING: usize = 8;
 
 /// A command for a guest.
 #[derive(Debug, Clone, Default)]
@@ -129,15 +134,19 @@ impl Engine {
         stdin: I,
         stdout: O,
         stderr: E,
-        signals: mpsc::Receiver<i32>,
+        mut signals: mpsc::Receiver<i32>,
     ) -> Result<ExecEnd>
     where
         I: AsyncRead + Send + Unpin + 'static,
         O: AsyncWrite + Send + Unpin + 'static,
         E: AsyncWrite + Send + Unpin + 'static,
     {
-        let (sandbox, mut session) = self.command_session(name).await?;
-        let io = stead_agent_link::ExecIo {
+        let opened = tokio::select! {
+            opened = self.command_session(name) => opened,
+            _signal = next(&mut signals) => Err(not_begun(name)),
+        };
+        let (sandbox, mut session) = opened?;
+        let io = ExecIo {
             stdin,
             stdout,
             stderr,
@@ -146,14 +155,18 @@ impl Engine {
         let request = request(command);
         let begun = Instant::now();
         loop {
-            match session.link().start(request.clone()).await {
-                Ok(running) => {
-                    return running.run(io, signals).await.map(end_of).map_err(failed);
+            let start = session.link().start(request.clone());
+            match until_started(start, &mut signals).await {
+                (Some(Ok(running)), early) => {
+                    let ended = run_on(running, io, early, signals).await;
+                    return ended.map(end_of).map_err(failed);
                 }
-                Err(error) if self.thaws_soon(&error, begun) => {
+                (Some(Err(error)), None) if self.thaws_soon(&error, begun) => {
                     tokio::time::sleep(RETRY).await;
                 }
-                Err(error) => return Err(failed(error)),
+                (Some(Err(error)), None) => return Err(failed(error)),
+                (Some(Err(_rejected)), Some(_signal)) => return Err(not_begun(name)),
+                (None, _signal) => return Err(unanswered(name)),
             }
         }
     }
@@ -324,6 +337,80 @@ impl Engine {
     }
 }
 
+/// The next signal; for ever if nobody sends any more.
+async fn next(signals: &mut mpsc::Receiver<i32>) -> i32 {
+    match signals.recv().await {
+        Some(signal) => signal,
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits until the guest has answered whether the command runs. A signal that comes before the answer is for
+/// the command, if the answer is not far; else it ends the wait.
+async fn until_started<T>(
+    start: impl Future<Output = T>,
+    signals: &mut mpsc::Receiver<i32>,
+) -> (Option<T>, Option<i32>) {
+    tokio::pin!(start);
+    let early = tokio::select! {
+        started = &mut start => return (Some(started), None),
+        signal = next(signals) => signal,
+    };
+    let started = tokio::time::timeout(SIGNAL_GRACE, start).await;
+    (started.ok(), Some(early))
+}
+
+/// Runs a command to its end, passing on first the signal that came early.
+async fn run_on<I, O, E>(
+    running: Running<'_>,
+    io: ExecIo<I, O, E>,
+    early: Option<i32>,
+    mut signals: mpsc::Receiver<i32>,
+) -> std::result::Result<ExitStatus, LinkError>
+where
+    I: AsyncRead + Unpin,
+    O: AsyncWrite + Unpin,
+    E: AsyncWrite + Unpin,
+{
+    let Some(early) = early else {
+        return running.run(io, signals).await;
+    };
+    let (to_command, passed_on) = mpsc::channel(SIGNALS_WAITING);
+    let pass_on = async move {
+        let mut signal = Some(early);
+        while let Some(next) = signal {
+            if to_command.send(next).await.is_err() {
+                break;
+            }
+            signal = signals.recv().await;
+        }
+        drop(to_command);
+        std::future::pending().await
+    };
+    tokio::select! {
+        ended = running.run(io, passed_on) => ended,
+        ended = pass_on => ended,
+    }
+}
+
+fn not_begun(name: &str) -> EngineError {
+    EngineError::new(
+        Kind::Cancelled,
+        format!("exec in sandbox {name}"),
+        "interrupted",
+    )
+    .left("the command was not started; the VM runs on")
+}
+
+fn unanswered(name: &str) -> EngineError {
+    EngineError::new(
+        Kind::Cancelled,
+        format!("exec in sandbox {name}"),
+        "interrupted while the guest was asked to start the command",
+    )
+    .left(stead_agent_link::Stage::Start.standing())
+}
+
 /// Whether the agent answered, and knows another epoch than the recorded one, or none.
 fn lives_another_life(error: &EngineError) -> bool {
     let source = std::error::Error::source(error).and_then(|source| source.downcast_ref());
@@ -337,17 +424,18 @@ fn lives_another_life(error: &EngineError) -> bool {
 }
 
 pub(crate) fn agent_error(attempt: &str, sandbox: &Sandbox, source: LinkError) -> EngineError {
-    let error = EngineError::new(
-        Kind::Agent,
-        format!("{attempt} sandbox {}", sandbox.name),
-        "",
-    )
-    .because(source)
-    .left("the VM runs on");
+    let name = &sandbox.name;
+    let error = EngineError::new(Kind::Agent, format!("{attempt} sandbox {name}"), "")
+        .because(source)
+        .left("the VM runs on");
     match error.not_started() {
         // The agent did as it must.
-        Some(_) => error.of_kind(Kind::Usage),
-        None => error,
+        Some(_) => error
+            .of_kind(Kind::Usage)
+            .next("see that the guest has this program, folder and user"),
+        None => error.next(format!(
+            "try again; `stead logs {name}` shows its console, `stead stop {name}` and `stead start {name}` boot it anew"
+        )),
     }
 }
 
@@ -380,5 +468,34 @@ fn end_of(status: ExitStatus) -> ExecEnd {
         ExitStatus::Code(code) => ExecEnd::Code(byte(code)),
         ExitStatus::Signal(signal) => ExecEnd::Signal(byte(signal)),
         ExitStatus::TimedOut => ExecEnd::TimedOut,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_signal_that_comes_before_the_answer_waits_for_it_and_not_for_ever() {
+        let (send, mut signals) = mpsc::channel(1);
+        send.send(2).await.expect("send");
+        let soon = async {
+            tokio::task::yield_now().await;
+            "runs"
+        };
+        assert_eq!(
+            until_started(soon, &mut signals).await,
+            (Some("runs"), Some(2))
+        );
+        send.send(2).await.expect("send");
+        let never = std::future::pending::<()>();
+        assert_eq!(until_started(never, &mut signals).await, (None, Some(2)));
+        drop(send);
+        let answer = tokio::task::yield_now();
+        assert_eq!(
+            until_started(answer, &mut signals).await,
+            (Some(()), None),
+            "nobody sends signals"
+        );
     }
 }

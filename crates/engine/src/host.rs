@@ -116,11 +116,13 @@ impl Engine {
         let qemu = self.qemu().await?.clone();
         let file = self.dir.cache().join("kvm");
         let user = crate::launch::owner(crate::launch::new_vm_user()?);
+        let watch = self.watch.clone();
         blocking(move || {
             let key = probe_key(&qemu);
             if let Some(known) = remembered(&file, &key) {
                 return Ok(known);
             }
+            watch.step("accelerator", "try whether a guest boots under KVM");
             let probe = KvmProbe::run(&qemu, user.map(|uid| RunAs { uid, gid: uid })).map_err(
                 |source| {
                     EngineError::new(Kind::Vm, "try whether a guest boots under KVM", "")

@@ -128,13 +128,31 @@ impl Engine {
         })
         .await?;
         let process = vm.process();
-        let epoch = self.make_ready(vm, plan).await?;
+        let epoch = match self.make_ready(vm, plan).await {
+            Err(error) if error.kind() == Kind::Agent => {
+                return Err(self.without_agent(error, plan));
+            }
+            other => other?,
+        };
         Ok(Running {
             process,
             ram_sharing: sharing,
             epoch,
             ready_after: begun.elapsed(),
         })
+    }
+
+    /// Says what the guest wrote before its agent was missed: undoing removes its console.
+    fn without_agent(&self, error: EngineError, plan: &LaunchPlan<'_>) -> EngineError {
+        let error = error.with_console(self.last_words(plan.launch));
+        match plan.reason {
+            Reason::Boot => error.next(
+                "see the console's last lines; a sandbox made with `--no-agent` starts all the same, and then `stead logs` shows its whole console",
+            ),
+            Reason::Fork | Reason::Restore | Reason::Wake | Reason::Reattach => error.next(
+                "see the console's last lines and try again; what it was started from is as it was",
+            ),
+        }
     }
 
     /// Connects, lets the vCPUs run, and waits until the agent acknowledges a fresh epoch.
@@ -293,12 +311,10 @@ impl Engine {
             ));
         };
         let folder = self.dir.run(launch);
-        let name = sandbox.name.clone();
+        let sandbox = sandbox.clone();
         blocking(move || {
-            Vm::connect(&folder, process).map_err(|source| {
-                EngineError::new(Kind::Vm, format!("reach the QEMU of sandbox {name}"), "")
-                    .because(source)
-            })
+            Vm::connect(&folder, process)
+                .map_err(|source| crate::sandbox::vm_error("reach the QEMU of", &sandbox, source))
         })
         .await
     }

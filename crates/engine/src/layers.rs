@@ -175,6 +175,7 @@ impl ChainSource {
                 "",
             )
             .because(source)
+            .next("move the damaged file away if it is of a checkpoint: the next use rebuilds it; a sandbox goes back with `stead restore`")
         })?;
         Ok(Self {
             length: chain.len(),

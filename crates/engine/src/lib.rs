@@ -12,6 +12,7 @@
 //! | `materialise` | bring a checkpoint's parts here and prove them |
 //! | `restore` | fork, restore, wake: run proven parts |
 //! | `launch` | one QEMU: files, process, handshake |
+//! | `console` | what a guest wrote to its console |
 //! | `layers` | layer files and what a guest sees through them |
 //! | `job`, `undo` | what survives a crash, and how it is taken back |
 //! | `exclusion` | which operations wait for which |
@@ -20,6 +21,7 @@
 
 mod blobs;
 mod capture;
+mod console;
 mod doctor;
 mod error;
 mod event;
@@ -50,7 +52,8 @@ use stead_vmm::Qemu;
 use tokio::sync::OnceCell;
 
 pub use capture::{CaptureReport, CheckpointRequest, PauseReport};
-pub use doctor::{Advice, DoctorReport, Finding};
+pub use console::Console;
+pub use doctor::{Advice, DoctorReport, Finding, doctor};
 pub use error::{EngineError, Kind, Result};
 pub use event::{Event, Watch};
 pub use exec::{ExecCommand, ExecEnd, ExecOutput, NotStarted};
@@ -59,7 +62,7 @@ pub use paths::DataDir;
 pub use records::{RamSharing, SandboxState};
 pub use restore::{RestoreReport, VerifyReport};
 pub use sandbox::{CreateRequest, SandboxInfo};
-pub use store::{CheckpointInfo, DiskInfo, GcSummary, ScrubReport};
+pub use store::{CheckpointInfo, DiskInfo, GcSummary, IndexSummary, ScrubReport};
 pub use template::{BuildRequest, ImportRequest, TemplateInfo, find_agent};
 
 use records::{Records, Sandbox};

@@ -12,7 +12,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use stead_store::{FileSource, LocalSource, Manifest, ManifestId, Progress, Source, TreeRef};
+use stead_store::{
+    ChunkSize, FileSource, LocalSource, Manifest, ManifestId, Progress, Source, TreeRef,
+};
 use stead_sys::durable::{Existing, Partial};
 use stead_sys::space;
 
@@ -459,20 +461,9 @@ impl Engine {
         let hashed = part.source.clone();
         let attempt = format!("verify {}, {}", part.what, part.file.display());
         let failed = attempt.clone();
-        let found = blocking(move || {
-            stead_store::hash_source(
-                hashed.as_ref(),
-                chunk_size,
-                HASH_THREADS,
-                &Progress::silent(),
-            )
-            .map_err(|source| {
-                EngineError::new(Kind::Damaged, failed, "it cannot be read")
-                    .because(source)
-                    .left("nothing was started")
-            })
-        })
-        .await?;
+        let progress = self.progress_of("verify");
+        let found =
+            blocking(move || hash_part(hashed.as_ref(), chunk_size, &progress, failed)).await?;
         if found == *tree {
             return Ok(());
         }
@@ -491,7 +482,7 @@ impl Engine {
             return changed.to_owned();
         };
         match store
-            .locate_damage(tree, part.source.clone(), &Progress::silent())
+            .locate_damage(tree, part.source.clone(), &self.progress_of("verify"))
             .await
         {
             Ok(ranges) => {
@@ -511,6 +502,24 @@ impl Engine {
             Err(error) => format!("{changed}; where cannot be said: {error}"),
         }
     }
+}
+
+/// The name of a part's content, as it lies here.
+fn hash_part(
+    source: &dyn Source,
+    chunk_size: ChunkSize,
+    progress: &Progress,
+    attempt: String,
+) -> Result<TreeRef> {
+    stead_store::hash_source(source, chunk_size, HASH_THREADS, progress).map_err(|source| {
+        if matches!(source, stead_store::Error::Cancelled) {
+            return store_error(attempt, source).left("nothing was started");
+        }
+        EngineError::new(Kind::Damaged, attempt, "it cannot be read")
+            .because(source)
+            .left("nothing was started; the store was not changed")
+            .next("move the damaged file away: the next use rebuilds it from the store")
+    })
 }
 
 /// A part of a checkpoint as it lies here.
@@ -573,4 +582,27 @@ fn check_body(id: &ManifestId, manifest: &Manifest, body: &CheckpointBody) -> Re
         return damaged("it has RAM without device state, or the other way round");
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::Watch;
+
+    #[test]
+    fn a_comparison_that_nobody_wants_any_more_ends_and_is_no_damage() {
+        let file = tempfile::NamedTempFile::new().expect("temp file");
+        file.as_file().set_len(8 << 20).expect("size");
+        std::os::unix::fs::FileExt::write_all_at(file.as_file(), &[7; 1 << 20], 0).expect("write");
+        let source = FileSource::new(file.reopen().expect("open")).expect("source");
+        let watch = Watch::silent();
+        let hash = |watch: &Watch| {
+            let progress = crate::store::progress_to(watch.clone(), "verify");
+            hash_part(&source, ChunkSize::DISK, &progress, "verify it".to_owned())
+        };
+        assert!(hash(&watch).is_ok());
+        watch.cancel();
+        let error = hash(&watch).expect_err("cancelled");
+        assert_eq!(error.kind(), Kind::Cancelled, "{error}");
+    }
 }

@@ -2,8 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::error::{AtFile, Result};
+use crate::error::{AtFile, EngineError, Kind, Result};
 use stead_sys::durable;
+
+/// What to do about a folder that belongs to somebody else.
+pub(crate) const NOT_YOURS: &str = "run stead as the folder's user or as root, or name a folder of yours with --data-dir (STEAD_DATA_DIR)";
 
 /// The folder of one worker.
 #[derive(Debug, Clone)]
@@ -30,7 +33,8 @@ impl DataDir {
             (dir.cache(), 0o700),
             (dir.builds(), 0o700),
         ] {
-            durable::create_dir(&path, mode).at("create folder", &path)?;
+            durable::create_dir(&path, mode)
+                .map_err(|source| unusable("create folder", &path, source))?;
         }
         Ok(dir)
     }
@@ -92,7 +96,41 @@ impl DataDir {
 /// The memory file system.
 pub(crate) const MEMORY: &str = "/dev/shm";
 
+/// Why a folder cannot be the worker's: mostly another one was meant, or another user.
+pub(crate) fn unusable(what: &str, path: &Path, source: std::io::Error) -> EngineError {
+    let kind = source.kind();
+    let next = if kind == std::io::ErrorKind::PermissionDenied {
+        NOT_YOURS
+    } else if kind == std::io::ErrorKind::ReadOnlyFilesystem {
+        "make its file system writable, or name another folder with --data-dir (STEAD_DATA_DIR)"
+    } else {
+        "name a folder that can be made and written to with --data-dir (STEAD_DATA_DIR)"
+    };
+    let error = EngineError::file(&format!("use the data directory: {what}"), path, source);
+    if error.kind() == Kind::NoSpace {
+        return error;
+    }
+    error.of_kind(Kind::Usage).next(next)
+}
+
 /// Where live RAM lies when the data folder's file system cannot share blocks.
 pub(crate) fn memory_folder(launch: &str) -> PathBuf {
     Path::new(MEMORY).join(format!("stead-{launch}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::ErrorKind;
+
+    #[test]
+    fn a_folder_that_cannot_be_used_is_a_wrong_request_unless_it_is_full() {
+        let error = |kind: ErrorKind| unusable("create folder", Path::new("/data"), kind.into());
+        let denied = error(ErrorKind::PermissionDenied);
+        assert_eq!(denied.kind(), Kind::Usage, "{denied}");
+        assert_eq!(denied.next_step(), NOT_YOURS);
+        assert_eq!(error(ErrorKind::NotADirectory).kind(), Kind::Usage);
+        assert_ne!(error(ErrorKind::NotADirectory).next_step(), NOT_YOURS);
+        assert_eq!(error(ErrorKind::StorageFull).kind(), Kind::NoSpace);
+    }
 }

@@ -230,8 +230,14 @@ impl Records {
         match stead_sys::durable::create_scratch(path, 0o600) {
             Ok(_) => {}
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(failed(sqlx::Error::Io(error))),
+            Err(error) => return Err(crate::paths::unusable("create", path, error)),
         }
+        // SQLite does not say why it cannot open a file.
+        std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open(path)
+            .map_err(|source| crate::paths::unusable("open", path, source))?;
         let pool = SqlitePoolOptions::new()
             .max_connections(4)
             .connect_with(options)

@@ -5,14 +5,13 @@
 //! it becomes, and in what is taken away afterwards: a restore ends the earlier VM only when the
 //! new one is ready.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use futures::StreamExt;
 use serde::Serialize;
 
-#[cfg(doc)]
-use crate::error::Kind;
-use crate::error::Result;
+use crate::error::{EngineError, Kind, Result};
 use crate::job::{Job, Undo};
 use crate::launch::{Incoming, LaunchPlan, RamPlan, Reason, Running};
 use crate::layers;
@@ -74,6 +73,8 @@ impl Engine {
         name: Option<&str>,
     ) -> Result<Vec<RestoreReport>> {
         let names = fork_names(count, name)?;
+        // Before anything is fetched; who takes a name meanwhile is met when the forks are recorded.
+        self.check_free(&names).await?;
         let mut job = Job::begin(&self.records, &self.watch, "fork", None, Undo::default()).await?;
         let forked = self.fork_as(&mut job, checkpoint, &names).await;
         let (cost, made) = self.undone_on_error(&job, forked).await?;
@@ -82,6 +83,28 @@ impl Engine {
             reports.push(self.report(&id, cost, &running).await?);
         }
         Ok(reports)
+    }
+
+    async fn check_free(&self, names: &[Option<String>]) -> Result<()> {
+        let taken: HashSet<String> = self
+            .records
+            .sandboxes()
+            .await?
+            .into_iter()
+            .map(|sandbox| sandbox.name)
+            .collect();
+        match names.iter().flatten().find(|name| taken.contains(*name)) {
+            Some(name) => Err(EngineError::new(
+                Kind::Conflict,
+                format!("fork as {name}"),
+                "a sandbox of this name exists",
+            )
+            .left("nothing was fetched or started")
+            .next(format!(
+                "choose another name, or `stead rm {name}` it first"
+            ))),
+            None => Ok(()),
+        }
     }
 
     async fn fork_as(

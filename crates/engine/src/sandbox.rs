@@ -1,10 +1,9 @@
 //! Sandboxes: create, start, stop, remove, list.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use stead_vmm::Vm;
 
 use crate::error::{AtFile, EngineError, Kind, Result};
 use crate::host::AcceleratorChoice;
@@ -26,6 +25,8 @@ const MEMORY_STEP_BYTES: u64 = 2 << 20;
 /// How long a guest may take from power-on until its agent answers.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(180);
 
+/// How often a wait for a guest's end looks whether it is still wanted.
+const EXIT_POLL: Duration = Duration::from_millis(50);
 /// How long QEMU may take to end when it is told to.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -243,12 +244,7 @@ impl Engine {
                 return Err(wrong_state("start", &sandbox, "it runs already"));
             }
             SandboxState::Hibernated => {
-                return Err(
-                    wrong_state("start", &sandbox, "its memory is in the store").next(format!(
-                        "`stead wake {}` starts it where it was",
-                        sandbox.name
-                    )),
-                );
+                return Err(wrong_state("start", &sandbox, "its memory is in the store"));
             }
             SandboxState::Creating => {
                 return Err(wrong_state("start", &sandbox, "it is being created"));
@@ -309,10 +305,16 @@ impl Engine {
         if sandbox.state != SandboxState::Running {
             return Err(wrong_state("stop", &sandbox, "it does not run"));
         }
-        let vm = self.connect_vm(&sandbox).await?;
-        let asked = !force && self.ask_to_power_off(&sandbox).await;
-        self.end_vm(&sandbox, vm, (!force).then_some((asked, timeout)))
-            .await?;
+        if force {
+            self.watch.step("stop", "cut the power");
+        } else if !self.shut_down(&sandbox, timeout).await? {
+            self.watch.notice(format!(
+                "{} did not shut down within {} s; cutting its power",
+                sandbox.name,
+                timeout.as_secs()
+            ));
+        }
+        self.cut_power(&sandbox).await?;
         self.records
             .set_not_running(&sandbox.id, SandboxState::Stopped, None)
             .await?;
@@ -322,32 +324,70 @@ impl Engine {
         self.sandbox(&sandbox.id).await
     }
 
-    /// Waits for the guest to power off, if it shall be given that time, and ends QEMU in order.
-    async fn end_vm(
-        &self,
-        sandbox: &Sandbox,
-        mut vm: Vm,
-        gently: Option<(bool, Duration)>,
-    ) -> Result<()> {
-        let watch = self.watch.clone();
-        let sandbox = sandbox.clone();
+    /// Asks the guest to power itself off and waits for it; whether it did.
+    async fn shut_down(&self, sandbox: &Sandbox, timeout: Duration) -> Result<bool> {
+        self.watch.step("stop", "ask the guest to shut down");
+        let vm = self.connect_vm(sandbox).await?;
+        let asked = tokio::select! {
+            asked = self.ask_to_power_off(sandbox) => asked,
+            () = self.watch.cancelled() => return Err(stop_interrupted(sandbox, "it runs on")),
+        };
+        self.watch.step("stop", "wait for the guest");
+        let (watch, sandbox) = (self.watch.clone(), sandbox.clone());
         blocking(move || {
             let failed = |source| vm_error("stop", &sandbox, source);
-            if let Some((agent_was_asked, timeout)) = gently {
-                if !agent_was_asked {
-                    vm.powerdown().map_err(failed)?;
-                }
-                if vm.wait_exit(timeout).map_err(failed)?.is_some() {
-                    return Ok(());
-                }
-                watch.notice(format!(
-                    "{} did not shut down within {} s; cutting its power",
-                    sandbox.name,
-                    timeout.as_secs()
-                ));
+            let mut vm = vm;
+            if !asked {
+                vm.powerdown().map_err(failed)?;
             }
-            vm.quit(QUIT_TIMEOUT).map_err(failed)?;
-            Ok(())
+            let begun = Instant::now();
+            loop {
+                if watch.is_cancelled() {
+                    let left = "the guest was asked to shut down, and runs on until it does";
+                    return Err(stop_interrupted(&sandbox, left));
+                }
+                let left = timeout.saturating_sub(begun.elapsed());
+                if vm.wait_exit(left.min(EXIT_POLL)).map_err(failed)?.is_some() {
+                    return Ok(true);
+                }
+                if left.is_zero() {
+                    return Ok(false);
+                }
+            }
+        })
+        .await
+    }
+
+    /// Ends the VM without asking the guest: in order, with its disks flushed and closed; a QEMU that does
+    /// not answer is killed. One that has ended is no error.
+    async fn cut_power(&self, sandbox: &Sandbox) -> Result<()> {
+        let Some(launch) = &sandbox.launch else {
+            return Ok(());
+        };
+        if let Err(error) = self.quit_in_order(sandbox).await {
+            self.watch.notice(format!(
+                "the QEMU of {} does not end in order ({}); killing it",
+                sandbox.name,
+                error.found()
+            ));
+        }
+        self.end_processes(launch).await
+    }
+
+    async fn quit_in_order(&self, sandbox: &Sandbox) -> Result<()> {
+        let running = match sandbox.process {
+            Some(process) => process.is_alive().at("look for processes in", "/proc")?,
+            None => false,
+        };
+        if !running {
+            return Ok(());
+        }
+        let mut vm = self.connect_vm(sandbox).await?;
+        let sandbox = sandbox.clone();
+        blocking(move || {
+            vm.quit(QUIT_TIMEOUT)
+                .map(drop)
+                .map_err(|source| vm_error("stop", &sandbox, source))
         })
         .await
     }
@@ -364,6 +404,7 @@ impl Engine {
                 sandbox.name
             )));
         }
+        self.watch.step("rm", format!("remove {}", sandbox.name));
         // Undoing this job is removing the sandbox: a crash on the way does not bring half of it back.
         let undo = Undo {
             launches: sandbox.launch.clone().into_iter().collect(),
@@ -402,19 +443,6 @@ impl Engine {
         let sandbox = self.records.sandbox(name).await?;
         let now = self.notice_crash(sandbox).await?;
         self.info(now).await
-    }
-
-    /// The file that a sandbox's console is written to.
-    ///
-    /// # Errors
-    /// When it was never started.
-    pub async fn console(&self, name: &str) -> Result<PathBuf> {
-        let sandbox = self.records.sandbox(name).await?;
-        let launch = sandbox
-            .launch
-            .as_deref()
-            .ok_or_else(|| wrong_state("logs", &sandbox, "it was never started"))?;
-        Ok(self.dir.run(launch).join(stead_vmm::dir::SERIAL_LOG))
     }
 
     async fn info(&self, sandbox: Sandbox) -> Result<SandboxInfo> {
@@ -465,16 +493,56 @@ impl Engine {
 }
 
 pub(crate) fn wrong_state(attempt: &str, sandbox: &Sandbox, found: &str) -> EngineError {
+    let name = &sandbox.name;
+    let next = match sandbox.state {
+        SandboxState::Creating => format!("wait for the command that creates {name}"),
+        SandboxState::Running => {
+            format!("`stead show {name}` says how it is, `stead stop {name}` stops it")
+        }
+        SandboxState::Stopped => format!("`stead start {name}` boots it from its disks"),
+        SandboxState::Hibernated => format!("`stead wake {name}` starts it where it was"),
+        SandboxState::Crashed => format!(
+            "`stead logs {name}` shows its last words, `stead start {name}` boots it from its disks"
+        ),
+    };
     EngineError::new(
         Kind::Conflict,
-        format!("{attempt} sandbox {}", sandbox.name),
+        format!("{attempt} sandbox {name}"),
         format!("{found} (state {})", sandbox.state.word()),
     )
     .left("nothing was changed")
+    .next(next)
+}
+
+fn stop_interrupted(sandbox: &Sandbox, left: &str) -> EngineError {
+    EngineError::new(
+        Kind::Cancelled,
+        format!("stop sandbox {}", sandbox.name),
+        "interrupted",
+    )
+    .left(left)
+    .next(format!(
+        "`stead stop --force {}` cuts its power",
+        sandbox.name
+    ))
 }
 
 pub(crate) fn vm_error(attempt: &str, sandbox: &Sandbox, source: stead_vmm::Error) -> EngineError {
-    EngineError::new(Kind::Vm, format!("{attempt} sandbox {}", sandbox.name), "").because(source)
+    use stead_vmm::Error;
+    let name = &sandbox.name;
+    let gone = matches!(source, Error::Died { .. } | Error::NotRunning { .. });
+    let next = if gone {
+        format!(
+            "`stead logs {name}` shows its last words, `stead start {name}` boots it from its disks"
+        )
+    } else if matches!(source, Error::Unanswered { .. }) {
+        format!("try again; `stead stop --force {name}` ends a QEMU that hangs")
+    } else {
+        format!("`stead show {name}` says how it is; try again")
+    };
+    EngineError::new(Kind::Vm, format!("{attempt} sandbox {name}"), "")
+        .because(source)
+        .next(next)
 }
 
 fn check_request(request: &CreateRequest) -> Result<()> {
@@ -584,5 +652,46 @@ mod tests {
                 "{disk}"
             );
         }
+    }
+
+    #[test]
+    fn a_sandbox_in_the_wrong_state_or_without_its_qemu_says_which_command_helps() {
+        let sandbox = |state| Sandbox {
+            id: "0123456789ab".to_owned(),
+            name: "web".to_owned(),
+            state,
+            template: String::new(),
+            machine: String::new(),
+            vm_user: 0,
+            epoch: None,
+            launch: None,
+            process: None,
+            ram_sharing: None,
+            checkpoint: None,
+            hibernated_as: None,
+            created: String::new(),
+        };
+        for (state, command) in [
+            (SandboxState::Creating, "wait for"),
+            (SandboxState::Running, "stead stop web"),
+            (SandboxState::Stopped, "stead start web"),
+            (SandboxState::Hibernated, "stead wake web"),
+            (SandboxState::Crashed, "stead logs web"),
+        ] {
+            let error = wrong_state("exec in", &sandbox(state), "it is not so");
+            assert!(error.next_step().contains(command), "{error}");
+        }
+        let running = sandbox(SandboxState::Running);
+        let hangs = stead_vmm::Error::Unanswered {
+            command: "quit".to_owned(),
+            within: Duration::from_secs(1),
+        };
+        let error = vm_error("stop", &running, hangs);
+        assert!(error.next_step().contains("stop --force web"), "{error}");
+        let gone = stead_vmm::Error::NotRunning {
+            process: "1".to_owned(),
+        };
+        let error = vm_error("stop", &running, gone);
+        assert!(error.next_step().contains("stead start web"), "{error}");
     }
 }

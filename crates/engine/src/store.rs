@@ -7,6 +7,7 @@ use stead_store::{
 use stead_sys::process::ProcessId;
 
 use crate::error::{AtFile, EngineError, Kind, MAKE_ROOM, Result};
+use crate::event::Watch;
 use crate::machine::MachineRecord;
 use crate::records::{from_json, parse_process};
 use crate::{Engine, exclusion};
@@ -85,6 +86,19 @@ pub struct GcSummary {
     pub removed_objects: u64,
     /// Publishers that must end first; with their leases' ids.
     pub waiting_for: Vec<String>,
+}
+
+/// What a rebuild of the store's index found.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct IndexSummary {
+    /// Packs that the new index names.
+    pub packs: u64,
+    /// Chunks and nodes in them.
+    pub chunks: u64,
+    /// Index objects replaced.
+    pub replaced_objects: u64,
+    /// Packs whose own tables are damaged, with the reason.
+    pub damaged: Vec<String>,
 }
 
 impl Engine {
@@ -327,6 +341,7 @@ impl Engine {
             Err(error) if error.kind() == Kind::Damaged => name.parse().map_err(|_short| error)?,
             Err(error) => return Err(error),
         };
+        self.watch.step("checkpoint rm", format!("remove {name}"));
         let text = id.to_string();
         for sandbox in self.records.sandboxes().await? {
             if sandbox.hibernated_as.as_deref() == Some(&text) {
@@ -396,10 +411,12 @@ impl Engine {
                 .map_err(|source| store_error(format!("break lease {lease}"), source))?;
         }
         if !dry_run {
+            self.watch.step("gc", "sweep this worker");
             self.remove_leases(|owner| Ok(!is_alive(owner)?)).await?;
             self.forget_removed_checkpoints().await?;
             self.sweep().await?;
         }
+        self.watch.check("collect garbage")?;
         let report = self.collect(dry_run).await?;
         Ok(GcSummary {
             freed_bytes: if dry_run {
@@ -412,20 +429,63 @@ impl Engine {
         })
     }
 
-    /// Collects garbage; the lock of a gc of this worker that was killed does not stand in the way.
     async fn collect(&self, dry_run: bool) -> Result<GcReport> {
         let store = self.store().await?;
+        self.watch.step("gc", "look for what is in use");
+        self.alone_in_store("gc", "collect garbage", move |own| async move {
+            let progress = self.progress_of("gc");
+            store.gc_told(own, dry_run, &progress).await
+        })
+        .await
+    }
+
+    /// Writes the store's index anew from the packs themselves. Checkpoints are not changed.
+    ///
+    /// # Errors
+    /// When another worker collects garbage, or the store cannot be read or written.
+    pub async fn rebuild_index(&self) -> Result<IndexSummary> {
+        let store = self.store().await?;
+        self.watch.step("rebuild-index", "read every pack's table");
+        let report = self
+            .alone_in_store("rebuild-index", "rebuild the store's index", |own| {
+                store.rebuild_index(own)
+            })
+            .await?;
+        Ok(IndexSummary {
+            packs: report.packs,
+            chunks: report.chunks,
+            replaced_objects: report.replaced_objects,
+            damaged: report
+                .damaged_packs
+                .iter()
+                .map(|(object, found)| format!("{object}: {found}"))
+                .collect(),
+        })
+    }
+
+    /// Runs what only one program may do in a store at a time; the lock that one of this worker left when it
+    /// was killed does not stand in the way.
+    async fn alone_in_store<T, F>(
+        &self,
+        purpose: &str,
+        attempt: &str,
+        work: impl Fn(LeaseOwner) -> F,
+    ) -> Result<T>
+    where
+        F: Future<Output = stead_store::Result<T>>,
+    {
         let own = self.lease_owner()?;
-        let failed = |source| store_error("collect garbage", source);
+        let failed = |source| store_error(attempt, source).left("nothing that is in use is gone");
         let path = self.dir.locks().join("gc");
-        let _lock =
-            exclusion::lock(&path, "the store", "gc", self.settings.wait, &self.watch).await?;
-        match store.gc(own.clone(), dry_run).await {
+        let wait = self.settings.wait;
+        let _lock = exclusion::lock(&path, "the store", purpose, wait, &self.watch).await?;
+        match work(own.clone()).await {
             Err(Error::Locked { holder, .. })
                 if holder.owner.same_program(&own) && !is_alive(&holder.owner)? =>
             {
+                let store = self.store().await?;
                 store.break_gc_lock().await.map_err(failed)?;
-                store.gc(own, dry_run).await.map_err(failed)
+                work(own).await.map_err(failed)
             }
             other => other.map_err(failed),
         }
@@ -458,19 +518,21 @@ impl Engine {
 
     /// Passes the store's progress on to whoever watches, and their wish to stop back.
     pub(crate) fn progress_of(&self, what: &'static str) -> stead_store::Progress {
-        let watch = self.watch.clone();
-        stead_store::Progress::new(move |step| {
-            watch.progress(what, step.done_bytes, step.total_bytes);
-            if watch.is_cancelled() {
-                std::ops::ControlFlow::Break(())
-            } else {
-                std::ops::ControlFlow::Continue(())
-            }
-        })
+        progress_to(self.watch.clone(), what)
     }
 }
 
-/// Whether the process that a lease of this host names is there.
+pub(crate) fn progress_to(watch: Watch, what: &'static str) -> stead_store::Progress {
+    stead_store::Progress::new(move |step| {
+        watch.progress(what, step.done_bytes, step.total_bytes);
+        if watch.is_cancelled() {
+            std::ops::ControlFlow::Break(())
+        } else {
+            std::ops::ControlFlow::Continue(())
+        }
+    })
+}
+
 fn is_hibernation(name: &str, manifest: &Manifest) -> EngineError {
     let sandbox = manifest.lineage.sandbox.as_ref();
     let owner = sandbox.map_or("a sandbox".to_owned(), |sandbox| {
@@ -485,6 +547,7 @@ fn is_hibernation(name: &str, manifest: &Manifest) -> EngineError {
     .next("wake or remove that sandbox first; `--force` when its worker is gone for good")
 }
 
+/// Whether the process that a lease of this host names is there.
 fn is_alive(owner: &LeaseOwner) -> Result<bool> {
     parse_process(&owner.process)?
         .is_alive()
@@ -600,11 +663,50 @@ pub(crate) fn store_error(attempt: impl Into<String>, source: stead_store::Error
         | Error::PublishBroken
         | Error::GcBlocked { .. } => Kind::Store,
     };
-    let error = EngineError::new(kind, attempt, "").because(source);
-    if kind == Kind::NoSpace {
-        error.next(MAKE_ROOM)
-    } else {
-        error
+    let next = what_helps(&source);
+    EngineError::new(kind, attempt, "")
+        .because(source)
+        .next(next)
+}
+
+/// What to do about an error of the store.
+fn what_helps(error: &stead_store::Error) -> &'static str {
+    match error {
+        Error::Damaged { .. } | Error::ObjectMissing { .. } => {
+            "`stead verify` says what else is damaged and which checkpoints that hits; bring the object back from a copy of the store, or remove those checkpoints"
+        }
+        Error::Unknown { .. } => {
+            "`stead store rebuild-index` finds it if a pack still has it; `stead verify` says which checkpoints need it"
+        }
+        Error::GcBlocked { .. } => {
+            "`stead store rebuild-index` repairs a damaged index; damaged checkpoints must be brought back or removed (`stead checkpoint rm ID`) first"
+        }
+        Error::Full { .. } => MAKE_ROOM,
+        Error::NoSuchManifest { .. } => "`stead checkpoint ls` lists what there is",
+        Error::Ambiguous { .. } => "give the id",
+        Error::Invalid { .. } | Error::BadUrl { .. } => {
+            "`stead COMMAND --help` says what is possible"
+        }
+        Error::AlreadyThere { .. } => "use it as it is, or name another with --store",
+        Error::Locked { .. } => {
+            "wait until it has ended; if its host is gone for good, remove the store's object `gc-lock`"
+        }
+        Error::Cancelled => "run it again when you want it",
+        Error::Source { .. } | Error::Destination { .. } | Error::Cache { .. } => {
+            "see that the file's disk is sound, and try again"
+        }
+        Error::Worker { .. } => "try again with -v; if it stays, report it",
+        Error::Missing { .. } => {
+            "see that --store (STEAD_STORE) names it; `stead store init` makes a new one there"
+        }
+        Error::Unsupported { .. } => "use a newer version of stead",
+        Error::ReadOnly { .. } => "make it writable for this user, or name another with --store",
+        Error::Credentials { .. } => "see the AWS_* variables",
+        Error::NoConditionalCreate { .. } => {
+            "use a server that honours conditional puts, or a folder"
+        }
+        Error::Backend { .. } => "see that the store can be reached, and try again",
+        Error::LeaseLost { .. } | Error::PublishBroken => "try again",
     }
 }
 

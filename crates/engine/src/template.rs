@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
 use stead_store::{ChunkSize, FileSource, Lineage, Manifest, ManifestId, Producer, Role, Source};
@@ -13,7 +12,7 @@ use stead_template::{
 };
 
 use crate::error::{AtFile, EngineError, Kind, Result};
-use crate::event::{Event, Watch};
+use crate::event::Watch;
 use crate::job::{Job, Undo};
 use crate::materialise::Cost;
 use crate::records::{LayerRow, Records, TemplateRow, from_json, to_json};
@@ -535,21 +534,13 @@ fn identity(request: &BuildRequest) -> DiskIdentity {
 
 /// Passes a build's news on to whoever watches, and their wish to stop to the build.
 fn with_watch<T>(watch: &Watch, work: impl FnOnce(&stead_template::Watch<'_>) -> T) -> T {
-    let cancel = AtomicBool::new(watch.is_cancelled());
-    let report = |progress: stead_template::Progress<'_>| {
-        cancel.store(watch.is_cancelled(), Ordering::Relaxed);
-        match progress {
-            stead_template::Progress::Stage(stage) => watch.tell(Event::Step {
-                job: "template".to_owned(),
-                step: stage.to_string(),
-            }),
-            stead_template::Progress::Cached(stage) => {
-                tracing::info!(%stage, "cached");
-            }
-            stead_template::Progress::Line(line) => tracing::debug!(line),
-        }
+    let report = |progress: stead_template::Progress<'_>| match progress {
+        stead_template::Progress::Stage(stage) => watch.step("template", stage.to_string()),
+        stead_template::Progress::Cached(stage) => tracing::info!(%stage, "cached"),
+        stead_template::Progress::Line(line) => tracing::debug!(line),
     };
-    work(&stead_template::Watch::new(&report, &cancel))
+    // The very flag: a program that says nothing for minutes is ended too.
+    work(&stead_template::Watch::new(&report, watch.wish_to_stop()))
 }
 
 fn template_error(name: &str, source: stead_template::TemplateError) -> EngineError {
@@ -573,4 +564,19 @@ fn template_error(name: &str, source: stead_template::TemplateError) -> EngineEr
     EngineError::new(kind, format!("make template {name}"), "")
         .because(source)
         .left("nothing was changed")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wish_to_stop_reaches_a_build_that_says_nothing() {
+        let watch = Watch::silent();
+        with_watch(&watch, |build| {
+            assert!(!build.is_cancelled());
+            watch.cancel();
+            assert!(build.is_cancelled(), "no line was reported meanwhile");
+        });
+    }
 }

@@ -237,12 +237,22 @@ impl Engine {
 
     /// Kills whatever runs in a run folder and removes the folder.
     pub(crate) async fn remove_launch(&self, launch: &str) -> Result<()> {
+        self.end_processes(launch).await?;
+        self.remove_port_locks(launch)?;
+        let memory = paths::memory_folder(launch);
+        durable::remove_tree(&memory).at("remove", &memory)?;
+        let folder = self.dir.run(launch);
+        durable::remove_tree(&folder).at("remove", &folder)
+    }
+
+    /// Kills whatever runs in a run folder and waits for its end; the folder and its logs stay.
+    pub(crate) async fn end_processes(&self, launch: &str) -> Result<()> {
         let folder = self.dir.run(launch);
         let begun = Instant::now();
         loop {
             let inside = processes_in(&folder).at("look for processes in", &folder)?;
             if inside.is_empty() {
-                break;
+                return Ok(());
             }
             for process in &inside {
                 process.kill().map_err(|source| {
@@ -257,14 +267,11 @@ impl Engine {
                         "it did not end within {} s of SIGKILL",
                         KILL_TIMEOUT.as_secs()
                     ),
-                ));
+                )
+                .next("it waits in the kernel, mostly for a disk: see `dmesg`, then try again"));
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        self.remove_port_locks(launch)?;
-        let memory = paths::memory_folder(launch);
-        durable::remove_tree(&memory).at("remove", &memory)?;
-        durable::remove_tree(&folder).at("remove", &folder)
     }
 
     /// Removes every file of the data folder that no record names.

@@ -115,7 +115,7 @@ pub enum Error {
         affects: Option<Box<str>>,
     },
     /// A chunk or node is in no pack that the indexes know.
-    #[error("find {what} {hash}: no index names a pack with it{}{}; rebuild-index may find it", unreadable(.damaged_indexes), affecting(.affects))]
+    #[error("find {what} {hash}: no index names a pack with it{}{}; rebuilding the index may find it", unreadable(.damaged_indexes), affecting(.affects))]
     Unknown {
         /// `chunk` or `node`.
         what: &'static str,
@@ -186,7 +186,7 @@ pub enum Error {
     )]
     PublishBroken,
     /// Garbage collection cannot know what is in use.
-    #[error("gc: cannot tell what is in use, so nothing was deleted: {}; repair these (rebuild-index) or remove them first", .reasons.join("; "))]
+    #[error("gc: cannot tell what is in use, so nothing was deleted: {}; repair these (a damaged index is rebuilt from the packs) or remove them first", .reasons.join("; "))]
     GcBlocked {
         /// The damaged checkpoints and why.
         reasons: Vec<String>,

@@ -57,6 +57,7 @@ use crate::pack::{
     HEADER_BYTES, PackKind, PackTable, TRAILER_BYTES, compressor, decode_frame, decode_table,
     footer_bytes,
 };
+use crate::progress::Progress;
 use crate::publish::{Outbox, Writer};
 use crate::tree::{TreeRef, child_node, child_span};
 
@@ -173,18 +174,23 @@ impl<'a> GcLock<'a> {
 }
 
 impl Core {
-    pub(crate) fn gc(&self, owner: &LeaseOwner, dry_run: bool) -> Result<GcReport> {
+    pub(crate) fn gc(
+        &self,
+        owner: &LeaseOwner,
+        dry_run: bool,
+        progress: &Progress,
+    ) -> Result<GcReport> {
         if dry_run {
-            return self.plan_gc();
+            return self.plan_gc(progress);
         }
         self.check_writable("gc")?;
         let lock = GcLock::take(self, "gc", owner)?;
-        lock.release(self.gc_locked())
+        lock.release(self.gc_locked(progress))
     }
 
     /// What a gc would do, without rewriting.
-    fn plan_gc(&self) -> Result<GcReport> {
-        let view = self.view()?;
+    fn plan_gc(&self, progress: &Progress) -> Result<GcReport> {
+        let view = self.view(progress)?;
         let homes = view.homes(&HashSet::new())?;
         let dead = view.dead(&homes);
         let mut report = view.report();
@@ -194,16 +200,16 @@ impl Core {
         Ok(report)
     }
 
-    fn gc_locked(&self) -> Result<GcReport> {
+    fn gc_locked(&self, progress: &Progress) -> Result<GcReport> {
         let leftovers = self.temporary_files()?;
         let old_lists = self.io.list(CONDEMNED)?;
         let already = self.condemned()?;
-        let view = self.view()?;
+        let view = self.view(progress)?;
         let homes = view.homes(&already)?;
         let mut dead = view.dead(&homes);
         let mut report = view.report();
         if self.leases()?.is_empty() {
-            let rewritten = self.rewrite_sparse(&view, &homes)?;
+            let rewritten = self.rewrite_sparse(&view, &homes, progress)?;
             report.rewritten_packs = rewritten.len() as u64;
             dead.extend(rewritten);
         }
@@ -215,7 +221,7 @@ impl Core {
         let list = self.condemn(&dead)?;
         report.waiting_for = self.leases()?;
         if report.waiting_for.is_empty() {
-            report.deleted_bytes = self.sweep(&dead)?;
+            report.deleted_bytes = self.sweep(&dead, progress)?;
             for object in old_lists.iter().map(|list| &list.path).chain(&list) {
                 self.io.delete(object)?;
             }
@@ -239,8 +245,8 @@ impl Core {
     }
 
     /// Deletes what is still dead after a second look; gives the bytes.
-    fn sweep(&self, condemned: &BTreeSet<Hash>) -> Result<u64> {
-        let view = self.view()?;
+    fn sweep(&self, condemned: &BTreeSet<Hash>, progress: &Progress) -> Result<u64> {
+        let view = self.view(progress)?;
         let avoid = condemned.iter().copied().collect();
         let homes = view.homes(&avoid)?;
         let needed = |name: &Hash| homes.live_bytes.contains_key(name);
@@ -292,7 +298,7 @@ impl Core {
 
     /// Marks: manifests first, then the index, then the packs, so that whatever a manifest names is
     /// in the index that is read after it.
-    fn view(&self) -> Result<View> {
+    fn view(&self, progress: &Progress) -> Result<View> {
         let mut trees = Vec::new();
         let mut manifests = 0;
         let mut damaged = Vec::new();
@@ -319,10 +325,14 @@ impl Core {
         let packs = list_packs(&self.io)?;
         self.refresh_index()?;
         let mut live = HashSet::new();
+        let sizes = trees.iter().flat_map(|(_, trees)| trees);
+        progress.start(sizes.map(|(_, tree)| tree.length_bytes).sum());
         for (object, trees) in trees {
             for (what, tree) in trees {
-                if let Err(error) = self.mark(&tree, &mut live) {
-                    damaged.push(format!("{what} of {object}: {error}"));
+                match self.mark(&tree, &mut live, progress) {
+                    Ok(()) => progress.advance(tree.length_bytes)?,
+                    Err(Error::Cancelled) => return Err(Error::Cancelled),
+                    Err(error) => damaged.push(format!("{what} of {object}: {error}")),
                 }
             }
         }
@@ -339,7 +349,7 @@ impl Core {
     }
 
     /// Adds the names of all nodes and chunks of a tree.
-    fn mark(&self, tree: &TreeRef, live: &mut HashSet<Hash>) -> Result<()> {
+    fn mark(&self, tree: &TreeRef, live: &mut HashSet<Hash>, progress: &Progress) -> Result<()> {
         let mut pending = Vec::new();
         if !tree.root.is_zero() {
             tree.check()?;
@@ -349,6 +359,7 @@ impl Core {
             if !live.insert(hash) {
                 continue;
             }
+            progress.advance(0)?;
             let node = child_node(self, tree, &hash, level, first)?;
             for (at, child) in &node.children {
                 if level == 0 {
@@ -363,7 +374,12 @@ impl Core {
     }
 
     /// Writes what is in use of packs that are mostly garbage into new packs; which packs these were.
-    fn rewrite_sparse(&self, view: &View, homes: &Homes) -> Result<BTreeSet<Hash>> {
+    fn rewrite_sparse(
+        &self,
+        view: &View,
+        homes: &Homes,
+        progress: &Progress,
+    ) -> Result<BTreeSet<Hash>> {
         let sparse = homes.live_bytes.iter().filter(|(name, live)| {
             let total = view.tables.get(*name).map_or(0, PackTable::raw_bytes);
             live.saturating_mul(2) < total
@@ -377,7 +393,10 @@ impl Core {
         let mut outbox = Outbox::default();
         let mut data = Writer::new(PackKind::Chunks, id);
         let mut nodes = Writer::new(PackKind::Nodes, id);
+        let bytes = |name: &Hash| view.tables[name].raw_bytes();
+        progress.start(sparse.iter().map(bytes).sum());
         for name in sparse {
+            progress.advance(0)?;
             let table = &view.tables[&name];
             let writer = match table.kind {
                 PackKind::Chunks => &mut data,
@@ -390,6 +409,7 @@ impl Core {
                 }
                 Err(error) => return Err(error),
             }
+            progress.advance(table.raw_bytes())?;
         }
         data.flush(self, &mut outbox)?;
         nodes.flush(self, &mut outbox)?;
@@ -532,7 +552,7 @@ impl Core {
                     Ok(manifest) => manifest
                         .trees()
                         .iter()
-                        .try_for_each(|(_, tree)| self.mark(tree, live))?,
+                        .try_for_each(|(_, tree)| self.mark(tree, live, &Progress::silent()))?,
                     Err(found) => damaged.push(format!("{}: {found}", listed.object)),
                 }
             }

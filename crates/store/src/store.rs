@@ -297,7 +297,23 @@ impl Store {
     /// # Errors
     /// [`Error::GcBlocked`] when a manifest is damaged, [`Error::Locked`] when another gc runs.
     pub async fn gc(&self, owner: LeaseOwner, dry_run: bool) -> Result<GcReport> {
-        self.run("gc", move |core| core.gc(&owner, dry_run)).await
+        self.gc_told(owner, dry_run, &Progress::silent()).await
+    }
+
+    /// As [`Store::gc`], telling `progress` how far looking for what is in use and rewriting are.
+    ///
+    /// # Errors
+    /// As [`Store::gc`]; [`Error::Cancelled`] when `progress` says so, which it is asked until packs are
+    /// deleted. The lock is given back, nothing that was in use is gone, and a later gc goes on.
+    pub async fn gc_told(
+        &self,
+        owner: LeaseOwner,
+        dry_run: bool,
+        progress: &Progress,
+    ) -> Result<GcReport> {
+        let progress = progress.clone();
+        self.run("gc", move |core| core.gc(&owner, dry_run, &progress))
+            .await
     }
 
     /// Writes the index anew from the packs themselves.

@@ -1,11 +1,13 @@
 //! A publish or a gc that fails or is killed at each of its store calls.
 
 use std::collections::BTreeSet;
+use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use object_store::ObjectStore;
 use stead_sim::{Fault, FaultStore};
-use stead_store::{Progress, Result, Store};
+use stead_store::{Error, Progress, Result, Store};
 
 use crate::fixture::*;
 
@@ -141,6 +143,33 @@ async fn a_gc_killed_at_any_call_loses_nothing_and_the_next_one_finishes() {
                 break;
             }
         }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gc_that_is_stopped_wherever_it_asks_gives_its_lock_back_and_loses_nothing() {
+    let start = with_garbage().await;
+    for stop_at in 1.. {
+        let objects = copy_of(&start).await;
+        let store = reopen(&objects).await.unwrap();
+        let asked = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&asked);
+        let progress = Progress::new(move |_step| {
+            if count.fetch_add(1, Ordering::Relaxed) + 1 == stop_at {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        });
+        let result = store.gc_told(owner(), false, &progress).await;
+        assert_eq!(assert_all_whole(&objects).await, ["before", "some of it"]);
+        if asked.load(Ordering::Relaxed) < stop_at {
+            assert!(result.unwrap().deleted_bytes > 0);
+            assert!(stop_at > 8, "it asked only {stop_at} times");
+            break;
+        }
+        assert!(matches!(result, Err(Error::Cancelled)), "{result:?}");
+        assert_nothing_left_behind(&objects, &store).await;
     }
 }
 
