@@ -597,7 +597,7 @@ fn finding(worker: &Worker, what: &str) -> Value {
 
 #[test]
 fn doctor_works_where_the_data_directory_cannot_be_used_or_is_full() {
-    let mut worker = empty_worker();
+    let worker = empty_worker();
     let folder = worker.data.join("full");
     let full = Mount::tmpfs(&folder, 32 << 20);
     let full_worker = Worker::at(&full.folder().join("data"), &worker.store);
@@ -609,8 +609,8 @@ fn doctor_works_where_the_data_directory_cannot_be_used_or_is_full() {
 
     let file = worker.data.join("a-file");
     fs::write(&file, b"no folder").expect("write");
-    worker.data = file;
-    let data = finding(&worker, "data");
+    let unusable = Worker::at(&file, &worker.store);
+    let data = finding(&unusable, "data");
     assert_eq!(data["advice"], "need", "{data}");
     let next = data["next"].as_str().unwrap_or_default();
     assert!(next.contains("--data-dir"), "{data}");
@@ -622,7 +622,7 @@ fn doctor_works_where_the_data_directory_cannot_be_used_or_is_full() {
         "unshare",
         "rights",
     ] {
-        assert!(finding(&worker, what)["found"].is_string());
+        assert!(finding(&unusable, what)["found"].is_string());
     }
 }
 
