@@ -424,7 +424,7 @@ async fn a_guest_that_never_ends_a_limited_command_is_given_up_however_lively_it
 async fn a_host_that_stood_still_takes_what_has_come_before_it_looks_at_the_clock() {
     for early in [0, 1] {
         let (mut link, guest) = Guest::pair_within(SHORT);
-        let answers = vec![
+        let answers = [
             GuestMessage::Accepted { id: 1 },
             GuestMessage::Exit {
                 id: 1,
