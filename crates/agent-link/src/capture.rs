@@ -49,9 +49,9 @@ impl AgentLink {
         let (_none, signals) = mpsc::channel(1);
         let result = self.exec(request, io, signals).await;
         if stdout.is_over || stderr.is_over {
-            self.end_command(KILL).await;
             return Err(LinkError::TooMuchOutput {
                 limit_bytes: MAX_CAPTURE_BYTES,
+                killed: self.end_command(KILL).await,
             });
         }
         Ok(Output {

@@ -138,13 +138,16 @@ pub enum LinkError {
         /// Why not.
         source: io::Error,
     },
-    /// A command wrote more than is captured. Its group was killed.
+    /// A command wrote more than is captured. Its group was sent SIGKILL.
     #[error(
-        "the command wrote more than the {limit_bytes} bytes that are captured of a stream; it was killed"
+        "the command wrote more than the {limit_bytes} bytes that are captured of a stream; {}",
+        if *killed { "it was killed" } else { "it was sent SIGKILL, which the agent has not confirmed" }
     )]
     TooMuchOutput {
         /// How much is captured.
         limit_bytes: usize,
+        /// Whether the agent has confirmed that it took the signal.
+        killed: bool,
     },
     /// The host has no random bytes or no clock.
     #[error("{attempted} on the host; nothing was sent")]

@@ -4,16 +4,19 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 
+use stead_agent_proto::ProtocolError;
 use stead_agent_proto::flow::MAX_CHUNK_BYTES;
-use stead_agent_proto::host::Event;
+use stead_agent_proto::host::{Event, Session};
 use stead_agent_proto::message::{ExecRequest, ExitStatus, OutputStream};
 
 use crate::error::{LinkError, Stage};
-use crate::link::AgentLink;
+use crate::link::{AgentLink, Silence};
 
 const HANGUP: i32 = 1;
+// How long the agent may take to confirm a signal to a command that is given up.
+const SIGNAL_LIMIT: Duration = Duration::from_secs(2);
 // Beyond this much unsent input, no more is read on the host.
 const OUTGOING_FULL_BYTES: usize = 256 * 1024;
 // For the sum of a command's time and the guest's own delay; an unlimited command is bounded by silence only.
@@ -45,7 +48,6 @@ impl AgentLink {
     /// # Errors
     /// [`LinkError::Rejected`] when the guest does not run it.
     pub async fn start(&mut self, request: ExecRequest) -> Result<Running<'_>, LinkError> {
-        let stage = Stage::Start;
         let limit = match request.timeout_ms {
             0 => NEVER,
             // The guest ends it; the host waits a little longer for the news.
@@ -53,6 +55,21 @@ impl AgentLink {
                 .saturating_add(self.silence_limit)
                 .min(NEVER),
         };
+        let begin = Instant::now();
+        let end = begin + limit;
+        if let Err(error) = self.start_once(request.clone(), end).await {
+            self.replace_lost_session(error).await?;
+            self.start_once(request, end).await?;
+        }
+        Ok(Running {
+            link: self,
+            end,
+            begin,
+        })
+    }
+
+    async fn start_once(&mut self, request: ExecRequest, end: Instant) -> Result<(), LinkError> {
+        let stage = Stage::Start;
         let session = self.begin(stage)?;
         let frame = match session.exec(request) {
             Ok(frame) => frame,
@@ -62,17 +79,9 @@ impl AgentLink {
             }
         };
         self.wire.outgoing.put(frame);
-        let begin = Instant::now();
-        let end = begin + limit;
         loop {
             match self.next_event(stage, end).await? {
-                Event::Accepted => {
-                    return Ok(Running {
-                        link: self,
-                        end,
-                        begin,
-                    });
-                }
+                Event::Accepted => return Ok(()),
                 Event::Rejected(reason) => {
                     self.abandoned = false;
                     return Err(LinkError::Rejected { reason });
@@ -135,7 +144,8 @@ impl Running<'_> {
         let mut input = vec![0; MAX_CHUNK_BYTES];
         let mut more_signals = true;
         let Self { link, end, begin } = self;
-        let mut heard = Instant::now();
+        let mut silence = Silence::new(link.silence_limit);
+        let mut overdue = Overdue::new(end, link.silence_limit);
         loop {
             while let Some(item) = link.wire.incoming.take() {
                 match link.take(Ok(Some(item)), Stage::Run)? {
@@ -169,7 +179,12 @@ impl Running<'_> {
                         continue;
                     }
                 }
-                heard = Instant::now();
+                silence.end();
+            }
+            // What has come was taken first: this process may have been the one that stood still.
+            link.look_at(&mut silence, Stage::Run)?;
+            if link.is_overdue(&mut overdue)? {
+                return Err(link.late(Stage::Run, begin.elapsed()));
             }
             let room = match &link.session {
                 Some(session) if link.wire.outgoing.waiting_bytes() < OUTGOING_FULL_BYTES => {
@@ -177,20 +192,10 @@ impl Running<'_> {
                 }
                 Some(_) | None => 0,
             };
-            let silent = heard + link.silence_limit;
-            let give_up = silent.min(end);
-            let ping_at = (heard + crate::link::ping_after(link.silence_limit)).max(Instant::now());
-            let pinged = link
-                .session
-                .as_ref()
-                .is_some_and(|session| session.unanswered_pings() > 0);
-            let wake_at = if pinged {
-                give_up
-            } else {
-                ping_at.min(give_up)
-            };
+            let wake_at = silence.wake_at().min(overdue.wake_at());
             let (mut reader, mut writer) = link.wire.stream.split();
             let happened = tokio::select! {
+                biased;
                 open = link.wire.incoming.fill(&mut reader) => Happened::Filled(open),
                 written = link.wire.outgoing.write(&mut writer), if !link.wire.outgoing.is_empty() => Happened::Sent(written),
                 read = stdin.read(&mut input[..room]), if room > 0 => Happened::Input(read),
@@ -200,7 +205,7 @@ impl Running<'_> {
                 () = sleep_until(wake_at) => Happened::Time,
             };
             match happened {
-                Happened::Filled(Ok(true)) | Happened::Sent(Ok(())) => {}
+                Happened::Filled(Ok(true)) | Happened::Sent(Ok(())) | Happened::Time => {}
                 Happened::Filled(Ok(false)) => {
                     return Err(LinkError::Disconnected {
                         stage: Stage::Run,
@@ -225,13 +230,31 @@ impl Running<'_> {
                 }
                 Happened::Signal(Some(signal)) => link.put_signal(signal)?,
                 Happened::Signal(None) => more_signals = false,
-                Happened::Time if Instant::now() >= give_up => {
-                    let since = if silent <= end { heard } else { begin };
-                    return Err(link.late(Stage::Run, give_up - since));
-                }
-                Happened::Time => link.put_ping(Stage::Run)?,
             }
         }
+    }
+}
+
+/// The end of a command's time, after which the guest is asked once more: if it answers and has not said before that the
+/// command has ended, or does not answer, it is given up.
+#[derive(Debug)]
+struct Overdue {
+    end: Instant,
+    limit: Duration,
+    asked: Option<Instant>,
+}
+
+impl Overdue {
+    fn new(end: Instant, limit: Duration) -> Self {
+        Self {
+            end,
+            limit,
+            asked: None,
+        }
+    }
+
+    fn wake_at(&self) -> Instant {
+        self.asked.map_or(self.end, |asked| asked + self.limit)
     }
 }
 
@@ -270,9 +293,7 @@ impl AgentLink {
 
     fn put_frame(
         &mut self,
-        make: impl FnOnce(
-            &mut stead_agent_proto::host::Session,
-        ) -> Result<Vec<u8>, stead_agent_proto::ProtocolError>,
+        make: impl FnOnce(&mut Session) -> Result<Vec<u8>, ProtocolError>,
     ) -> Result<(), LinkError> {
         let stage = Stage::Run;
         if let Some(session) = &mut self.session {
@@ -290,17 +311,41 @@ impl AgentLink {
         LinkError::Local { attempted, source }
     }
 
-    /// Sends a signal without waiting for what comes of it; the link is of no further use.
-    pub(crate) async fn end_command(&mut self, signal: i32) {
-        if self.put_signal(signal).is_err() {
-            return;
+    /// Whether the command's time is over and the guest, which was asked since, has nothing more to say of it.
+    fn is_overdue(&mut self, overdue: &mut Overdue) -> Result<bool, LinkError> {
+        let now = Instant::now();
+        if now < overdue.end {
+            return Ok(false);
         }
-        let (_, mut writer) = self.wire.stream.split();
-        let outgoing = &mut self.wire.outgoing;
-        let written =
-            async { while !outgoing.is_empty() && outgoing.write(&mut writer).await.is_ok() {} };
-        // The caller learns of a worse error than this one anyway.
-        drop(tokio::time::timeout(Duration::from_secs(1), written).await);
+        if overdue.asked.is_none() {
+            self.put_frame(Session::ping)?;
+            overdue.asked = Some(now);
+        }
+        Ok(now >= overdue.wake_at() || self.has_answered_pings())
+    }
+
+    fn has_answered_pings(&self) -> bool {
+        self.session
+            .as_ref()
+            .is_none_or(|session| session.unanswered_pings() == 0)
+    }
+
+    /// Sends a signal and says whether the agent is known to have taken it; the link is of no further use. QEMU may drop what the
+    /// guest has not read when a connection ends, so the answer to a ping behind the signal is waited for.
+    pub(crate) async fn end_command(&mut self, signal: i32) -> bool {
+        if self.put_signal(signal).is_err() || self.put_frame(Session::ping).is_err() {
+            return false;
+        }
+        let proof = async {
+            while !self.has_answered_pings() {
+                let item = self.wire.next_item().await;
+                if self.take(item, Stage::Run).is_err() {
+                    return false;
+                }
+            }
+            true
+        };
+        timeout(SIGNAL_LIMIT, proof).await.unwrap_or(false)
     }
 }
 

@@ -18,7 +18,8 @@
 //! ```
 //!
 //! Everything the guest says is untrusted: sizes are bounded by frames and credit, answers must be to questions that
-//! were asked, and silence or garbage ends in an error within a named time. Nothing waits on time to go on.
+//! were asked, and silence or garbage ends in an error within a named time. Nobody is given up for silence without having
+//! been asked.
 //!
 //! An operation whose future is dropped half-way leaves the link without a known state: every later call gives
 //! [`LinkError::Abandoned`], and a new connection is needed. The guest then lets the command go on unheard.

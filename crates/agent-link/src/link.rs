@@ -19,16 +19,20 @@ use crate::wire::Wire;
 
 /// After this much silence the agent is asked whether it is there.
 const PING_AFTER: Duration = Duration::from_secs(5);
-/// How long the agent may be silent, unless set otherwise.
+/// How long the agent may leave that unanswered, unless set otherwise.
 const SILENCE_LIMIT: Duration = Duration::from_secs(30);
 /// How long a request may take, unless set otherwise.
 const REQUEST_LIMIT: Duration = Duration::from_secs(120);
-/// How long a connection is tried while others wait at the socket, and how often.
-const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+/// How long a connection is tried while others wait at the socket, and how often; a handshake's own limit bounds it
+/// too. QEMU lets nobody in while it is held up, as by a capture.
+const CONNECT_LIMIT: Duration = Duration::from_secs(60);
 const CONNECT_PAUSE: Duration = Duration::from_millis(1);
 /// A hello without an answer is sent anew over another connection, first after this time and then after twice as long
 /// each time: an agent that was restarted has lost what was sent before, and a port may be held back.
 const FIRST_HELLO_AGAIN: Duration = Duration::from_millis(500);
+/// A setup without an answer sends the whole exchange back to its hello after this time or the hello's, whichever is
+/// longer: the agent may have been restarted, or have seen the end of an earlier connection only after the hello.
+const FIRST_SETUP_AGAIN: Duration = Duration::from_secs(5);
 
 /// What a handshake says to the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,7 +72,7 @@ pub struct AgentLink {
 impl AgentLink {
     /// Connects to the socket of a port. QEMU accepts one connection to a port at a time: a second one waits
     /// unanswered until the first has ended, and its handshake is late. When too many wait at the socket, it is tried for
-    /// 5 s.
+    /// 60 s.
     ///
     /// It connects, disconnects and connects again. A port that was full when the machine was captured, and had no
     /// connection while the state was loaded, is held back by QEMU until a connection *ends* while the vCPUs run: what
@@ -77,8 +81,9 @@ impl AgentLink {
     /// # Errors
     /// [`LinkError::Connect`] when there is no such socket or nobody listens.
     pub async fn connect(socket: &Path) -> Result<Self, LinkError> {
-        drop(connect_once(socket).await?);
-        let mut link = Self::from_stream(connect_once(socket).await?);
+        let end = Instant::now() + CONNECT_LIMIT;
+        drop(connect_once(socket, end).await?);
+        let mut link = Self::from_stream(connect_once(socket, end).await?);
         link.socket = Some(socket.to_owned());
         Ok(link)
     }
@@ -97,8 +102,9 @@ impl AgentLink {
         }
     }
 
-    /// Sets how long the agent may be silent while a command or request is under way; 30 s at first. It is pinged
-    /// when it has been silent for 5 s or a third of the limit.
+    /// Sets how long the agent may leave a ping unanswered while a command or request is under way; 30 s at first. It
+    /// is pinged when it has been silent for 5 s or a third of the limit, and never given up without having been asked. A VM
+    /// that may be captured meanwhile is silent for as long as it stands still.
     pub fn set_silence_limit(&mut self, limit: Duration) {
         self.silence_limit = limit;
     }
@@ -248,6 +254,20 @@ impl AgentLink {
     }
 
     async fn request(&mut self, request: Request, name: &'static str) -> Result<Done, LinkError> {
+        match self.request_once(request.clone(), name).await {
+            Err(error) => {
+                self.replace_lost_session(error).await?;
+                self.request_once(request, name).await
+            }
+            done => done,
+        }
+    }
+
+    async fn request_once(
+        &mut self,
+        request: Request,
+        name: &'static str,
+    ) -> Result<Done, LinkError> {
         let stage = Stage::Request(name);
         let session = self.begin(stage)?;
         let frame = session
@@ -281,34 +301,38 @@ impl AgentLink {
     }
 
     /// The next thing that the guest says. Pings it when it is silent, and gives up on it when it stays so or at `end`.
+    /// What has come is taken before the clock is looked at: this process may have been the one that stood still.
     pub(crate) async fn next_event(
         &mut self,
         stage: Stage,
         end: Instant,
     ) -> Result<Event, LinkError> {
         let begin = Instant::now();
-        let silent = begin + self.silence_limit;
-        let mut ping_at = begin + ping_after(self.silence_limit);
+        let mut silence = Silence::new(self.silence_limit);
         loop {
-            let give_up = end.min(silent);
             let item = tokio::select! {
+                biased;
                 item = self.wire.next_item() => Some(item),
-                () = sleep_until(ping_at.min(give_up)) => None,
+                () = sleep_until(silence.wake_at().min(end)) => None,
             };
-            if Instant::now() >= give_up {
-                return Err(self.late(stage, give_up - begin));
+            if let Some(item) = item
+                && let Some(event) = self.take(item, stage)?
+            {
+                return Ok(event);
             }
-            match item {
-                Some(item) => {
-                    if let Some(event) = self.take(item, stage)? {
-                        return Ok(event);
-                    }
-                }
-                None => {
-                    ping_at = give_up;
-                    self.put_ping(stage)?;
-                }
+            if Instant::now() >= end {
+                return Err(self.late(stage, end - begin));
             }
+            self.look_at(&mut silence, stage)?;
+        }
+    }
+
+    /// Pings the agent when it has been silent for long, and gives up on it when that was not answered.
+    pub(crate) fn look_at(&mut self, silence: &mut Silence, stage: Stage) -> Result<(), LinkError> {
+        match silence.at(Instant::now()) {
+            Quiet::Short => Ok(()),
+            Quiet::Long => self.put_ping(stage),
+            Quiet::TooLong => Err(self.late(stage, silence.limit)),
         }
     }
 
@@ -372,33 +396,67 @@ impl AgentLink {
         let late = |link: &Self| link.late(Stage::Handshake, limit);
         let mut patience = FIRST_HELLO_AGAIN;
         if reason != Reason::Reattach {
-            self.reconnect().await?;
+            self.reconnect(end).await?;
         }
-        let first = loop {
+        loop {
             self.put_hello(epoch, reason)?;
-            let left = end.saturating_duration_since(Instant::now());
-            match timeout(patience.min(left), self.next_greeting()).await {
-                Ok(answer) => break answer?,
-                Err(_) if Instant::now() >= end => return Err(late(self)),
-                Err(_) => patience *= 2,
+            match self.exchange(hostname, patience, end).await? {
+                Some(answer) => return self.finish_greeting(answer),
+                None if Instant::now() >= end => return Err(late(self)),
+                None => patience *= 2,
             }
-            self.reconnect().await?;
-        };
-        if !matches!(first, Event::Hail(_)) {
-            return self.finish_greeting(first);
+            self.reconnect(end).await?;
         }
-        self.put_setup(hostname)?;
+    }
+
+    /// The last answer after a hello; nothing when one of them did not come in time.
+    async fn exchange(
+        &mut self,
+        hostname: Option<&str>,
+        patience: Duration,
+        end: Instant,
+    ) -> Result<Option<Event>, LinkError> {
+        match self.greeting_within(patience, end).await? {
+            Some(Event::Hail(_)) => {
+                self.put_setup(hostname)?;
+                let patience = patience.max(FIRST_SETUP_AGAIN);
+                self.greeting_within(patience, end).await
+            }
+            answer => Ok(answer),
+        }
+    }
+
+    async fn greeting_within(
+        &mut self,
+        patience: Duration,
+        end: Instant,
+    ) -> Result<Option<Event>, LinkError> {
         let left = end.saturating_duration_since(Instant::now());
-        let Ok(answer) = timeout(left, self.next_greeting()).await else {
-            return Err(late(self));
-        };
-        let answer = answer?;
-        self.finish_greeting(answer)
+        match timeout(patience.min(left), self.next_greeting()).await {
+            Ok(answer) => answer.map(Some),
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// Makes another session of the same life when the agent has lost this one, which it says before it does anything of
+    /// what was asked. Gives the error back when it is another.
+    pub(crate) async fn replace_lost_session(&mut self, error: LinkError) -> Result<(), LinkError> {
+        let lost = matches!(
+            error,
+            LinkError::Protocol {
+                source: ProtocolError::SessionLost(_),
+                ..
+            }
+        );
+        match self.epoch().filter(|_| lost) {
+            Some(epoch) => self.attach(epoch, self.silence_limit).await.map(drop),
+            None => Err(error),
+        }
     }
 
     /// Ends the connection and makes another: a port that QEMU holds back is let go, and nothing half-written is
     /// left. A link over a given connection keeps it.
-    async fn reconnect(&mut self) -> Result<(), LinkError> {
+    async fn reconnect(&mut self, end: Instant) -> Result<(), LinkError> {
         let Some(socket) = &self.socket else {
             return Ok(());
         };
@@ -408,7 +466,7 @@ impl AgentLink {
             source,
         })?;
         self.wire = Wire::new(placeholder);
-        self.wire = Wire::new(connect_once(socket).await?);
+        self.wire = Wire::new(connect_once(socket, end).await?);
         Ok(())
     }
 
@@ -476,13 +534,62 @@ impl AgentLink {
     }
 }
 
-/// After how much silence the agent is pinged.
-pub(crate) fn ping_after(silence_limit: Duration) -> Duration {
-    PING_AFTER.min(silence_limit / 3)
+/// For how long the agent has said nothing, and since when it has been asked whether it is there.
+#[derive(Debug)]
+pub(crate) struct Silence {
+    limit: Duration,
+    heard: Instant,
+    asked: Option<Instant>,
 }
 
-async fn connect_once(socket: &Path) -> Result<UnixStream, LinkError> {
-    let end = Instant::now() + CONNECT_LIMIT;
+/// What a silence comes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Quiet {
+    /// Nothing yet.
+    Short,
+    /// The agent is to be asked now.
+    Long,
+    /// It was asked, and has not answered.
+    TooLong,
+}
+
+impl Silence {
+    pub(crate) fn new(limit: Duration) -> Self {
+        Self {
+            limit,
+            heard: Instant::now(),
+            asked: None,
+        }
+    }
+
+    /// Notes that the agent has said something.
+    pub(crate) fn end(&mut self) {
+        (self.heard, self.asked) = (Instant::now(), None);
+    }
+
+    /// When to look again.
+    pub(crate) fn wake_at(&self) -> Instant {
+        match self.asked {
+            Some(asked) => asked + self.limit,
+            None => self.heard + PING_AFTER.min(self.limit / 3),
+        }
+    }
+
+    fn at(&mut self, now: Instant) -> Quiet {
+        if now < self.wake_at() {
+            return Quiet::Short;
+        }
+        match self.asked {
+            Some(_) => Quiet::TooLong,
+            None => {
+                self.asked = Some(now);
+                Quiet::Long
+            }
+        }
+    }
+}
+
+async fn connect_once(socket: &Path, end: Instant) -> Result<UnixStream, LinkError> {
     loop {
         match UnixStream::connect(socket).await {
             Ok(stream) => return Ok(stream),

@@ -57,6 +57,7 @@ impl Wire {
                 return Ok(Some(item));
             }
             tokio::select! {
+                biased;
                 open = self.incoming.fill(&mut reader) => {
                     if !open? {
                         return Ok(None);

@@ -14,6 +14,8 @@
 //!
 //! a session's command:  Idle ── exec ──▶ Starting ── may_start ──▶ Released ── started ──▶ Running ──▶ Idle
 //! file systems:         Thawed ── freeze ──▶ Freezing ──▶ Frozen ── thaw, time over, owner gone ──▶ Thawing ──▶ Thawed
+//!                                                            ▲  freezing or thawing failed half-way   │
+//!                                                            └── (nobody's; tried again until thawed) ─┘
 //! ```
 //! A hello changes nothing but its own port: it may have lain in the stream since before a capture. The agent hails,
 //! and only who answers the hail is alive in this life.
@@ -33,7 +35,7 @@ use crate::frame::{Direction, Fault, Item, Kind};
 use crate::message::{
     Bytes, Done, ExecRequest, ExitStatus, Failed, GuestMessage, Hail, Hello, HostMessage, Message,
     OutputStream, Phase, PhaseOutcome, PhaseReport, Ready, Reason, Rejection, Request, Setup,
-    ShutdownKind, Status,
+    ShutdownKind, Status, UNKNOWN_SESSION_SEQ,
 };
 use crate::{Epoch, Frame, Nonce, ProtocolError};
 
@@ -88,6 +90,15 @@ pub struct FrozenMounts {
     pub frozen: Vec<Bytes>,
     /// Where writable ones are mounted that cannot be frozen.
     pub unsupported: Vec<Bytes>,
+}
+
+/// Why nothing is frozen as it was asked, and whether something is all the same.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FreezeFailure {
+    /// What went wrong.
+    pub error: String,
+    /// Whether a file system is or may be frozen: undoing what was done has failed too.
+    pub still_frozen: bool,
 }
 
 /// Something slow that the host asked for.
@@ -352,8 +363,12 @@ impl Agent {
         actions
     }
 
-    /// Notes that the host of `port` asks for more than it reads: its session ends.
+    /// Notes that the host of `port` asks for more than it reads: its session ends, and without one what was to
+    /// be written is forgotten. Whoever says hello again is answered.
     pub fn on_unread(&mut self, port: u32) -> Vec<Action> {
+        let Some(Port::Attached(_)) = self.ports.get(&port) else {
+            return vec![Action::Purge { port }];
+        };
         let mut actions = Vec::new();
         let error = ProtocolError::Unexpected {
             message: "more requests",
@@ -520,8 +535,9 @@ impl Agent {
         self.commands.remove(&key);
     }
 
-    /// Takes what freezing came to: where file systems are frozen now, or why none is.
-    pub fn freeze_done(&mut self, result: Result<FrozenMounts, String>) -> Vec<Action> {
+    /// Takes what freezing came to: where file systems are frozen now, or why none is or should be. What is frozen
+    /// against the will is nobody's: no command is accepted until [`Agent::freeze_expired`] has led to its thaw.
+    pub fn freeze_done(&mut self, result: Result<FrozenMounts, FreezeFailure>) -> Vec<Action> {
         let Freeze::Freezing { owner, lost } = self.freeze else {
             return Vec::new();
         };
@@ -540,22 +556,30 @@ impl Agent {
                 self.freeze = Freeze::Thawing { answer: None, lost };
                 vec![Action::Thaw]
             }
-            (Err(error), _) => {
-                self.freeze = Freeze::Thawed { lost };
-                self.answer(owner, Done::Failed(bounded_text(error)))
+            (Err(failure), _) => {
+                self.freeze = if failure.still_frozen {
+                    Freeze::Frozen { owner: None }
+                } else {
+                    Freeze::Thawed { lost }
+                };
+                self.answer(owner, Done::Failed(bounded_text(failure.error)))
             }
         }
     }
 
-    /// Notes that the time of the freeze is over.
+    /// Notes that the time of the freeze is over, or that it is time to try again to thaw.
     pub fn freeze_expired(&mut self) -> Vec<Action> {
-        let Freeze::Frozen { .. } = self.freeze else {
-            return Vec::new();
+        let why = match self.freeze {
+            Freeze::Frozen { owner: Some(_) } => "its time was over",
+            Freeze::Frozen { owner: None } => "an undoing that had failed was tried again",
+            Freeze::Thawed { .. } | Freeze::Freezing { .. } | Freeze::Thawing { .. } => {
+                return Vec::new();
+            }
         };
-        self.begin_thaw(None, Some("its time was over"))
+        self.begin_thaw(None, Some(why))
     }
 
-    /// Takes what thawing came to.
+    /// Takes what thawing came to. After a failure it is tried again: [`Agent::freeze_expired`] is due soon.
     pub fn thaw_done(&mut self, result: Result<(), String>) -> Vec<Action> {
         let Freeze::Thawing { answer, lost } = self.freeze else {
             return Vec::new();
@@ -946,6 +970,9 @@ impl Agent {
         let current = self.epoch() == Some(frame.epoch);
         let Some(session) = self.session(port, frame.nonce) else {
             self.stale_frames += 1;
+            if current {
+                actions.extend(deny_session(port, frame));
+            }
             return;
         };
         if !current || session.epoch != frame.epoch || frame.seq < session.seq_in {
@@ -1228,6 +1255,36 @@ fn wire(port: u32, epoch: Epoch, nonce: Nonce, seq: u64, message: &GuestMessage)
         port,
         wire: frame.encode().expect("the payload's size was checked"),
     }
+}
+
+/// Tells a host that asks for something in a session that has ended here, and does not know it: the end of an earlier
+/// connection was seen only after its hello. Nothing was done of what it asks, and it may ask again in another session.
+/// A ping is not denied: it may follow a command that was started before the session was lost.
+fn deny_session(port: u32, frame: &Frame) -> Option<Action> {
+    let asks = match HostMessage::from_frame(frame) {
+        Ok(HostMessage::Exec { .. }) => true,
+        Ok(HostMessage::Request { request, .. }) => request != Request::Ping,
+        Ok(
+            HostMessage::Hello(_)
+            | HostMessage::Setup(_)
+            | HostMessage::Stdin { .. }
+            | HostMessage::StdinEnd { .. }
+            | HostMessage::Signal { .. }
+            | HostMessage::Credit { .. },
+        )
+        | Err(_) => false,
+    };
+    let reason = "the agent does not know it".to_owned();
+    let message = GuestMessage::SessionBroken { reason };
+    asks.then(|| {
+        wire(
+            port,
+            frame.epoch,
+            frame.nonce,
+            UNKNOWN_SESSION_SEQ,
+            &message,
+        )
+    })
 }
 
 fn refusal(port: u32, epoch: Epoch, nonce: Nonce, seq: u64, phase: Phase, error: &str) -> Action {

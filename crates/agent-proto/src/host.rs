@@ -15,7 +15,7 @@ use crate::flow::{MAX_CHUNK_BYTES, ReceiveWindow, STREAM_WINDOW_BYTES, SendWindo
 use crate::frame::{DELIMITER, Direction, Fault, Item};
 use crate::message::{
     Bytes, Done, ExecRequest, ExitStatus, Failed, GuestMessage, Hail, Hello, HostMessage, Message,
-    OutputStream, Ready, Reason, Rejection, Request, Setup, Status,
+    OutputStream, Ready, Reason, Rejection, Request, Setup, Status, UNKNOWN_SESSION_SEQ,
 };
 use crate::{Epoch, Frame, Nonce, ProtocolError};
 
@@ -367,6 +367,11 @@ impl Session {
             && frame.seq >= self.seq_in;
         if !own {
             return self.on_stale();
+        }
+        if frame.seq == UNKNOWN_SESSION_SEQ
+            && let GuestMessage::SessionBroken { reason } = GuestMessage::from_frame(frame)?
+        {
+            return Err(ProtocolError::SessionLost(reason));
         }
         if frame.seq > self.seq_in {
             return Err(ProtocolError::Gap {

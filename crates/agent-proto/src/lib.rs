@@ -91,6 +91,9 @@ pub enum ProtocolError {
         /// The state of the session.
         state: &'static str,
     },
+    /// The other side does not know the session: it has not done what was asked.
+    #[error("the other side has lost the session: {0}; what was asked was not done")]
+    SessionLost(String),
     /// The other side says that the session is broken.
     #[error("the other side ended the session: {0}")]
     EndedByPeer(String),

@@ -397,6 +397,10 @@ pub enum Done {
     Failed(String),
 }
 
+/// The sequence number of a [`GuestMessage::SessionBroken`] about a session that the agent does not know, nor therefore
+/// the number that is due in it.
+pub const UNKNOWN_SESSION_SEQ: u64 = u64::MAX;
+
 /// From the guest to the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum GuestMessage {
@@ -453,7 +457,8 @@ pub enum GuestMessage {
         /// What it came to.
         outcome: Done,
     },
-    /// The session has ended because of what the host sent.
+    /// The session has ended because of what the host sent; with the number [`UNKNOWN_SESSION_SEQ`], the agent does
+    /// not know the session, and has not done what was asked in it.
     SessionBroken {
         /// What that was.
         reason: String,

@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 
 use stead_agent_proto::frame::{Decoder, Direction, Fault, Item};
 use stead_agent_proto::guest::{
-    Action, Agent, CommandKey, FrozenMounts, Identity, STEPS, StepResult,
+    Action, Agent, CommandKey, FreezeFailure, FrozenMounts, Identity, STEPS, StepResult,
 };
 use stead_agent_proto::host;
 use stead_agent_proto::message::*;
@@ -577,6 +577,100 @@ fn a_freeze_whose_owner_left_before_it_was_complete_is_undone() {
     assert!(agent.is_frozen());
     agent.thaw_done(Ok(()));
     assert!(!agent.is_frozen());
+}
+
+#[test]
+fn what_could_not_be_thawed_accepts_no_command_and_is_thawed_again_until_it_is() {
+    let mut agent = Agent::new(identity());
+    complete(&mut agent, 0, 1, 10);
+    let request = |id, request| HostMessage::Request { id, request };
+    agent.on_item(
+        0,
+        to_guest(1, 10, 2, &request(1, Request::Freeze { limit_ms: 5 })),
+    );
+    let failure = FreezeFailure {
+        error: "neither frozen nor thawed".into(),
+        still_frozen: true,
+    };
+    assert!(matches!(
+        agent.freeze_done(Err(failure))[..],
+        [Action::Send { .. }]
+    ));
+    assert!(agent.is_frozen(), "it says what it knows");
+    let refused = agent.on_item(0, to_guest(1, 10, 3, &exec(2)));
+    assert!(
+        !refused
+            .iter()
+            .any(|action| matches!(action, Action::Start { .. })),
+        "{refused:?}"
+    );
+    for failed_before in 0..3 {
+        assert_eq!(agent.freeze_expired(), [Action::Thaw], "{failed_before}");
+        agent.thaw_done(Err("refused".into()));
+        assert!(agent.is_frozen());
+    }
+    // Another life thaws as well, and is not ready before.
+    agent.on_item(
+        1,
+        to_guest(2, 20, 0, &HostMessage::Hello(hello(Reason::Restore))),
+    );
+    let begun = agent.on_item(1, to_guest(2, 20, 1, &HostMessage::Setup(setup())));
+    assert!(begun.contains(&Action::Thaw), "{begun:?}");
+    agent.thaw_done(Ok(()));
+    assert!(!agent.is_frozen());
+}
+
+/// The hello is heard, and then the end of an earlier connection: the new session is gone, and its host does not know.
+#[test]
+fn a_request_in_a_session_that_the_agent_has_lost_is_denied_and_not_left_unanswered() {
+    let mut agent = Agent::new(identity());
+    complete(&mut agent, 0, 1, 10);
+    let mut session = host::Session::new(Epoch([1; 16]), Nonce(11));
+    let reattach = hello(Reason::Reattach);
+    session.hello(reattach).unwrap();
+    agent.on_item(0, to_guest(1, 11, 0, &HostMessage::Hello(reattach)));
+    session.on_item(to_host(11, 0, &ready())).unwrap();
+    session.exec(ExecRequest::default()).unwrap();
+    agent.on_host_gone(0);
+    let asked = agent.on_item(0, to_guest(1, 11, 1, &exec(1)));
+    let [Action::Send { wire, .. }] = &asked[..] else {
+        panic!("{asked:?}");
+    };
+    let found = session.on_item(decoded(wire));
+    assert!(
+        matches!(found, Err(stead_agent_proto::ProtocolError::SessionLost(_))),
+        "{found:?}"
+    );
+    // What another life asks, and a ping that may follow a command which was started, is not answered.
+    let ping = HostMessage::Request {
+        id: 2,
+        request: Request::Ping,
+    };
+    assert_eq!(agent.on_item(0, to_guest(1, 11, 2, &ping)), []);
+    assert_eq!(agent.on_item(0, to_guest(9, 11, 1, &exec(1))), []);
+}
+
+#[test]
+fn a_host_that_says_hello_again_and_again_and_reads_nothing_leaves_nothing_to_write() {
+    let mut agent = Agent::new(identity());
+    for nonce in 0..3 {
+        agent.on_item(
+            0,
+            to_guest(1, nonce, 0, &HostMessage::Hello(hello(Reason::Boot))),
+        );
+        assert_eq!(agent.on_unread(0), [Action::Purge { port: 0 }]);
+    }
+    assert_eq!(agent.on_unread(7), [Action::Purge { port: 7 }]);
+    complete(&mut agent, 0, 1, 10);
+    let ended = agent.on_unread(0);
+    assert!(
+        matches!(ended[..], [Action::Purge { port: 0 }, Action::Send { .. }]),
+        "a session is told why it ends: {ended:?}"
+    );
+}
+
+fn decoded(mut wire: &[u8]) -> Item {
+    Decoder::new().next_item(&mut wire).unwrap()
 }
 
 fn to_host(nonce: u64, seq: u64, message: &GuestMessage) -> Item {

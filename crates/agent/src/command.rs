@@ -23,7 +23,8 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, waitid,
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open,
+    pidfd_send_signal, waitid,
 };
 use stead_agent_proto::flow::MAX_CHUNK_BYTES;
 use stead_agent_proto::guest::{CommandKey, Room};
@@ -97,6 +98,7 @@ fn start(
     }
     let deadline = (request.timeout_ms > 0)
         .then(|| Instant::now() + Duration::from_millis(request.timeout_ms));
+    // One that was not quick enough is ended like any other command over its time: part of it may have run.
     if let Err(Failure { step, errno }) = await_answer(&mut launcher, deadline) {
         give_up(&mut launcher);
         return Err(Rejection::Start { step, errno });
@@ -146,7 +148,7 @@ fn give_up(launcher: &mut Launcher) {
     }
 }
 
-/// Waits until the program runs. A file system that hangs may hold it up until the command's time is over.
+/// Waits until the program runs or its time is over: a file system that hangs may hold it up.
 fn await_answer(launcher: &mut Launcher, deadline: Option<Instant>) -> Result<(), Failure> {
     loop {
         let limit = time_left(deadline);
@@ -158,12 +160,7 @@ fn await_answer(launcher: &mut Launcher, deadline: Option<Instant>) -> Result<()
             limit.as_ref(),
         );
         match ready {
-            Ok(0) => {
-                return Err(Failure {
-                    step: "the program did not start before its time was over".to_owned(),
-                    errno: 0,
-                });
-            }
+            Ok(0) => return Ok(()),
             Ok(_) => return launcher.answer(),
             Err(Errno::INTR) => {}
             Err(error) => {
@@ -504,6 +501,12 @@ impl Running {
         if self.status.is_none() {
             self.timed_out = true;
             self.signal_group(Signal::KILL);
+            // A launcher that has not become the command yet leads no group.
+            if let Err(error) = pidfd_send_signal(&self.pidfd, Signal::KILL)
+                && error != Errno::SRCH
+            {
+                eprintln!("stead-agent: kill {:?}: {error}", self.pid);
+            }
         }
     }
 

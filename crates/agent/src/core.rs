@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use stead_agent_proto::Nonce;
 use stead_agent_proto::frame::Item;
@@ -97,6 +97,7 @@ impl Core {
         if due.is_none() {
             return;
         }
+        let received = Instant::now();
         let _turn = self.steps.lock().unwrap_or_else(PoisonError::into_inner);
         while let Some(Due {
             port,
@@ -105,7 +106,7 @@ impl Core {
             setup,
         }) = due
         {
-            let result = self.setup.run(phase, &setup, self);
+            let result = self.setup.run(phase, &setup, received, self);
             due = self.apply(|agent| agent.step_done(port, nonce, phase, result));
         }
     }

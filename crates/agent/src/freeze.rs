@@ -2,29 +2,41 @@
 //!
 //! The ioctls `FIFREEZE` and `FITHAW` have no safe wrapper, so `fsfreeze` of util-linux (or of busybox) issues
 //! them. While file systems are frozen this module writes no file and logs nothing: a write would hang.
-//! Whatever was frozen is thawed when one cannot be frozen, when the time is over, and when told to.
+//! Whatever was frozen is thawed when one cannot be frozen, when the time is over, and when told to. What cannot be
+//! thawed is tried again every second.
+//!
+//! A file system counts as frozen from before it is told to freeze until its thaw is certain. `fsfreeze` may hang in
+//! the kernel, where a kill only takes effect later and the ioctl may still come to its end: such a process is
+//! kept, and nothing is tried on its file system before it has ended.
 
 use std::fs;
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
-use stead_agent_proto::guest::FrozenMounts;
+use stead_agent_proto::guest::{FreezeFailure, FrozenMounts};
 use stead_agent_proto::message::Bytes;
 
 use crate::core::Core;
-use crate::{mounts, reaper};
+use crate::mounts;
+use crate::reaper::{self, Owned};
 
 /// How long file systems stay frozen at most, whatever the host asks.
 const MAX_FROZEN: Duration = Duration::from_secs(60);
 /// How long freezing or thawing one file system may take.
 const ONE_STEP_LIMIT: Duration = Duration::from_secs(10);
+/// How long one that was killed is waited for.
+const KILLED_LIMIT: Duration = Duration::from_secs(1);
+/// After how long it is tried again to thaw what could not be.
+const THAW_AGAIN_AFTER: Duration = Duration::from_secs(1);
+/// What the kernel says to the thaw of a file system that is not frozen (`EINVAL`).
+const NOT_FROZEN: &str = "Invalid argument";
 
 /// What the freezer's thread is told.
 #[derive(Debug)]
@@ -68,7 +80,7 @@ pub(crate) fn find_program() -> PathBuf {
 impl Freezer {
     /// Follows orders for ever.
     pub(crate) fn run(&self, core: &Arc<Core>, orders: &Receiver<Order>) {
-        let mut frozen: Vec<Vec<u8>> = Vec::new();
+        let mut frozen: Vec<Frozen> = Vec::new();
         let mut end: Option<Instant> = None;
         loop {
             let order = match end {
@@ -78,15 +90,16 @@ impl Freezer {
             match order {
                 Ok(Order::Freeze { limit_ms }) => {
                     let result = self.freeze_all(&mut frozen);
-                    if result.is_ok() {
-                        end =
-                            Some(Instant::now() + Duration::from_millis(limit_ms).min(MAX_FROZEN));
-                    }
+                    let limit = match result {
+                        Ok(_) => Duration::from_millis(limit_ms).min(MAX_FROZEN),
+                        Err(_) => THAW_AGAIN_AFTER,
+                    };
+                    end = (!frozen.is_empty()).then(|| Instant::now() + limit);
                     core.tell(|agent| agent.freeze_done(result));
                 }
                 Ok(Order::Thaw) => {
-                    end = None;
                     let result = self.thaw_all(&mut frozen);
+                    end = (!frozen.is_empty()).then(|| Instant::now() + THAW_AGAIN_AFTER);
                     core.tell(|agent| agent.thaw_done(result));
                 }
                 Ok(Order::Barrier(passed)) => {
@@ -104,48 +117,60 @@ impl Freezer {
         }
     }
 
-    fn freeze_all(&self, frozen: &mut Vec<Vec<u8>>) -> Result<FrozenMounts, String> {
+    fn freeze_all(&self, frozen: &mut Vec<Frozen>) -> Result<FrozenMounts, FreezeFailure> {
+        let nothing_done = |error| FreezeFailure {
+            error,
+            still_frozen: false,
+        };
         let Some(program) = &self.program else {
-            return Err("this agent may not freeze file systems".to_owned());
+            return Err(nothing_done(
+                "this agent may not freeze file systems".to_owned(),
+            ));
         };
         let list = fs::read(&self.mountinfo)
-            .map_err(|error| format!("{}: {error}", self.mountinfo.display()))?;
+            .map_err(|error| nothing_done(format!("{}: {error}", self.mountinfo.display())))?;
         let found = mounts::writable(&list);
         rustix::fs::sync();
         // Inner ones first: an outer one that is frozen would block the path to them.
         for point in found.freezable.into_iter().rev() {
-            if let Err(error) = step(program, "--freeze", &point) {
-                let undone = match self.thaw_all(frozen) {
-                    Ok(()) => "what was frozen before is thawed again".to_owned(),
-                    Err(error) => {
-                        format!("and what was frozen before could not be thawed: {error}")
-                    }
-                };
-                return Err(format!(
-                    "freeze {}: {error}; {undone}",
-                    String::from_utf8_lossy(&point)
-                ));
+            frozen.push(Frozen::untouched(point));
+            if let Some(Err(error)) = frozen.last_mut().map(|last| last.freeze(program)) {
+                return Err(self.undo(error, frozen));
             }
-            frozen.push(point);
         }
-        let bytes = |points: &[Vec<u8>]| points.iter().map(|point| Bytes(point.clone())).collect();
+        let bytes = |point: &Vec<u8>| Bytes(point.clone());
         Ok(FrozenMounts {
-            frozen: bytes(frozen),
-            unsupported: bytes(&found.unsupported),
+            frozen: frozen.iter().map(|mount| bytes(&mount.point)).collect(),
+            unsupported: found.unsupported.iter().map(bytes).collect(),
         })
     }
 
-    fn thaw_all(&self, frozen: &mut Vec<Vec<u8>>) -> Result<(), String> {
+    /// Thaws after the last of `frozen` could not be frozen. One that refused is not frozen by us; one that hung may be.
+    fn undo(&self, error: String, frozen: &mut Vec<Frozen>) -> FreezeFailure {
+        if frozen.last().is_some_and(|last| !last.may_be_frozen) {
+            frozen.pop();
+        }
+        let undone = match self.thaw_all(frozen) {
+            Ok(()) => "what was frozen before is thawed again".to_owned(),
+            Err(error) => format!("and what was frozen before could not be thawed: {error}"),
+        };
+        FreezeFailure {
+            error: format!("{error}; {undone}"),
+            still_frozen: !frozen.is_empty(),
+        }
+    }
+
+    fn thaw_all(&self, frozen: &mut Vec<Frozen>) -> Result<(), String> {
         let Some(program) = &self.program else {
             return Ok(());
         };
         let mut errors = Vec::new();
         let mut left = Vec::new();
         // The one frozen last is thawed first.
-        while let Some(point) = frozen.pop() {
-            if let Err(error) = step(program, "--unfreeze", &point) {
-                errors.push(format!("thaw {}: {error}", String::from_utf8_lossy(&point)));
-                left.push(point);
+        while let Some(mut mount) = frozen.pop() {
+            if let Err(error) = mount.thaw(program) {
+                errors.push(error);
+                left.push(mount);
             }
         }
         if errors.is_empty() {
@@ -165,6 +190,95 @@ impl Freezer {
     }
 }
 
+/// A file system that is or may be frozen.
+#[derive(Debug)]
+struct Frozen {
+    point: Vec<u8>,
+    may_be_frozen: bool,
+    // What was killed and has not ended: it may still freeze or thaw.
+    hung: Option<Hung>,
+}
+
+/// A process that was killed and hangs in the kernel.
+#[derive(Debug)]
+struct Hung {
+    child: Child,
+    _owned: Owned,
+}
+
+/// Why a step was not done.
+enum StepError {
+    /// The program said so.
+    Refused(String),
+    /// It was not done in time, or its process was killed by somebody: the kernel may have done it, and may still do it
+    /// while the process hangs.
+    Unknown { why: String, hung: Option<Hung> },
+}
+
+impl Frozen {
+    fn untouched(point: Vec<u8>) -> Self {
+        Self {
+            point,
+            may_be_frozen: false,
+            hung: None,
+        }
+    }
+
+    fn freeze(&mut self, program: &Path) -> Result<(), String> {
+        match step(program, "--freeze", &self.point) {
+            Ok(()) => {
+                self.may_be_frozen = true;
+                Ok(())
+            }
+            Err(StepError::Refused(error)) => Err(self.said("freeze", &error)),
+            Err(StepError::Unknown { why, hung }) => {
+                self.may_be_frozen = true;
+                self.hung = hung;
+                Err(self.said("freeze", &why))
+            }
+        }
+    }
+
+    /// Thaws it; one that is not frozen any more (by the kernel's emergency thaw, or by a process that was killed) counts
+    /// as thawed.
+    fn thaw(&mut self, program: &Path) -> Result<(), String> {
+        self.hung = match self.hung.take().map(|hung| hung.end(KILLED_LIMIT)) {
+            Some(Err(hung)) => {
+                self.hung = Some(hung);
+                return Err(self.said("thaw", "what was killed before hangs in the kernel"));
+            }
+            Some(Ok(())) | None => None,
+        };
+        match step(program, "--unfreeze", &self.point) {
+            Ok(()) => Ok(()),
+            Err(StepError::Refused(error)) if error.contains(NOT_FROZEN) => Ok(()),
+            Err(StepError::Refused(error)) => Err(self.said("thaw", &error)),
+            Err(StepError::Unknown { why, hung }) => {
+                self.hung = hung;
+                Err(self.said("thaw", &why))
+            }
+        }
+    }
+
+    fn said(&self, what: &str, error: &str) -> String {
+        format!("{what} {}: {error}", String::from_utf8_lossy(&self.point))
+    }
+}
+
+impl Hung {
+    /// Reaps it if it ends in time.
+    fn end(mut self, limit: Duration) -> Result<(), Self> {
+        match wait_for(&self.child, limit) {
+            Ok(true) => {}
+            Ok(false) | Err(_) => return Err(self),
+        }
+        match self.child.wait() {
+            Ok(_) => Ok(()),
+            Err(_) => Err(self),
+        }
+    }
+}
+
 /// The kernel's own emergency thaw; needs no program.
 ///
 /// # Source
@@ -176,7 +290,7 @@ fn thaw_everything() -> io::Result<()> {
         .write_all(b"j")
 }
 
-fn step(program: &Path, what: &str, point: &[u8]) -> Result<(), String> {
+fn step(program: &Path, what: &str, point: &[u8]) -> Result<(), StepError> {
     let start = || {
         Command::new(program)
             .arg(what)
@@ -188,24 +302,17 @@ fn step(program: &Path, what: &str, point: &[u8]) -> Result<(), String> {
             .stderr(Stdio::piped())
             .spawn()
     };
-    let (mut child, _owned) =
-        reaper::own(start).map_err(|error| format!("run {}: {error}", program.display()))?;
-    let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())
-        .map_err(|error| error.to_string())?;
-    let limit = Timespec {
-        tv_sec: ONE_STEP_LIMIT.as_secs() as i64,
-        tv_nsec: 0,
-    };
-    let ended = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&limit))
-        .map_err(|error| error.to_string())?;
-    if ended == 0 {
-        // It may hang in the kernel, where a kill only takes effect later: it is not waited for.
-        child.kill().map_err(|error| error.to_string())?;
-        return Err(format!("not done within {} s", ONE_STEP_LIMIT.as_secs()));
+    let (child, owned) = reaper::own(start)
+        .map_err(|error| StepError::Refused(format!("run {}: {error}", program.display())))?;
+    if !matches!(wait_for(&child, ONE_STEP_LIMIT), Ok(true)) {
+        return Err(too_long(child, owned));
     }
     let output = child
         .wait_with_output()
-        .map_err(|error| error.to_string())?;
+        .map_err(|error| StepError::Unknown {
+            why: error.to_string(),
+            hung: None,
+        })?;
     if output.status.success() {
         return Ok(());
     }
@@ -214,5 +321,43 @@ fn step(program: &Path, what: &str, point: &[u8]) -> Result<(), String> {
         .chars()
         .take(500)
         .collect();
-    Err(format!("{} ({})", text, output.status))
+    let why = format!("{} ({})", text, output.status);
+    Err(match output.status.code() {
+        Some(_) => StepError::Refused(why),
+        None => StepError::Unknown { why, hung: None },
+    })
+}
+
+/// Kills what was not done in time.
+fn too_long(mut child: Child, owned: Owned) -> StepError {
+    let limit = match child.kill() {
+        Ok(()) => KILLED_LIMIT,
+        Err(_) => Duration::ZERO,
+    };
+    let hung = Hung {
+        child,
+        _owned: owned,
+    };
+    StepError::Unknown {
+        why: format!("not done within {} s", ONE_STEP_LIMIT.as_secs()),
+        hung: hung.end(limit).err(),
+    }
+}
+
+/// Whether the child ends in time; it is not reaped.
+fn wait_for(child: &Child, limit: Duration) -> io::Result<bool> {
+    let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
+    let end = Instant::now() + limit;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let limit = Timespec {
+            tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: i64::from(left.subsec_nanos()),
+        };
+        match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&limit)) {
+            Ok(ready) => return Ok(ready > 0),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
 }

@@ -14,6 +14,9 @@ use crate::error::{AgentError, Attempt};
 use crate::freeze::Order;
 
 const THAW_LIMIT: Duration = Duration::from_secs(30);
+/// How long a thaw that has failed is given to succeed after all: the freezer tries again every second.
+const THAW_AGAIN_LIMIT: Duration = Duration::from_secs(5);
+const THAW_AGAIN_PAUSE: Duration = Duration::from_millis(100);
 const MAX_HOSTNAME_BYTES: usize = 64;
 
 /// What the agent sets up in a new life of the machine.
@@ -38,15 +41,21 @@ impl Setup {
         })
     }
 
-    /// Does one step.
-    pub(crate) fn run(&self, phase: Phase, with: &message::Setup, core: &Arc<Core>) -> StepResult {
+    /// Does one step of a setup that came at `received`.
+    pub(crate) fn run(
+        &self,
+        phase: Phase,
+        with: &message::Setup,
+        received: Instant,
+        core: &Arc<Core>,
+    ) -> StepResult {
         let begin = Instant::now();
         let mut clock_behind_ns = None;
         let outcome = match phase {
             Phase::Epoch | Phase::Sessions => Ok(PhaseOutcome::Done),
             Phase::Thaw => thaw(core),
             Phase::Clock if !self.clock => skipped("the agent was told to leave the clock alone"),
-            Phase::Clock => set_clock(with.wall_clock_ns).map(|behind| {
+            Phase::Clock => set_clock(with.wall_clock_ns, received).map(|behind| {
                 clock_behind_ns = Some(behind);
                 PhaseOutcome::Done
             }),
@@ -97,14 +106,14 @@ fn thaw(core: &Arc<Core>) -> Result<PhaseOutcome, String> {
     let end = Instant::now() + THAW_LIMIT;
     // A freeze that was under way is followed by its thaw: two orders, at most two barriers.
     for _ in 0..3 {
-        let (passed, barrier) = channel();
-        core.order(Order::Barrier(passed));
-        if let Err(error) = barrier.recv_timeout(end.saturating_duration_since(Instant::now())) {
-            return Err(format!(
-                "file systems were not thawed within {} s: {error}",
-                THAW_LIMIT.as_secs()
-            ));
+        await_freezer(core, end)?;
+        if !is_frozen() {
+            return Ok(PhaseOutcome::Done);
         }
+    }
+    let end = end.min(Instant::now() + THAW_AGAIN_LIMIT);
+    while Instant::now() < end {
+        std::thread::sleep(THAW_AGAIN_PAUSE);
         if !is_frozen() {
             return Ok(PhaseOutcome::Done);
         }
@@ -112,10 +121,31 @@ fn thaw(core: &Arc<Core>) -> Result<PhaseOutcome, String> {
     Err("file systems that an earlier session froze could not be thawed".to_owned())
 }
 
-/// Sets the clock and gives how far it was behind.
-fn set_clock(wall_clock_ns: u64) -> Result<i64, String> {
-    let host = i64::try_from(wall_clock_ns)
-        .map_err(|error| format!("{wall_clock_ns} ns is no time: {error}"))?;
+/// Waits until the freezer has done all that it was told.
+fn await_freezer(core: &Arc<Core>, end: Instant) -> Result<(), String> {
+    let (passed, barrier) = channel();
+    core.order(Order::Barrier(passed));
+    barrier
+        .recv_timeout(end.saturating_duration_since(Instant::now()))
+        .map_err(|error| {
+            format!(
+                "file systems were not thawed within {} s: {error}",
+                THAW_LIMIT.as_secs()
+            )
+        })
+}
+
+/// What the host's clock shows now, when it showed `wall_clock_ns` so long ago.
+fn host_clock_ns(wall_clock_ns: u64, ago: Duration) -> Result<i64, String> {
+    let ago_ns = u64::try_from(ago.as_nanos()).unwrap_or(u64::MAX);
+    i64::try_from(wall_clock_ns.saturating_add(ago_ns))
+        .map_err(|error| format!("{wall_clock_ns} ns is no time: {error}"))
+}
+
+/// Sets the clock to the host's, whose time was received when the setup came and has gone on since: another handshake
+/// or a thaw may have been waited for. Gives how far the clock was behind.
+fn set_clock(wall_clock_ns: u64, received: Instant) -> Result<i64, String> {
+    let host = host_clock_ns(wall_clock_ns, received.elapsed())?;
     let guest = match SystemTime::now().duration_since(UNIX_EPOCH) {
         Ok(since) => i64::try_from(since.as_nanos()).unwrap_or(i64::MAX),
         Err(before) => {
@@ -127,6 +157,20 @@ fn set_clock(wall_clock_ns: u64) -> Result<i64, String> {
         tv_nsec: host % 1_000_000_000,
     };
     clock_settime(ClockId::Realtime, time)
-        .map_err(|error| format!("set the clock to {wall_clock_ns} ns: {error}"))?;
+        .map_err(|error| format!("set the clock to {host} ns: {error}"))?;
     Ok(host.saturating_sub(guest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_that_a_setup_waited_is_added_to_the_clock_and_no_time_is_refused() {
+        let second = 1_000_000_000;
+        let waited = Duration::from_millis(1500);
+        assert_eq!(host_clock_ns(second, waited), Ok(2_500_000_000));
+        assert!(host_clock_ns(u64::MAX, waited).is_err());
+        assert!(host_clock_ns(i64::MAX as u64, waited).is_err());
+    }
 }

@@ -12,7 +12,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
 use common::{Agent, LIMIT, RawHost, greeting, has_ended, read_number, sh, until};
-use stead_agent_link::{Epoch, ExecIo, ExitStatus, LinkError, Phase, PhaseOutcome, Reason};
+use stead_agent_link::{
+    AgentLink, Epoch, ExecIo, ExitStatus, LinkError, Phase, PhaseOutcome, Reason,
+};
 use stead_agent_proto::message::*;
 use tokio::sync::mpsc;
 
@@ -217,14 +219,17 @@ async fn half_an_input_is_never_taken_for_a_whole_one_when_the_host_disconnects(
     }
     drop(link);
     let mut next = agent.attached(1).await;
-    until("the command is unheard", || true);
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    let end = Instant::now() + LIMIT;
+    while next.ping().await.unwrap().detached_commands != 1 {
+        assert!(Instant::now() < end, "the command is still heard");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    // What it was told when its host left has had time to reach it.
+    next.exec_capture(sh("sleep 0.3"), b"").await.unwrap();
     assert!(
         !folder.join("whole").exists(),
         "the command was told that half was all"
     );
-    let status = next.ping().await.unwrap();
-    assert_eq!(status.detached_commands, 1);
     let pid = read_number(&folder.join("pid")).unwrap();
     next.exec_capture(sh(&format!("kill -9 -{pid}")), b"")
         .await
@@ -298,8 +303,18 @@ async fn a_second_command_on_a_busy_session_is_rejected() {
     let agent = Agent::start();
     let mut host = RawHost::connect(&agent, 1, 10);
     host.ready(Reason::Boot);
-    host.exec(1, sh("sleep 0.2"));
-    host.exec(2, sh("echo second"));
+    // Both at once: the first cannot have ended when the second is read.
+    let both = [
+        host.frame(&HostMessage::Exec {
+            id: 1,
+            request: sh("sleep 0.2"),
+        }),
+        host.frame(&HostMessage::Exec {
+            id: 2,
+            request: sh("echo second"),
+        }),
+    ];
+    host.stream.write_all(&both.concat()).unwrap();
     let mut found = vec![
         host.next().unwrap(),
         host.next().unwrap(),
@@ -362,13 +377,14 @@ fn a_host_that_breaks_the_protocol_loses_its_session_and_nothing_else() {
         host.nonce.0 += 1000;
         host.ready(Reason::Reattach);
     }
+    let pid = agent.folder.path().join("pid");
     let mut host = RawHost::connect(&agent, 1, 77);
     host.ready(Reason::Reattach);
     host.exec(
         1,
         ExecRequest {
             stdin: true,
-            ..sh("sleep 100")
+            ..sh(&format!("echo $$ > {}; exec sleep 100", pid.display()))
         },
     );
     assert!(matches!(host.next(), Some(GuestMessage::Accepted { .. })));
@@ -385,6 +401,13 @@ fn a_host_that_breaks_the_protocol_loses_its_session_and_nothing_else() {
         "{broken:?}"
     );
     assert!(agent.is_alive());
+    // The command goes on unheard; it is not left behind.
+    until("the command runs", || read_number(&pid).is_some());
+    let pid = read_number(&pid).unwrap();
+    host.nonce.0 += 1000;
+    host.ready(Reason::Reattach);
+    host.exec(1, sh(&format!("kill -9 {pid}")));
+    until("it is ended", || has_ended(pid));
 }
 
 #[test]
@@ -481,7 +504,13 @@ async fn a_socket_given_as_standard_input_is_served_until_it_ends() {
 /// A freezer that keeps a diary, and fails where it is told to.
 fn freezer(agent_folder: &std::path::Path) -> (String, String) {
     let script = format!(
-        "#!/bin/sh\necho \"$1 $2\" >> {0}/diary\nif [ -e {0}/fail ] && [ \"$1 $2\" = \"$(cat {0}/fail)\" ]; then echo refused >&2; exit 1; fi\n",
+        r#"#!/bin/sh
+echo "$1 $2" >> {0}/diary
+told() {{ [ -e {0}/$3 ] && grep -qxF -e "$1 $2" {0}/$3; }}
+if told "$1" "$2" hang; then exec sleep 1000; fi
+if told "$1" "$2" einval; then echo "$2: unfreeze failed: Invalid argument" >&2; exit 1; fi
+if told "$1" "$2" fail; then echo refused >&2; exit 1; fi
+"#,
         agent_folder.display()
     );
     let program = agent_folder.join("freezer");
@@ -534,14 +563,33 @@ impl Frosty {
         text.lines().map(str::to_owned).collect()
     }
 
-    fn fail_at(&self, step: &str) {
-        let mut file = std::fs::OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(self.folder.path().join("fail"))
-            .unwrap();
-        file.write_all(step.as_bytes()).unwrap();
+    /// From now on these steps fail, one a line, and no others.
+    fn fail_at(&self, steps: &str) {
+        self.note("fail", steps);
+    }
+
+    /// From now on these steps find that nothing is frozen.
+    fn nothing_frozen_at(&self, steps: &str) {
+        self.note("einval", steps);
+    }
+
+    /// From now on these steps hang.
+    fn hang_at(&self, steps: &str) {
+        self.note("hang", steps);
+    }
+
+    fn note(&self, name: &str, steps: &str) {
+        let mut file = tempfile::NamedTempFile::new_in(self.folder.path()).unwrap();
+        writeln!(file, "{steps}").unwrap();
+        file.persist(self.folder.path().join(name)).unwrap();
+    }
+
+    async fn until_thawed(&self, link: &mut AgentLink) {
+        let end = Instant::now() + LIMIT;
+        while link.ping().await.unwrap().frozen {
+            assert!(Instant::now() < end, "it stays frozen: {:?}", self.diary());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 }
 
@@ -657,6 +705,7 @@ async fn a_thaw_that_fails_is_said_and_tried_again() {
         "{found:?}"
     );
     assert!(link.ping().await.unwrap().frozen);
+    let diary_of_failure = frosty.diary().len();
     let refused = frosty
         .agent
         .link()
@@ -673,13 +722,73 @@ async fn a_thaw_that_fails_is_said_and_tried_again() {
         ),
         "never ready while frozen: {refused:?}"
     );
+    // Nobody asks any more, and it is thawed as soon as it can be.
     frosty.fail_at("nothing");
-    let ready = frosty.agent.ready(2).await;
-    drop(ready);
-    assert_eq!(
-        frosty.diary().last().map(String::as_str),
-        Some("--unfreeze /data")
+    until("it is tried again", || {
+        frosty.diary().len() > diary_of_failure
+            && frosty.diary().last().map(String::as_str) == Some("--unfreeze /data")
+    });
+    let mut next = frosty.agent.ready(2).await;
+    frosty.until_thawed(&mut next).await;
+    next.exec_capture(sh("true"), b"").await.unwrap();
+}
+
+/// As after the kernel's emergency thaw, or when a thaw that was killed came to its end after all.
+#[tokio::test]
+async fn a_file_system_that_is_not_frozen_any_more_counts_as_thawed() {
+    let frosty = Frosty::start();
+    let mut link = frosty.agent.ready(1).await;
+    link.freeze(Duration::from_secs(60)).await.unwrap();
+    frosty.nothing_frozen_at("--unfreeze /data");
+    link.thaw().await.unwrap();
+    assert!(!link.ping().await.unwrap().frozen);
+    link.exec_capture(sh("true"), b"").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_freeze_that_fails_and_cannot_be_undone_is_said_to_be_frozen_and_undone_later() {
+    let frosty = Frosty::start();
+    let mut link = frosty.agent.ready(1).await;
+    frosty.fail_at("--freeze /\n--unfreeze /deep");
+    let found = link.freeze(Duration::from_secs(60)).await;
+    assert!(
+        matches!(&found, Err(LinkError::RequestFailed { error, .. }) if error.contains("could not be thawed") && error.contains("/deep")),
+        "{found:?}"
     );
+    assert!(link.ping().await.unwrap().frozen, "/deep is frozen");
+    let refused = link.exec_capture(sh("true"), b"").await;
+    assert!(
+        matches!(
+            refused,
+            Err(LinkError::Rejected {
+                reason: Rejection::Frozen
+            })
+        ),
+        "a command could hang in its first write: {refused:?}"
+    );
+    frosty.fail_at("nothing");
+    frosty.until_thawed(&mut link).await;
+    link.exec_capture(sh("true"), b"").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_freeze_that_hangs_is_killed_and_its_file_system_is_thawed_like_the_others() {
+    let frosty = Frosty::start();
+    let mut link = frosty.agent.ready(1).await;
+    frosty.hang_at("--freeze /data");
+    let found = link.freeze(Duration::from_secs(60)).await;
+    assert!(
+        matches!(&found, Err(LinkError::RequestFailed { error, .. }) if error.contains("/data") && error.contains("not done within")),
+        "{found:?}"
+    );
+    assert_eq!(
+        frosty.diary(),
+        [&FREEZE[..2], &THAW[1..]].concat(),
+        "the kernel may have come to the end of what was killed"
+    );
+    assert!(!link.ping().await.unwrap().frozen);
+    let left = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", frosty.agent.pid()));
+    assert_eq!(left.unwrap(), "", "it was reaped");
 }
 
 #[tokio::test]

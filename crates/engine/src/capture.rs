@@ -403,6 +403,7 @@ impl Engine {
         overlays: Vec<NewOverlay>,
     ) -> Result<Instant> {
         let frozen = self.freeze_guest(plan).await;
+        crate::job::crash_point("checkpoint", "frozen");
         let sandbox = plan.sandbox.clone();
         let switched = blocking(move || {
             vm.capture_disks(&overlays)

@@ -1,8 +1,12 @@
 //! Commands in a guest, over one of its agent ports.
 //!
-//! QEMU serves one connection a port, so a command takes the first port whose lock is free. The
+//! QEMU serves one connection a port, so a command takes the first port whose lock is free. The first port is that of
+//! whoever holds the sandbox's lock (handshakes, freezing, power-off): commands cannot keep it busy. The
 //! session is of the epoch that the sandbox's agent acknowledged: a command can never reach a guest
 //! that was put back meanwhile.
+//!
+//! A guest says nothing while a checkpoint takes its state. Nobody gives it up for that: a command is as patient as the
+//! longest such pause, and one that finds no agent tries again while an operation on its sandbox is under way.
 
 use std::time::{Duration, Instant};
 
@@ -24,6 +28,8 @@ use crate::sandbox::wrong_state;
 
 /// How long an agent may take to accept a session.
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long an agent may leave a ping unanswered while its guest runs.
+const SILENCE_LIMIT: Duration = Duration::from_secs(30);
 /// How often taken ports are tried again.
 const RETRY: Duration = Duration::from_millis(10);
 /// How long a signal waits for the guest's answer that the command it is for runs.
@@ -113,7 +119,8 @@ impl ExecOutput {
 /// A session with a guest's agent and the lock of its port.
 pub(crate) struct Session {
     port: AgentPort,
-    _lock: FileLock,
+    // Of a command's port; the first one belongs to the holder of the sandbox's lock.
+    _lock: Option<FileLock>,
 }
 
 impl Session {
@@ -222,64 +229,97 @@ impl Engine {
         Ok(sandbox)
     }
 
-    /// Opens a session of the sandbox's epoch on the first free port.
-    pub(crate) async fn attach(&self, sandbox: &Sandbox, timeout: Duration) -> Result<Session> {
+    /// Opens a session of the sandbox's epoch on the first free command port.
+    async fn attach(&self, sandbox: &Sandbox) -> Result<Session> {
+        let Some(launch) = &sandbox.launch else {
+            return Err(no_agent(sandbox));
+        };
+        let (number, lock) = self.free_port(launch, sandbox).await?;
+        let mut port = self.attach_to(sandbox, number, ATTACH_TIMEOUT).await?;
+        let memory_bytes = self.machine_of(sandbox)?.qemu.memory_bytes;
+        let limit = SILENCE_LIMIT + stead_vmm::longest_pause(memory_bytes);
+        port.link.set_silence_limit(limit);
+        let lock = Some(lock);
+        Ok(Session { port, _lock: lock })
+    }
+
+    async fn attach_to(
+        &self,
+        sandbox: &Sandbox,
+        number: u8,
+        timeout: Duration,
+    ) -> Result<AgentPort> {
         let (Some(launch), Some(epoch)) = (&sandbox.launch, &sandbox.epoch) else {
-            return Err(EngineError::new(
-                Kind::Agent,
-                format!("reach the agent of sandbox {}", sandbox.name),
-                "it was started without waiting for an agent",
-            )
-            .next("make a template with stead-agent inside, or use the console"));
+            return Err(no_agent(sandbox));
         };
         let epoch: Epoch = epoch.parse().map_err(|source| {
             EngineError::internal("read the sandbox's epoch", "").because(source)
         })?;
-        let (number, lock) = self.free_port(launch, sandbox).await?;
         let mut port = AgentPort::connect(&self.dir.run(launch), number, &sandbox.name).await?;
         port.link
             .attach(epoch, timeout)
             .await
             .map_err(|source| agent_error("reach the agent of", sandbox, source))?;
-        Ok(Session { port, _lock: lock })
+        Ok(port)
     }
 
-    /// A session for a command. An agent that has forgotten its epoch is given a new one.
+    /// A session for a command. An agent that has forgotten its epoch is given a new one; one that does not answer while an
+    /// operation on its sandbox is under way may stand still for it, and is tried again.
     async fn command_session(&self, name: &str) -> Result<(Sandbox, Session)> {
-        let sandbox = self.running(name, "exec in").await?;
-        match self.attach(&sandbox, ATTACH_TIMEOUT).await {
-            Ok(session) => Ok((sandbox, session)),
-            Err(error) if lives_another_life(&error) => {
+        let begun = Instant::now();
+        let mut greeted = false;
+        let mut sandbox = self.running(name, "exec in").await?;
+        loop {
+            let error = match self.attach(&sandbox).await {
+                Ok(session) => return Ok((sandbox, session)),
+                Err(error) => error,
+            };
+            if lives_another_life(&error) && !greeted {
+                greeted = true;
                 let (_lock, now) = self.lock_sandbox(&sandbox.id, "greet").await?;
-                let now = self.running(&now.id, "exec in").await?;
-                let session = self.attach_locked(&now, ATTACH_TIMEOUT).await?;
-                Ok((now, session))
+                drop(self.attach_locked(&now, ATTACH_TIMEOUT).await?);
+            } else if !self.may_stand_still(&sandbox, &error, begun).await? {
+                return Err(error);
             }
-            Err(error) => Err(error),
+            sandbox = self.running(&sandbox.id, "exec in").await?;
         }
     }
 
-    /// As [`Engine::attach`], for one who holds the sandbox's lock: a guest that was rebooted, or whose
+    async fn may_stand_still(
+        &self,
+        sandbox: &Sandbox,
+        error: &EngineError,
+        begun: Instant,
+    ) -> Result<bool> {
+        let memory_bytes = self.machine_of(sandbox)?.qemu.memory_bytes;
+        if !is_late(error) || begun.elapsed() > stead_vmm::longest_pause(memory_bytes) {
+            return Ok(false);
+        }
+        let jobs = self.records.jobs().await?;
+        Ok(jobs
+            .iter()
+            .any(|job| job.sandbox.as_ref() == Some(&sandbox.id)))
+    }
+
+    /// A session on the first port, for one who holds the sandbox's lock: a guest that was rebooted, or whose
     /// agent was restarted, lives a life that nobody has greeted yet. Nobody else can be greeting it.
     pub(crate) async fn attach_locked(
         &self,
         sandbox: &Sandbox,
         timeout: Duration,
     ) -> Result<Session> {
-        match (self.attach(sandbox, timeout).await, &sandbox.launch) {
+        let attached = self.attach_to(sandbox, HANDSHAKE_PORT, timeout).await;
+        let port = match (attached, &sandbox.launch) {
             (Err(error), Some(launch)) if lives_another_life(&error) => {
                 let folder = self.dir.run(launch);
                 let mut port = AgentPort::connect(&folder, HANDSHAKE_PORT, &sandbox.name).await?;
                 let epoch = port.greet(Reason::Boot, timeout).await?;
                 self.records.set_epoch(&sandbox.id, &epoch).await?;
-                let now = Sandbox {
-                    epoch: Some(epoch),
-                    ..sandbox.clone()
-                };
-                self.attach(&now, timeout).await
+                port
             }
-            (result, _) => result,
-        }
+            (attached, _) => attached?,
+        };
+        Ok(Session { port, _lock: None })
     }
 
     async fn free_port(&self, launch: &str, sandbox: &Sandbox) -> Result<(u8, FileLock)> {
@@ -409,6 +449,21 @@ fn unanswered(name: &str) -> EngineError {
         "interrupted while the guest was asked to start the command",
     )
     .left(stead_agent_link::Stage::Start.standing())
+}
+
+fn no_agent(sandbox: &Sandbox) -> EngineError {
+    EngineError::new(
+        Kind::Agent,
+        format!("reach the agent of sandbox {}", sandbox.name),
+        "it was started without waiting for an agent",
+    )
+    .next("make a template with stead-agent inside, or use the console")
+}
+
+/// Whether the agent said nothing.
+fn is_late(error: &EngineError) -> bool {
+    let source = std::error::Error::source(error).and_then(|source| source.downcast_ref());
+    matches!(source, Some(LinkError::Late { .. }))
 }
 
 /// Whether the agent answered, and knows another epoch than the recorded one, or none.

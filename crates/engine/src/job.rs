@@ -140,20 +140,28 @@ impl Job {
     }
 }
 
-/// For crash tests: `STEAD_CRASH_AT=checkpoint:publish` makes the process kill itself as that step
-/// begins, as `kill -9` would. Only in builds with the feature `crash-points`.
+/// For tests: `STEAD_CRASH_AT=checkpoint:publish` makes the process kill itself as that step begins, as `kill -9`
+/// would, and `STEAD_STOP_AT` makes it stop there until it is continued. Only in builds with the feature
+/// `crash-points`.
 #[cfg(feature = "crash-points")]
 pub(crate) fn crash_point(kind: &str, step: &str) {
-    let Ok(wanted) = std::env::var("STEAD_CRASH_AT") else {
-        return;
-    };
-    if wanted == format!("{kind}:{step}")
+    let is_here =
+        |name: &str| std::env::var(name).is_ok_and(|wanted| wanted == format!("{kind}:{step}"));
+    if is_here("STEAD_CRASH_AT")
         && let Ok(own) = ProcessId::own()
     {
         drop(own.kill());
         loop {
             std::thread::park();
         }
+    }
+    if is_here("STEAD_STOP_AT") {
+        let stopped =
+            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::STOP);
+        assert!(
+            stopped.is_ok(),
+            "an own process can be stopped: {stopped:?}"
+        );
     }
 }
 

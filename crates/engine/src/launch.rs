@@ -2,10 +2,12 @@
 //!
 //! ```text
 //!   files owned by the VM's user ▶ QEMU, vCPUs stopped ▶ [device state loaded] ▶
-//!   port connected ▶ vCPUs run ▶ epoch acknowledged = ready
+//!   port connected ▶ vCPUs run ▶ port connected anew ▶ epoch acknowledged = ready
 //! ```
-//! The port is connected *before* the vCPUs run: a guest that was captured with its end open would
-//! otherwise see the host go and come, which is how wake-ups were lost elsewhere.
+//! The port is connected *before* the vCPUs run, so that a guest that was captured with its end open finds a host at
+//! once and nothing that it writes first is held back. That connection is ended and another made when they run
+//! ([`AgentLink::handshake`]): QEMU lets go of a port that was full at the capture only when a connection ends in a running
+//! machine. The guest may see the host go and come, at any time: docs/agent-protocol.md says why no wake-up is lost by it.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -26,7 +28,7 @@ pub(crate) use stead_agent_link::Reason;
 
 /// The live RAM in a run folder or memory folder.
 pub(crate) const RAM_FILE: &str = "ram";
-/// The port that the handshake uses; the others are for commands.
+/// The port of whoever holds the sandbox's lock: handshakes, freezing, power-off. The others are for commands.
 pub(crate) const HANDSHAKE_PORT: u8 = 0;
 
 /// Where the RAM comes from.

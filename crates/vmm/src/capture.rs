@@ -37,6 +37,13 @@ const RAM_BYTES_PER_SECOND_MIN: u64 = 32 << 20;
 /// How long cancelling a migration may take.
 const CANCEL_WITHIN: Duration = Duration::from_secs(20);
 
+/// For how long at most a guest with so much memory stands still while its state is taken: whoever talks to it must be
+/// that patient.
+#[must_use]
+pub fn longest_pause(memory_bytes: u64) -> Duration {
+    STATE_WITHIN + Duration::from_secs(memory_bytes / RAM_BYTES_PER_SECOND_MIN)
+}
+
 /// A fresh overlay for a disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewOverlay {
@@ -474,9 +481,7 @@ impl RamSource {
     fn state_within(&self) -> Duration {
         match self.sharing {
             RamSharing::Shared => STATE_WITHIN,
-            RamSharing::Private => {
-                STATE_WITHIN + Duration::from_secs(self.memory_bytes / RAM_BYTES_PER_SECOND_MIN)
-            }
+            RamSharing::Private => longest_pause(self.memory_bytes),
         }
     }
 

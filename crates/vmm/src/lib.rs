@@ -41,6 +41,7 @@ mod recover;
 mod state_stream;
 mod vm;
 
+pub use capture::longest_pause;
 pub use capture::{
     CaptureRequest, Captured, CapturedDisks, NewOverlay, PhaseTimes, RamMethod, STATE_BYTES_MAX,
 };

@@ -16,7 +16,7 @@ use stead_agent_proto::frame::{Decoder, Direction, Item};
 use stead_agent_proto::message::{GuestMessage, Hello, HostMessage, Message, Seed, Setup};
 use stead_agent_proto::{Frame, Nonce};
 
-pub const LIMIT: Duration = Duration::from_secs(20);
+pub const LIMIT: Duration = Duration::from_secs(120);
 
 /// An agent that ends with the test.
 pub struct Agent {
