@@ -125,7 +125,8 @@ pub struct Worker {
     pub store: String,
     /// Variables that its commands get besides the environment.
     pub env: Vec<(String, String)>,
-    keep: bool,
+    /// Whether its folder stays when it is dropped.
+    pub keep: bool,
 }
 
 impl Worker {

@@ -1,6 +1,5 @@
 //! From a command to the engine and back to what is printed.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::CommandFactory;
@@ -265,15 +264,10 @@ fn build_request(args: TemplateBuildArgs) -> Result<BuildRequest> {
         disk_bytes: args.disk_size,
         agent: match args.agent {
             Some(path) => path,
-            None => agent_beside_this_program()?,
+            None => stead_engine::find_agent()?,
         },
         identity: None,
     })
-}
-
-/// Where the build puts the agent: beside the command, or in the static build's folder of the same tree.
-pub fn agent_beside_this_program() -> Result<PathBuf> {
-    stead_engine::find_agent()
 }
 
 fn import_request(args: TemplateImportArgs) -> ImportRequest {

@@ -159,7 +159,7 @@ impl Demo<'_> {
                         packages: Vec::new(),
                         minimal: false,
                         disk_bytes: 2 << 30,
-                        agent: crate::commands::agent_beside_this_program()?,
+                        agent: stead_engine::find_agent()?,
                         identity: Some([identity; 16]),
                     })
                     .await

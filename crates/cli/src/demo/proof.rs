@@ -100,3 +100,23 @@ fn shown(row: &Row) -> [String; 4] {
         row.detail.clone(),
     ]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn success_is_only_where_every_claim_held_and_there_was_one() {
+        let status = |claims: &[bool]| {
+            let mut proofs = Proofs::new(true);
+            proofs.step("a step", Duration::from_secs(1), String::new());
+            for held in claims {
+                proofs.held("a claim", *held, String::new());
+            }
+            proofs.print(Duration::from_secs(1))
+        };
+        assert_eq!(status(&[true, true]), 0);
+        assert_eq!(status(&[true, false]), 1);
+        assert_eq!(status(&[]), 1);
+    }
+}
