@@ -438,8 +438,9 @@ impl AgentLink {
         }
     }
 
-    /// Makes another session of the same life when the agent has lost this one, which it says before it does anything of
-    /// what was asked. Gives the error back when it is another.
+    /// Makes another session of the same life when the agent has lost this one and said so to what was asked, of which it
+    /// has done nothing then. While a ping is unanswered, it may have been said to that one: the request may have been carried
+    /// out before. Gives the error back when it is not so.
     pub(crate) async fn replace_lost_session(&mut self, error: LinkError) -> Result<(), LinkError> {
         let lost = matches!(
             error,
@@ -448,7 +449,8 @@ impl AgentLink {
                 ..
             }
         );
-        match self.epoch().filter(|_| lost) {
+        let certainly = lost && self.has_answered_pings();
+        match self.epoch().filter(|_| certainly) {
             Some(epoch) => self.attach(epoch, self.silence_limit).await.map(drop),
             None => Err(error),
         }

@@ -143,24 +143,34 @@ impl Engine {
         O: AsyncWrite + Send + Unpin + 'static,
         E: AsyncWrite + Send + Unpin + 'static,
     {
-        let (sandbox, mut session) = self.command_session(name).await?;
+        let (mut sandbox, mut session) = self.command_session(name).await?;
         let io = stead_agent_link::ExecIo {
             stdin,
             stdout,
             stderr,
         };
-        let failed = |source| agent_error("exec in", &sandbox, source);
         let request = request(command);
         let begun = Instant::now();
+        let mut again = false;
         loop {
-            match session.link().start(request.clone()).await {
+            let error = match session.link().start(request.clone()).await {
                 Ok(running) => {
-                    return running.run(io, signals).await.map(end_of).map_err(failed);
+                    let ended = running.run(io, signals).await;
+                    return ended
+                        .map(end_of)
+                        .map_err(|source| agent_error("exec in", &sandbox, source));
                 }
-                Err(error) if self.thaws_soon(&error, begun) => {
-                    tokio::time::sleep(RETRY).await;
-                }
-                Err(error) => return Err(failed(error)),
+                Err(error) => error,
+            };
+            if self.thaws_soon(&error, begun) {
+                tokio::time::sleep(RETRY).await;
+            } else if is_of_another_life(&error) && !again {
+                // Its agent was restarted before it had read the request, and says so.
+                again = true;
+                drop(session);
+                (sandbox, session) = self.command_session(name).await?;
+            } else {
+                return Err(agent_error("exec in", &sandbox, error));
             }
         }
     }
@@ -382,12 +392,16 @@ fn is_late(error: &EngineError) -> bool {
 /// Whether the agent answered, and knows another epoch than the recorded one, or none.
 fn lives_another_life(error: &EngineError) -> bool {
     let source = std::error::Error::source(error).and_then(|source| source.downcast_ref());
+    source.is_some_and(is_of_another_life)
+}
+
+fn is_of_another_life(error: &LinkError) -> bool {
     matches!(
-        source,
-        Some(LinkError::StepFailed {
+        error,
+        LinkError::StepFailed {
             phase: Phase::Epoch,
             ..
-        })
+        }
     )
 }
 
