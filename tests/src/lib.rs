@@ -24,6 +24,12 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use stead_sys::lock::{Attempt, FileLock};
+use stead_sys::process::ProcessId;
+
+/// How long a process that was killed may be seen.
+const KILL_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a command may take to the step at which it is to stop.
+const STOP_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// The template that every test may start from.
 pub const TEMPLATE: &str = "debian";
@@ -166,6 +172,7 @@ impl Worker {
         command
             .env("STEAD_TEMPLATE_CACHE", template_cache())
             .env_remove("STEAD_CRASH_AT")
+            .env_remove("STEAD_STOP_AT")
             .envs(self.env.iter().map(|(name, value)| (name, value)))
             .arg("--data-dir")
             .arg(&self.data)
@@ -216,11 +223,7 @@ impl Worker {
         let output = self.run(&with_json);
         let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(status), "{stderr}");
-        stderr
-            .lines()
-            .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-            .find(|value| value["event"] == "error")
-            .unwrap_or_else(|| panic!("no error in {stderr}"))
+        error_of(&output).unwrap_or_else(|| panic!("no error in {stderr}"))
     }
 
     /// Runs a shell script in a guest; it must succeed.
@@ -229,13 +232,20 @@ impl Worker {
     }
 
     /// Starts a command and leaves it running.
-    pub fn spawn(&self, args: &[&str]) -> Child {
-        self.command(args)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("start stead")
+    pub fn spawn(&self, args: &[&str]) -> Stead {
+        Stead::start(&mut self.command(args))
+    }
+
+    /// Starts a command and waits until it has stopped as the step `at` begins.
+    pub fn stopped_at(&self, args: &[&str], at: &str) -> Stead {
+        let mut stead = Stead::start(self.command(args).env("STEAD_STOP_AT", at));
+        let mut ended = None;
+        until(STOP_TIMEOUT, || {
+            ended = stead.try_wait().expect("look");
+            ended.is_some() || stead.is_stopped()
+        });
+        assert!(ended.is_none(), "{args:?} did not reach {at}: {ended:?}");
+        stead
     }
 
     /// Runs a command that kills itself as the step `at` begins.
@@ -317,8 +327,8 @@ impl Worker {
 
     /// The JSON of every checkpoint in the store.
     pub fn checkpoints(&self) -> Vec<Value> {
-        let all = self.json(&["checkpoint", "ls"]);
-        all.as_array().expect("a list").clone()
+        let listed = self.json(&["checkpoint", "ls"]);
+        listed.as_array().expect("a list").clone()
     }
 }
 
@@ -328,7 +338,10 @@ impl Drop for Worker {
             return;
         }
         for pid in self.qemus() {
-            kill(pid);
+            // A second panic, while a first one unwinds, would end all tests of the file.
+            if let Err(error) = end(pid) {
+                eprintln!("end QEMU {pid}: {error}");
+            }
         }
         let memory = memory_folders_of(&self.data);
         for folder in memory.iter().chain([&self.data]) {
@@ -359,11 +372,90 @@ pub fn memory_folders_of(data: &Path) -> Vec<PathBuf> {
 
 /// Kills a process and waits until it is gone.
 pub fn kill(pid: i32) {
-    if let Ok(process) = stead_sys::process::ProcessId::of(pid) {
-        process.kill().expect("kill");
-        until(Duration::from_secs(10), || {
-            !process.is_alive().expect("look")
-        });
+    end(pid).unwrap_or_else(|error| panic!("end process {pid}: {error}"));
+}
+
+fn end(pid: i32) -> std::io::Result<()> {
+    let Ok(process) = ProcessId::of(pid) else {
+        return Ok(());
+    };
+    process.kill()?;
+    let begun = Instant::now();
+    while process.is_alive()? {
+        if begun.elapsed() > KILL_TIMEOUT {
+            return Err(std::io::ErrorKind::TimedOut.into());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+/// A `stead` that a test has started. It does not outlive the test, stopped or not.
+#[derive(Debug)]
+pub struct Stead(Option<Child>);
+
+impl Stead {
+    /// Starts it with its streams piped.
+    pub fn start(command: &mut Command) -> Self {
+        let child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn();
+        Self::from(child.expect("start stead"))
+    }
+
+    /// Sends it a signal, by name.
+    pub fn send(&self, signal: &str) {
+        let sent = Command::new("/bin/kill")
+            .args([&format!("-{signal}"), &self.id().to_string()])
+            .status();
+        assert!(sent.is_ok_and(|sent| sent.success()), "kill -{signal}");
+    }
+
+    /// Collects its end.
+    pub fn output(mut self) -> Output {
+        let child = self.0.take().expect("it is taken once");
+        child.wait_with_output().expect("wait")
+    }
+
+    fn is_stopped(&self) -> bool {
+        fs::read_to_string(format!("/proc/{}/stat", self.id())).is_ok_and(|stat| {
+            stat.rsplit_once(')')
+                .is_some_and(|(_, rest)| rest.trim_start().starts_with('T'))
+        })
+    }
+}
+
+impl From<Child> for Stead {
+    /// Takes charge of one that was started.
+    fn from(child: Child) -> Self {
+        Self(Some(child))
+    }
+}
+
+impl std::ops::Deref for Stead {
+    type Target = Child;
+
+    fn deref(&self) -> &Child {
+        self.0.as_ref().expect("it is taken once")
+    }
+}
+
+impl std::ops::DerefMut for Stead {
+    fn deref_mut(&mut self) -> &mut Child {
+        self.0.as_mut().expect("it is taken once")
+    }
+}
+
+impl Drop for Stead {
+    fn drop(&mut self) {
+        let Some(child) = &mut self.0 else {
+            return;
+        };
+        if let Err(error) = child.kill().and_then(|()| child.wait().map(drop)) {
+            eprintln!("end stead {}: {error}", child.id());
+        }
     }
 }
 
@@ -441,10 +533,19 @@ pub fn flip(path: &Path, at: u64) {
     file.write_all_at(&[byte[0] ^ 1], at).expect("write");
 }
 
+/// The error that a command with `--json` told.
+pub fn error_of(output: &Output) -> Option<Value> {
+    String::from_utf8_lossy(&output.stderr)
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .find(|value| value["event"] == "error")
+}
+
 /// Feeds a child's standard input and collects its end.
-pub fn finish(mut child: Child, input: &[u8]) -> Output {
+pub fn finish(child: impl Into<Stead>, input: &[u8]) -> Output {
+    let mut child = child.into();
     let mut stdin = child.stdin.take().expect("piped");
     stdin.write_all(input).expect("feed");
     drop(stdin);
-    child.wait_with_output().expect("wait")
+    child.output()
 }

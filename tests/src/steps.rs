@@ -1,28 +1,28 @@
 //! A command of which a test waits for a certain step.
 
 use std::io::{BufRead, BufReader};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::Worker;
+use crate::{Stead, Worker};
 
 /// How long a step may be away.
-const STEP_TIMEOUT: Duration = Duration::from_secs(120);
+const STEP_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// A command that runs, with the events that it tells.
 #[derive(Debug)]
 pub struct Stepping {
-    child: Child,
+    child: Stead,
     events: Receiver<Value>,
 }
 
 impl Stepping {
     /// Starts a command of a worker with `--json`.
     pub fn start(worker: &Worker, args: &[&str]) -> Self {
-        let mut child = worker
+        let child = worker
             .command(&[])
             .arg("--json")
             .args(args)
@@ -30,6 +30,7 @@ impl Stepping {
             .stderr(Stdio::piped())
             .spawn()
             .expect("start stead");
+        let mut child = Stead::from(child);
         let lines = BufReader::new(child.stderr.take().expect("piped")).lines();
         let (tell, events) = channel();
         std::thread::spawn(move || {
@@ -65,15 +66,9 @@ impl Stepping {
 
     /// Does something while the command stands still.
     pub fn meanwhile<T>(&self, work: impl FnOnce() -> T) -> T {
-        self.signal("-STOP");
+        self.child.send("STOP");
         let done = work();
-        self.signal("-CONT");
+        self.child.send("CONT");
         done
-    }
-
-    fn signal(&self, signal: &str) {
-        let pid = self.child.id().to_string();
-        let status = Command::new("kill").args([signal, &pid]).status();
-        assert!(status.is_ok_and(|status| status.success()), "kill {signal}");
     }
 }

@@ -6,17 +6,16 @@
 
 use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader, Write};
-use std::process::Child;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use stead_tests::{TEMPLATE, Worker, golden_store, interrupt, signal, until};
+use stead_tests::{Stead, TEMPLATE, Worker, golden_store, interrupt, signal, until};
 
 /// How long a command may go on after Ctrl-C.
-const SOON: Duration = Duration::from_secs(5);
+const SOON: Duration = Duration::from_secs(20);
 
 /// Interrupts a command that was started with `--json`, once one of its lines contains `at`; gives its error.
-fn interrupted(mut command: Child, at: Option<&str>) -> Value {
+fn interrupted(mut command: Stead, at: Option<&str>) -> Value {
     let mut lines = BufReader::new(command.stderr.take().expect("piped")).lines();
     let mut said = Vec::new();
     if let Some(at) = at {

@@ -100,12 +100,13 @@ fn a_sandbox_keeps_its_disk_from_stop_to_start_and_leaves_nothing_when_removed()
         1
     );
 
-    let begun = Instant::now();
-    let stopped = worker.json(&["stop", "web"]);
+    let ended = worker.run(&["--json", "stop", "web"]);
+    let said = String::from_utf8_lossy(&ended.stderr);
     assert!(
-        begun.elapsed() < Duration::from_secs(50),
-        "the guest was not asked to shut down"
+        ended.status.success() && !said.contains("cutting its power"),
+        "the guest was not asked to shut down: {said}"
     );
+    let stopped: Value = serde_json::from_slice(&ended.stdout).expect("JSON");
     assert_eq!(
         (&stopped["state"], &stopped["pid"]),
         (&"stopped".into(), &Value::Null)
@@ -287,7 +288,7 @@ fn an_interrupted_create_is_undone(worker: &Worker) {
     let boots =
         |line: &std::io::Result<String>| line.as_ref().expect("read").contains("\"step\":\"boot\"");
     assert!(events.any(|line| boots(&line)), "it boots");
-    until(Duration::from_secs(10), || !worker.qemus().is_empty());
+    until(Duration::from_secs(60), || !worker.qemus().is_empty());
     let sent = Command::new("/bin/kill")
         .args(["-INT", &child.id().to_string()])
         .status();
@@ -296,7 +297,7 @@ fn an_interrupted_create_is_undone(worker: &Worker) {
     let said: Vec<String> = events.map(|line| line.expect("read")).collect();
     assert_eq!(child.wait().expect("wait").code(), Some(130), "{said:?}");
     assert!(
-        begun.elapsed() < Duration::from_secs(15),
+        begun.elapsed() < Duration::from_secs(60),
         "{:?}",
         begun.elapsed()
     );

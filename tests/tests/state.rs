@@ -9,16 +9,17 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
 use stead_store::{Hash, Manifest, ManifestId};
-use stead_tests::{
-    TEMPLATE, Worker, files_below, finish, flip, golden_store, kill, memory_folders_of, until,
-};
+use stead_tests::{TEMPLATE, Worker, files_below, flip, golden_store, memory_folders_of, until};
+
+/// For what must come to its end, however slow the machine is.
+const LONG: Duration = Duration::from_secs(300);
 
 /// A repository, random files, and a process whose state is in its memory only.
 const FILL: &str = r##"
@@ -629,48 +630,41 @@ fn all_disks_are_captured_at_one_instant() {
     eprintln!("{between} of 5 fell between the two writes");
     // What a guest reads that is booted from such disks alone, and that goes on from the whole state.
     worker.ok(&["fork", "instant-1", "--name", "booted"]);
-    let read = worker.ok(&["exec", "-n", "booted", "--", "python3", "-c", READ_BOTH]);
-    let both: Vec<u64> = read
-        .split(' ')
-        .map(|word| word.parse().expect("number"))
-        .collect();
-    assert!(both[0] == both[1] || both[0] == both[1] + 1, "{read}");
+    let both = read_both(&worker, "booted");
+    assert!(both[0] == both[1] || both[0] == both[1] + 1, "{both:?}");
     worker.ok(&["fork", "instant-4", "--name", "going-on"]);
+    // The writer goes on in the fork.
+    until(LONG, || read_both(&worker, "going-on")[0] > earlier);
     worker.shell(
         "going-on",
-        "sleep 0.5; pkill -f 'python3 [/]root/writer'; sleep 0.2",
+        "pkill -f 'python3 [/]root/writer'; while pgrep -f 'python3 [/]root/writer'; do sleep 0.1; done",
     );
-    let read = worker.ok(&["exec", "-n", "going-on", "--", "python3", "-c", READ_BOTH]);
-    let both: Vec<u64> = read
-        .split(' ')
-        .map(|word| word.parse().expect("number"))
-        .collect();
-    assert!(both[0] == both[1] || both[0] == both[1] + 1, "{read}");
-    assert!(
-        both[0] > earlier,
-        "the writer goes on in the fork: {read} after {earlier}"
-    );
+    let both = read_both(&worker, "going-on");
+    assert!(both[0] == both[1] || both[0] == both[1] + 1, "{both:?}");
 }
 
-/// Whether the guest's file systems take writes; a frozen one would hold the command up for ever.
+/// What a guest reads from its two disks.
+fn read_both(worker: &Worker, sandbox: &str) -> Vec<u64> {
+    let read = worker.ok(&["exec", "-n", sandbox, "--", "python3", "-c", READ_BOTH]);
+    read.split(' ')
+        .map(|word| word.parse().expect("number"))
+        .collect()
+}
+
+/// How soon a guest must be thawed; by itself it thaws 20 s after the freeze.
+const THAWED_WITHIN: Duration = Duration::from_secs(15);
+
+/// Whether the guest accepts a command now; a frozen one does not.
+fn accepts(worker: &Worker, sandbox: &str) -> bool {
+    let asked = worker.run(&["--wait", "0", "exec", "-n", sandbox, "--", "true"]);
+    asked.status.success()
+}
+
+/// The guest's file systems take writes. What has to be undone first is not part of the time.
 fn takes_writes(worker: &Worker, sandbox: &str) {
-    let begun = Instant::now();
-    worker.ok(&[
-        "exec",
-        "-n",
-        "--timeout",
-        "15",
-        sandbox,
-        "--",
-        "sh",
-        "-c",
-        "echo x >> /root/written; sync",
-    ]);
-    assert!(
-        begun.elapsed() < Duration::from_secs(15),
-        "{:?}",
-        begun.elapsed()
-    );
+    worker.ok(&["ls"]);
+    until(THAWED_WITHIN, || accepts(worker, sandbox));
+    worker.shell(sandbox, "echo x >> /root/written; sync");
 }
 
 /// Runs `act` on each new overlay as soon as it is there.
@@ -764,30 +758,22 @@ fn a_disk_only_checkpoint_boots_whole_and_file_systems_thaw_on_every_path() {
     );
     assert_eq!((met, &error["kind"]), (1, &"vm".into()), "{error}");
     takes_writes(&worker, "web");
-    // stead is killed some time after the overlay was made: before, in and after the freeze.
-    for delay_ms in [50, 300, 600] {
-        let mut child = worker.spawn(&[
+    // stead is killed before, in and after the freeze.
+    for (at, frozen) in [("capture", false), ("frozen", true), ("captured", false)] {
+        let at = format!("checkpoint:{at}");
+        let create = [
             "checkpoint",
             "create",
             "web",
             "--name",
             "killed",
             "--disk-only",
-        ]);
-        let pid = i32::try_from(child.id()).expect("a pid");
-        let kill_it = |_: &Path| {
-            thread::sleep(Duration::from_millis(delay_ms));
-            kill(pid);
-        };
-        on_new_layer(&worker, kill_it, || child.wait().expect("wait"));
+        ];
+        let mut stopped = worker.stopped_at(&create, &at);
+        assert_eq!(!accepts(&worker, "web"), frozen, "{at}");
+        stopped.kill().expect("kill");
+        stopped.wait().expect("wait");
         takes_writes(&worker, "web");
-        for killed in worker
-            .checkpoints()
-            .iter()
-            .filter(|entry| entry["name"] == "killed")
-        {
-            worker.ok(&["checkpoint", "rm", killed["id"].as_str().expect("id")]);
-        }
     }
     an_interrupted_checkpoint_is_undone(&worker);
     assert_eq!(
@@ -840,23 +826,15 @@ fn until_event(
     panic!("the command ended before");
 }
 
-fn send(child: &Child, signal: &str) {
-    let sent = Command::new("/bin/kill")
-        .args([&format!("-{signal}"), &child.id().to_string()])
-        .status();
-    assert!(sent.expect("kill").success());
-}
-
 /// As with Ctrl-C while it is published.
 fn an_interrupted_checkpoint_is_undone(worker: &Worker) {
-    let mut child = worker.spawn(&["--json", "checkpoint", "create", "web", "--name", "never"]);
-    let mut events = BufReader::new(child.stderr.take().expect("piped")).lines();
-    until_event(&mut events, |event| {
-        event["event"] == "step" && event["step"] == "read-back"
-    });
-    send(&child, "INT");
-    let said: Vec<String> = events.map(|line| line.expect("read")).collect();
-    assert_eq!(child.wait().expect("wait").code(), Some(130), "{said:?}");
+    let create = ["--json", "checkpoint", "create", "web", "--name", "never"];
+    let child = worker.stopped_at(&create, "checkpoint:read-back");
+    child.send("INT");
+    child.send("CONT");
+    let ended = child.output();
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(130), "{said}");
     takes_writes(worker, "web");
     let leases = Path::new(&worker.store).join("leases");
     assert_eq!(
@@ -867,12 +845,8 @@ fn an_interrupted_checkpoint_is_undone(worker: &Worker) {
 }
 
 fn two_commands_on_one_vm_wait_or_are_refused(worker: &Worker) {
-    let mut holder = worker.spawn(&["--json", "checkpoint", "create", "web", "--name", "held"]);
-    let mut events = BufReader::new(holder.stderr.take().expect("piped")).lines();
-    until_event(&mut events, |event| {
-        event["event"] == "step" && event["step"] == "publish"
-    });
-    send(&holder, "STOP");
+    let create = ["--json", "checkpoint", "create", "web", "--name", "held"];
+    let holder = worker.stopped_at(&create, "checkpoint:publish");
     let pid = holder.id().to_string();
     for args in [
         vec![
@@ -905,10 +879,10 @@ fn two_commands_on_one_vm_wait_or_are_refused(worker: &Worker) {
     // What only looks, or only talks to the guest, is not held up.
     assert_eq!(worker.state("web"), "running");
     takes_writes(worker, "web");
-    let waiting = worker.spawn(&[
+    let mut waiting = worker.spawn(&[
         "--json",
         "--wait",
-        "120",
+        "300",
         "checkpoint",
         "create",
         "web",
@@ -916,19 +890,17 @@ fn two_commands_on_one_vm_wait_or_are_refused(worker: &Worker) {
         "waited",
         "--disk-only",
     ]);
-    thread::sleep(Duration::from_secs(1));
-    send(&holder, "CONT");
-    for line in events {
-        line.expect("read");
-    }
-    assert!(holder.wait().expect("wait").success());
-    let waited = finish(waiting, b"");
-    let said = String::from_utf8_lossy(&waited.stderr);
-    assert!(waited.status.success(), "{said}");
-    assert!(
-        said.contains(&pid),
-        "it does not say whom it waits for: {said}"
-    );
+    // It says whom it waits for.
+    let mut events = BufReader::new(waiting.stderr.take().expect("piped")).lines();
+    until_event(&mut events, |event| {
+        event["event"] == "notice" && event.to_string().contains(&pid)
+    });
+    holder.send("CONT");
+    let held = holder.output();
+    let said = String::from_utf8_lossy(&held.stderr);
+    assert!(held.status.success(), "{said}");
+    let said: Vec<String> = events.map(|line| line.expect("read")).collect();
+    assert!(waiting.wait().expect("wait").success(), "{said:?}");
     let names: BTreeSet<String> = worker
         .checkpoints()
         .iter()

@@ -324,7 +324,7 @@ impl AgentLink {
         Ok(now >= overdue.wake_at() || self.has_answered_pings())
     }
 
-    fn has_answered_pings(&self) -> bool {
+    pub(crate) fn has_answered_pings(&self) -> bool {
         self.session
             .as_ref()
             .is_none_or(|session| session.unanswered_pings() == 0)

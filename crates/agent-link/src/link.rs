@@ -30,6 +30,8 @@ const CONNECT_PAUSE: Duration = Duration::from_millis(1);
 /// A hello without an answer is sent anew over another connection, first after this time and then after twice as long
 /// each time: an agent that was restarted has lost what was sent before, and a port may be held back.
 const FIRST_HELLO_AGAIN: Duration = Duration::from_millis(500);
+/// And never less often than this: an agent may come up late.
+const LAST_HELLO_AGAIN: Duration = Duration::from_secs(16);
 /// A setup without an answer sends the whole exchange back to its hello after this time or the hello's, whichever is
 /// longer: the agent may have been restarted, or have seen the end of an earlier connection only after the hello.
 const FIRST_SETUP_AGAIN: Duration = Duration::from_secs(5);
@@ -403,7 +405,7 @@ impl AgentLink {
             match self.exchange(hostname, patience, end).await? {
                 Some(answer) => return self.finish_greeting(answer),
                 None if Instant::now() >= end => return Err(late(self)),
-                None => patience *= 2,
+                None => patience = patience.saturating_mul(2),
             }
             self.reconnect(end).await?;
         }
@@ -416,7 +418,10 @@ impl AgentLink {
         patience: Duration,
         end: Instant,
     ) -> Result<Option<Event>, LinkError> {
-        match self.greeting_within(patience, end).await? {
+        match self
+            .greeting_within(patience.min(LAST_HELLO_AGAIN), end)
+            .await?
+        {
             Some(Event::Hail(_)) => {
                 self.put_setup(hostname)?;
                 let patience = patience.max(FIRST_SETUP_AGAIN);
@@ -438,8 +443,9 @@ impl AgentLink {
         }
     }
 
-    /// Makes another session of the same life when the agent has lost this one, which it says before it does anything of
-    /// what was asked. Gives the error back when it is another.
+    /// Makes another session of the same life when the agent has lost this one and said so to what was asked, of which it
+    /// has done nothing then. While a ping is unanswered, it may have been said to that one: the request may have been carried
+    /// out before. Gives the error back when it is not so.
     pub(crate) async fn replace_lost_session(&mut self, error: LinkError) -> Result<(), LinkError> {
         let lost = matches!(
             error,
@@ -448,7 +454,8 @@ impl AgentLink {
                 ..
             }
         );
-        match self.epoch().filter(|_| lost) {
+        let certainly = lost && self.has_answered_pings();
+        match self.epoch().filter(|_| certainly) {
             Some(epoch) => self.attach(epoch, self.silence_limit).await.map(drop),
             None => Err(error),
         }

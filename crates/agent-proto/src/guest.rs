@@ -970,7 +970,8 @@ impl Agent {
         let current = self.epoch() == Some(frame.epoch);
         let Some(session) = self.session(port, frame.nonce) else {
             self.stale_frames += 1;
-            if current {
+            // An agent that was restarted knows no session, of whatever epoch.
+            if current || self.life == (Life::Unknown { tried: None }) {
                 actions.extend(deny_session(port, frame));
             }
             return;
@@ -1258,22 +1259,12 @@ fn wire(port: u32, epoch: Epoch, nonce: Nonce, seq: u64, message: &GuestMessage)
 }
 
 /// Tells a host that asks for something in a session that has ended here, and does not know it: the end of an earlier
-/// connection was seen only after its hello. Nothing was done of what it asks, and it may ask again in another session.
-/// A ping is not denied: it may follow a command that was started before the session was lost.
+/// connection was seen only after its hello, or the agent was restarted. Nothing is done of what it asks here.
 fn deny_session(port: u32, frame: &Frame) -> Option<Action> {
-    let asks = match HostMessage::from_frame(frame) {
-        Ok(HostMessage::Exec { .. }) => true,
-        Ok(HostMessage::Request { request, .. }) => request != Request::Ping,
-        Ok(
-            HostMessage::Hello(_)
-            | HostMessage::Setup(_)
-            | HostMessage::Stdin { .. }
-            | HostMessage::StdinEnd { .. }
-            | HostMessage::Signal { .. }
-            | HostMessage::Credit { .. },
-        )
-        | Err(_) => false,
-    };
+    let asks = matches!(
+        HostMessage::from_frame(frame),
+        Ok(HostMessage::Exec { .. } | HostMessage::Request { .. })
+    );
     let reason = "the agent does not know it".to_owned();
     let message = GuestMessage::SessionBroken { reason };
     asks.then(|| {

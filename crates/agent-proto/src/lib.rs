@@ -91,8 +91,8 @@ pub enum ProtocolError {
         /// The state of the session.
         state: &'static str,
     },
-    /// The other side does not know the session: it has not done what was asked.
-    #[error("the other side has lost the session: {0}; what was asked was not done")]
+    /// The other side does not know the session, and has not done what it was asked when it said so.
+    #[error("the other side has lost the session: {0}")]
     SessionLost(String),
     /// The other side says that the session is broken.
     #[error("the other side ended the session: {0}")]

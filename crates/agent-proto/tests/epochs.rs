@@ -641,13 +641,19 @@ fn a_request_in_a_session_that_the_agent_has_lost_is_denied_and_not_left_unanswe
         matches!(found, Err(stead_agent_proto::ProtocolError::SessionLost(_))),
         "{found:?}"
     );
-    // What another life asks, and a ping that may follow a command which was started, is not answered.
+    // What another life asks is not answered; an agent that was restarted knows none and denies everybody.
     let ping = HostMessage::Request {
         id: 2,
         request: Request::Ping,
     };
-    assert_eq!(agent.on_item(0, to_guest(1, 11, 2, &ping)), []);
-    assert_eq!(agent.on_item(0, to_guest(9, 11, 1, &exec(1))), []);
+    for request in [exec(1), ping] {
+        assert_eq!(agent.on_item(0, to_guest(9, 11, 1, &request)), []);
+        let restarted = Agent::new(identity()).on_item(0, to_guest(1, 11, 1, &request));
+        assert!(
+            matches!(restarted[..], [Action::Send { .. }]),
+            "{restarted:?}"
+        );
+    }
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The agent in a real machine: from the initramfs to a command, over ports that a capture cuts.
 //!
-//! These tests boot QEMU and need a guest, so they are ignored unless asked for:
+//! These tests boot QEMU and need a guest, so they are ignored unless asked for. `make test` does not: its end-to-end tests
+//! boot the same agent inside the Debian template, and these, without one, are for work on the agent alone.
 //! ```text
 //! STEAD_TEST_KERNEL=…/vmlinuz  STEAD_TEST_MODULES=…/lib/modules/…/kernel  STEAD_TEST_BUSYBOX=…/busybox (static)
 //! STEAD_TEST_AGENT=…/x86_64-unknown-linux-gnu/agent/stead-agent (static)

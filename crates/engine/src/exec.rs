@@ -152,28 +152,37 @@ impl Engine {
             opened = self.command_session(name) => opened,
             _signal = next(&mut signals) => Err(not_begun(name)),
         };
-        let (sandbox, mut session) = opened?;
+        let (mut sandbox, mut session) = opened?;
         let io = ExecIo {
             stdin,
             stdout,
             stderr,
         };
-        let failed = |source| agent_error("exec in", &sandbox, source);
         let request = request(command);
         let begun = Instant::now();
+        let mut again = false;
         loop {
             let start = session.link().start(request.clone());
-            match until_started(start, &mut signals).await {
+            let error = match until_started(start, &mut signals).await {
                 (Some(Ok(running)), early) => {
                     let ended = run_on(running, io, early, signals).await;
-                    return ended.map(end_of).map_err(failed);
+                    return ended
+                        .map(end_of)
+                        .map_err(|source| agent_error("exec in", &sandbox, source));
                 }
-                (Some(Err(error)), None) if self.thaws_soon(&error, begun) => {
-                    tokio::time::sleep(RETRY).await;
-                }
-                (Some(Err(error)), None) => return Err(failed(error)),
+                (Some(Err(error)), None) => error,
                 (Some(Err(_rejected)), Some(_signal)) => return Err(not_begun(name)),
                 (None, _signal) => return Err(unanswered(name)),
+            };
+            if self.thaws_soon(&error, begun) {
+                tokio::time::sleep(RETRY).await;
+            } else if is_of_another_life(&error) && !again {
+                // Its agent was restarted before it had read the request, and says so.
+                again = true;
+                drop(session);
+                (sandbox, session) = self.command_session(name).await?;
+            } else {
+                return Err(agent_error("exec in", &sandbox, error));
             }
         }
     }
@@ -469,12 +478,16 @@ fn is_late(error: &EngineError) -> bool {
 /// Whether the agent answered, and knows another epoch than the recorded one, or none.
 fn lives_another_life(error: &EngineError) -> bool {
     let source = std::error::Error::source(error).and_then(|source| source.downcast_ref());
+    source.is_some_and(is_of_another_life)
+}
+
+fn is_of_another_life(error: &LinkError) -> bool {
     matches!(
-        source,
-        Some(LinkError::StepFailed {
+        error,
+        LinkError::StepFailed {
             phase: Phase::Epoch,
             ..
-        })
+        }
     )
 }
 
