@@ -284,8 +284,7 @@ impl Core {
                 removed += 1;
             }
         }
-        self.forget_index();
-        self.refresh_index()?;
+        self.reload_index()?;
         self.trim_cache();
         Ok(removed)
     }

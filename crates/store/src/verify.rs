@@ -1,6 +1,7 @@
 //! Verification: everything in the store is read and checked, and damage is put down to checkpoints.
 
 use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
 use std::thread;
 
 use bytes::Bytes;
@@ -9,6 +10,7 @@ use crate::backend::Listed;
 use crate::core::{Core, INDEXES, PACKS};
 use crate::error::{Error, Result};
 use crate::hash::Hash;
+use crate::index::{KnownPack, Location};
 use crate::manifest::{ManifestId, Role};
 use crate::pack::{
     ChunkEntry, FrameEntry, HEADER_BYTES, PACK_BYTES_MAX, PackKind, PackTable, decode_frame,
@@ -94,8 +96,7 @@ struct PackCheck {
 
 impl Core {
     pub(crate) fn verify(&self, progress: &Progress) -> Result<VerifyReport> {
-        self.forget_index();
-        self.refresh_index()?;
+        self.reload_index()?;
         let mut report = VerifyReport::default();
         let tables = self.verify_indexes(&mut report)?;
         let packs = self.io.list(PACKS)?;
@@ -410,19 +411,21 @@ impl ManifestWalk<'_> {
         losses.add(|| place.lost("chunk", hash, &reason));
     }
 
-    /// The length of a chunk or node that can be read from where the index says.
+    /// The length of a chunk or node that can be read from one of the packs that have it.
     fn is_good(&self, hash: &Hash) -> Result<u32, String> {
-        let (pack, location) = self
-            .core
-            .find(hash)
-            .ok_or("no index names a pack with it")?;
-        if self.good.contains(&(pack.name, location.frame)) {
-            return Ok(location.bytes);
+        let index = self.core.read_index();
+        let mut homes = index.homes(hash);
+        let (pack, first) = homes.next().ok_or("no index names a pack with it")?;
+        let is_good =
+            |(pack, at): &(&Arc<KnownPack>, Location)| self.good.contains(&(pack.name, at.frame));
+        let mut all = std::iter::once((pack, first)).chain(homes);
+        match all.find(is_good) {
+            Some((_, location)) => Ok(location.bytes),
+            None => Err(format!(
+                "frame {} of pack {} is damaged or missing",
+                first.frame, pack.name
+            )),
         }
-        Err(format!(
-            "frame {} of pack {} is damaged or missing",
-            location.frame, pack.name
-        ))
     }
 }
 
