@@ -406,27 +406,15 @@ impl Core {
     ) -> Result<()> {
         let object = pack_path(name);
         let damaged = |found: String| Error::damaged(&object, found);
-        let mut chunks = table.chunks.as_slice();
-        let mut offset = HEADER_BYTES as u64;
-        for frame in &table.frames {
-            let (here, rest) = chunks.split_at(frame.chunk_count.get() as usize);
-            chunks = rest;
-            let start = offset;
-            offset += u64::from(frame.stored_bytes.get());
-            let is_home = |hash: &[u8; 32]| homes.of.get(&Hash::from_bytes(*hash)) == Some(name);
-            if !here.iter().any(|chunk| is_home(&chunk.hash)) {
+        for frame in table.placed_frames() {
+            let is_home = |hash: &Hash| homes.of.get(hash) == Some(name);
+            let mut names = frame.chunks.iter().map(|c| Hash::from_bytes(c.hash));
+            if !names.any(|hash| is_home(&hash)) {
                 continue;
             }
-            let stored = self.io.get_range(&object, start..offset)?;
-            let raw = decode_frame(frame, stored).map_err(damaged)?;
-            let mut at = 0;
-            for chunk in here {
-                let bytes = &raw[at..at + chunk.bytes.get() as usize];
-                at += bytes.len();
-                if !is_home(&chunk.hash) {
-                    continue;
-                }
-                let hash = Hash::from_bytes(chunk.hash);
+            let stored = self.io.get_range(&object, frame.range.clone())?;
+            let raw = decode_frame(frame.entry, stored).map_err(damaged)?;
+            for (hash, bytes) in frame.pieces(&raw).filter(|(hash, _)| is_home(hash)) {
                 if table.kind.hash(bytes) != hash {
                     return Err(damaged(format!("other bytes than chunk {hash}")));
                 }

@@ -12,10 +12,7 @@ use crate::error::{Error, Result};
 use crate::hash::Hash;
 use crate::index::{KnownPack, Location};
 use crate::manifest::{ManifestId, Role};
-use crate::pack::{
-    ChunkEntry, FrameEntry, HEADER_BYTES, PACK_BYTES_MAX, PackKind, PackTable, decode_frame,
-    decode_whole,
-};
+use crate::pack::{PACK_BYTES_MAX, PackKind, PackTable, PlacedFrame, decode_frame, decode_whole};
 use crate::pool::Ordered;
 use crate::progress::Progress;
 use crate::tree::{ChunkSize, FAN_OUT, Node, TreeRef, child_node, child_span, describe_range};
@@ -232,38 +229,33 @@ fn check_pack(bytes: &Bytes, name: Hash, indexed: Option<&PackTable>, check: &mu
     let Some(table) = indexed.or(own.as_ref().ok()) else {
         return;
     };
-    let mut chunks = table.chunks.as_slice();
-    let mut start = HEADER_BYTES;
-    for (number, frame) in (0..).zip(&table.frames) {
-        let (here, rest) = chunks.split_at(frame.chunk_count.get() as usize);
-        chunks = rest;
-        let end = start + frame.stored_bytes.get() as usize;
+    for frame in table.placed_frames() {
+        let (start, end) = (frame.range.start as usize, frame.range.end as usize);
         let stored = if end <= bytes.len() {
             bytes.slice(start..end)
         } else {
             Bytes::new()
         };
-        start = end;
-        match check_frame(table.kind, frame, here, stored) {
+        let number = frame.number;
+        match check_frame(table.kind, &frame, stored) {
             Ok(()) => check.good.push(number),
             Err(found) => check.damage.push(format!("frame {number}: {found}")),
         }
-        check.chunks += here.len() as u64;
+        check.chunks += frame.chunks.len() as u64;
     }
 }
 
-fn check_frame(
+/// Whether a frame and each chunk in it is what the table says.
+///
+/// # Errors
+/// Says what is not.
+pub(crate) fn check_frame(
     kind: PackKind,
-    frame: &FrameEntry,
-    chunks: &[ChunkEntry],
+    frame: &PlacedFrame<'_>,
     stored: Bytes,
 ) -> Result<(), String> {
-    let raw = decode_frame(frame, stored)?;
-    let mut at = 0;
-    for chunk in chunks {
-        let bytes = &raw[at..at + chunk.bytes.get() as usize];
-        at += bytes.len();
-        let expected = Hash::from_bytes(chunk.hash);
+    let raw = decode_frame(frame.entry, stored)?;
+    for (expected, bytes) in frame.pieces(&raw) {
         let found = kind.hash(bytes);
         if found != expected {
             return Err(format!("holds {found} where its table says {expected}"));
