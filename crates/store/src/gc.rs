@@ -2,15 +2,17 @@
 //!
 //! # The rule
 //! A pack is deleted only if it was on a *condemned* list before the leases were looked at, no lease
-//! was there, and no manifest read after that needs it.
+//! was there, and no manifest read after that needs it. What other packs hold too is not needed, if those
+//! are there in their full length and it was read from them and hashed.
 //!
 //! ```text
 //!  publish                                   gc (one at a time: `gc-lock`)
 //!  P1  write the lease                       G1  mark: manifests, index, packs
 //!  P2  read the condemned lists              G2  write the condemned list
 //!  P3  read the index, list the packs        G3  list the leases; if there is one: stop here
-//!  P4  write packs; reuse only what is       G4  mark again; what became live is spared
-//!      in packs of P3 that P2 did not list   G5  write the index without the dead packs,
+//!  P4  write packs; reuse only what is       G4  mark again; what became live is spared, and so
+//!      in whole packs of P3 that P2 did          is what cannot be read where it is kept besides
+//!      not list                              G5  write the index without the dead packs,
 //!  P5  write the index object                    delete the old index objects
 //!  P6  lease still there?                    G6  delete the dead packs
 //!  P7  write the manifest                    G7  delete the condemned lists
@@ -40,6 +42,8 @@
 //! Readers take no lease: a fetch that meets a pack which was just rewritten looks into the index
 //! again. Packs of which less than half is in use are rewritten between G1 and G2, if there is no lease;
 //! the old packs are then condemned like any other.
+
+mod proof;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -84,6 +88,9 @@ pub struct GcReport {
     pub rewritten_packs: u64,
     /// Bytes deleted.
     pub deleted_bytes: u64,
+    /// Dead packs that were not deleted because what they hold cannot be read in the pack that was to keep
+    /// it. `verify` names what is damaged.
+    pub spared_packs: u64,
     /// Temporary files of dead publishes that were removed (folders only).
     pub temporary_files: u64,
     /// Publishes because of which nothing was deleted.
@@ -208,14 +215,14 @@ impl Core {
             dead.extend(rewritten);
         }
         report.add_dead(&view, &dead);
-        let tidy = view.index_objects.len() <= INDEX_OBJECTS_MAX;
+        let tidy = view.index_objects.len() <= INDEX_OBJECTS_MAX && !view.names_lost_packs();
         if dead.is_empty() && old_lists.is_empty() && leftovers.is_empty() && tidy {
             return Ok(report);
         }
         let list = self.condemn(&dead)?;
         report.waiting_for = self.leases()?;
         if report.waiting_for.is_empty() {
-            report.deleted_bytes = self.sweep(&dead)?;
+            self.sweep(&dead, &mut report)?;
             for object in old_lists.iter().map(|list| &list.path).chain(&list) {
                 self.io.delete(object)?;
             }
@@ -238,20 +245,22 @@ impl Core {
         Ok(Some(object))
     }
 
-    /// Deletes what is still dead after a second look; gives the bytes.
-    fn sweep(&self, condemned: &BTreeSet<Hash>) -> Result<u64> {
+    /// Deletes what is still dead after a second look.
+    fn sweep(&self, condemned: &BTreeSet<Hash>, report: &mut GcReport) -> Result<()> {
         let view = self.view()?;
         let avoid = condemned.iter().copied().collect();
         let homes = view.homes(&avoid)?;
         let needed = |name: &Hash| homes.live_bytes.contains_key(name);
-        let dead: BTreeSet<Hash> = condemned.iter().copied().filter(|n| !needed(n)).collect();
+        let mut dead: BTreeSet<Hash> = condemned.iter().copied().filter(|n| !needed(n)).collect();
+        let spared = self.irreplaceable(&view, &homes, &dead)?;
+        dead.retain(|name| !spared.contains(name));
+        report.spared_packs = spared.len() as u64;
         self.replace_index(&view, &dead)?;
-        let mut deleted = 0;
         for name in &dead {
             self.io.delete(&pack_path(name))?;
-            deleted += view.packs.get(name).copied().unwrap_or(0);
+            report.deleted_bytes += view.packs.get(name).copied().unwrap_or(0);
         }
-        Ok(deleted)
+        Ok(())
     }
 
     /// Writes the index without `dead` packs and without packs that are gone.
@@ -553,13 +562,20 @@ impl Core {
 }
 
 impl View {
-    /// Gives each chunk in use one home; packs to `avoid` only where there is no other.
+    /// Whether the index names packs that are not there.
+    fn names_lost_packs(&self) -> bool {
+        self.tables
+            .keys()
+            .any(|name| !self.packs.contains_key(name))
+    }
+
+    /// Gives each chunk in use one home, a pack that is there in its full length; packs to `avoid` only
+    /// where there is no other.
     fn homes(&self, avoid: &HashSet<Hash>) -> Result<Homes> {
-        let there = self
-            .tables
-            .iter()
-            .filter(|(n, _)| self.packs.contains_key(*n));
-        let mut order: Vec<_> = there.collect();
+        let is_whole =
+            |name: &Hash, table: &PackTable| self.packs.get(name) == Some(&table.pack_bytes());
+        let whole = self.tables.iter().filter(|(n, t)| is_whole(n, t));
+        let mut order: Vec<_> = whole.collect();
         let rank = |name: &Hash, table: &PackTable| {
             (avoid.contains(name), std::cmp::Reverse(table.raw_bytes()))
         };
@@ -581,7 +597,7 @@ impl View {
             None => Ok(homes),
             Some(lost) => Err(Error::GcBlocked {
                 reasons: vec![format!(
-                    "{lost} is needed and in no pack that is there ({} such)",
+                    "{lost} is needed and in no pack that is there in its full length ({} such)",
                     self.live.len() - homes.of.len()
                 )],
             }),

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use object_store::{ObjectStore, ObjectStoreExt};
-use stead_store::{Progress, TreeRef, Tuning};
+use stead_store::{Error, Progress, TreeRef, Tuning};
 
 use crate::fixture::*;
 
@@ -146,6 +146,22 @@ async fn what_was_stored_again_is_not_stored_a_third_time() {
     .await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn gc_keeps_the_whole_copy_of_what_was_stored_again() {
+    each_healed(async |healed, what| {
+        let store = reopen(&healed.objects).await.unwrap();
+        let report = store.gc(owner(), false).await.unwrap();
+        assert_eq!(report.waiting_for, [], "{what}");
+        assert_whole(&healed.objects, &healed.tree, &what).await;
+        let store = reopen(&healed.objects).await.unwrap();
+        let report = store.verify(&Progress::silent()).await.unwrap();
+        assert!(report.is_clean(), "{what}: {report:?}");
+        let idle = store.gc(owner(), false).await.unwrap();
+        assert_eq!((idle.dead_packs, idle.rewritten_packs), (0, 0), "{what}");
+    })
+    .await;
+}
+
 /// The same content in two packs of each kind: two publishes that did not see each other.
 async fn twice(tuning: Tuning, content: Vec<u8>) -> (Arc<dyn ObjectStore>, TreeRef) {
     let (objects, _) = memory().await;
@@ -211,4 +227,46 @@ async fn what_no_copy_has_is_named_together_with_what_needs_it() {
         assert!(text.contains("needed by bytes"), "{text}");
         assert!(copies.iter().any(|copy| text.contains(copy)), "{text}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn gc_deletes_no_copy_before_the_one_it_keeps_was_read() {
+    let (sound, tree) = twice(SMALL, content()).await;
+    let packs = paths(&sound, "packs/").await;
+    for kind in KINDS {
+        let mut spared = 0;
+        for copy in of_kind(&sound, &packs, kind).await {
+            let objects = copy_of(&sound).await;
+            flip(&objects, &copy, 70).await;
+            let store = reopen(&objects).await.unwrap();
+            let report = store.gc(owner(), false).await.unwrap();
+            assert_eq!(report.dead_packs, 2, "one of each kind is enough");
+            spared += report.spared_packs;
+            assert_whole(&objects, &tree, &copy).await;
+        }
+        assert_eq!(spared, 1, "gc meant to keep one of the two");
+    }
+    let store = reopen(&sound).await.unwrap();
+    let report = store.gc(owner(), false).await.unwrap();
+    assert_eq!((report.dead_packs, report.spared_packs), (2, 0));
+    assert_eq!(paths(&sound, "packs/").await.len(), 2);
+    assert_whole(&sound, &tree, "sound copies").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn gc_stops_where_only_a_cut_pack_has_what_is_needed() {
+    let (objects, store) = memory().await;
+    publish(&store, "base", content()).await.unwrap();
+    let packs = paths(&objects, "packs/").await;
+    let pack = of_kind(&objects, &packs, 1).await.remove(0);
+    let mut bytes = read_object(&objects, &pack).await;
+    bytes.truncate(bytes.len() - 1);
+    write_object(&objects, &pack, bytes).await;
+    let before = crate::fixture::objects(&objects).await;
+    let refused = reopen(&objects).await.unwrap().gc(owner(), false).await;
+    assert!(
+        matches!(refused, Err(Error::GcBlocked { .. })),
+        "{refused:?}"
+    );
+    assert_eq!(crate::fixture::objects(&objects).await, before);
 }
