@@ -415,12 +415,18 @@ impl Nodes for Core {
     }
 }
 
+/// The name of a listed pack; none if readers would not find it under that name where it lies.
+pub(crate) fn pack_name(object: &Listed) -> Option<Hash> {
+    let name = object.name.parse().ok()?;
+    (object.path == pack_path(&name)).then_some(name)
+}
+
 /// The packs that are in the store: name and size in bytes.
 pub(crate) fn list_packs(io: &Io) -> Result<BTreeMap<Hash, u64>> {
     let listed = io.list(PACKS)?;
     let packs = listed
         .iter()
-        .filter_map(|object| Some((object.name.parse().ok()?, object.bytes)));
+        .filter_map(|object| Some((pack_name(object)?, object.bytes)));
     Ok(packs
         .filter(|(_, bytes)| *bytes <= LENGTH_BYTES_MAX)
         .collect())

@@ -7,7 +7,7 @@ use std::thread;
 use bytes::Bytes;
 
 use crate::backend::Listed;
-use crate::core::{Core, INDEXES, PACKS};
+use crate::core::{Core, INDEXES, PACKS, pack_name, pack_path};
 use crate::error::{Error, Result};
 use crate::hash::Hash;
 use crate::index::{KnownPack, Location};
@@ -166,10 +166,9 @@ impl Core {
             chunks: 0,
             damage: Vec::new(),
         };
-        let Ok(name) = object.name.parse::<Hash>() else {
-            check
-                .damage
-                .push("its name is not the name of a pack".to_owned());
+        let Some(name) = pack_name(object) else {
+            let found = "its name and place are not those of a pack; no reader looks here";
+            check.damage.push(found.to_owned());
             return Ok(check);
         };
         let bytes = match self.io.get(&object.path, PACK_BYTES_MAX) {
@@ -199,7 +198,7 @@ fn note_pack(
     for found in check.damage {
         report.damage(&check.object.path, found);
     }
-    let Ok(name) = check.object.name.parse() else {
+    let Some(name) = pack_name(&check.object) else {
         return;
     };
     if !tables.contains_key(&name) {
@@ -268,12 +267,9 @@ pub(crate) fn check_frame(
 }
 
 fn missing_packs(packs: &[Listed], tables: &BTreeMap<Hash, PackTable>, report: &mut VerifyReport) {
-    let there: HashSet<&str> = packs.iter().map(|pack| pack.name.as_str()).collect();
-    for name in tables.keys() {
-        let text = name.to_string();
-        if !there.contains(text.as_str()) {
-            report.damage(&crate::core::pack_path(name), "the pack is missing");
-        }
+    let there: HashSet<Hash> = packs.iter().filter_map(pack_name).collect();
+    for name in tables.keys().filter(|name| !there.contains(name)) {
+        report.damage(&pack_path(name), "the pack is missing");
     }
 }
 
