@@ -12,6 +12,7 @@ use zerocopy::IntoBytes;
 use crate::backend::{Backend, Io, Listed};
 use crate::error::{Error, Result};
 use crate::hash::Hash;
+use crate::homes::{Loss, Tried};
 use crate::index::{self, Index, IndexedPack, KnownPack, Location};
 use crate::pack::{self, PackKind};
 use crate::pool::default_threads;
@@ -20,7 +21,7 @@ use crate::tree::{LENGTH_BYTES_MAX, Node, Nodes};
 /// Uncompressed frames kept for the next reader, which is mostly a walk through the same nodes.
 const FRAMES_KEPT: usize = 16;
 /// How often an operation starts again when garbage collection moves objects under it.
-const MOVED_TRIES: usize = 5;
+pub(crate) const MOVED_TRIES: usize = 5;
 
 pub(crate) const INDEXES: &str = "indexes";
 pub(crate) const PACKS: &str = "packs";
@@ -165,47 +166,55 @@ impl Core {
         }
     }
 
-    /// Reads the index objects that are new; drops what vanished ones said.
+    /// Reads the index objects that are new. Where one has vanished, all are read again, so that nothing
+    /// stays known that only that one said.
     pub(crate) fn refresh_index(&self) -> Result<()> {
         for _ in 0..MOVED_TRIES {
             let listed = self.io.list(INDEXES)?;
             let names: BTreeSet<String> = listed.iter().map(|o| o.name.clone()).collect();
-            let vanished = {
-                let index = self.read_index();
-                !index.objects.is_subset(&names) || !index.damaged.is_empty()
-            };
-            if vanished {
-                *self.write_index() = Index::default();
+            if !self.read_index().objects.is_subset(&names) {
+                return self.reload_index();
             }
-            if self.load_indexes(&listed)? {
+            if self.load_new(&listed)? {
                 return Ok(());
             }
         }
         Err(self.keeps_moving(INDEXES))
     }
 
+    /// Forgets the index and reads every index object again. Whoever asks meanwhile waits: half an index
+    /// would not name what is there.
+    pub(crate) fn reload_index(&self) -> Result<()> {
+        let mut index = self.write_index();
+        for _ in 0..MOVED_TRIES {
+            *index = Index::default();
+            if self.load_all(&mut index)? {
+                return Ok(());
+            }
+        }
+        Err(self.keeps_moving(INDEXES))
+    }
+
+    /// Loads every index object; `false` when one of them has vanished meanwhile.
+    fn load_all(&self, index: &mut Index) -> Result<bool> {
+        for object in self.io.list(INDEXES)? {
+            if !take_in(index, &object, self.load_index_object(&object))? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Loads what is not loaded; `false` when one of them has vanished meanwhile.
-    fn load_indexes(&self, listed: &[Listed]) -> Result<bool> {
+    fn load_new(&self, listed: &[Listed]) -> Result<bool> {
+        self.write_index().damaged.clear();
         for object in listed {
             if self.read_index().objects.contains(&object.name) {
                 continue;
             }
-            match self.load_index_object(object) {
-                Ok(packs) => {
-                    let mut index = self.write_index();
-                    packs.iter().for_each(|pack| index.add(pack));
-                    index.objects.insert(object.name.clone());
-                }
-                Err(Error::ObjectMissing { .. }) => return Ok(false),
-                Err(Error::Damaged {
-                    object: path,
-                    found,
-                    ..
-                }) => {
-                    warn!(object = path, found, "damaged index object");
-                    self.write_index().damaged.insert(path, found);
-                }
-                Err(error) => return Err(error),
+            let loaded = self.load_index_object(object);
+            if !take_in(&mut self.write_index(), object, loaded)? {
+                return Ok(false);
             }
         }
         Ok(true)
@@ -294,12 +303,6 @@ impl Core {
         }
     }
 
-    pub(crate) fn find(&self, hash: &Hash) -> Option<(Arc<KnownPack>, Location)> {
-        let index = self.read_index();
-        let (pack, location) = index.find(hash)?;
-        Some((Arc::clone(pack), location))
-    }
-
     pub(crate) fn unknown(&self, what: &'static str, hash: &Hash) -> Error {
         Error::Unknown {
             what,
@@ -307,19 +310,6 @@ impl Core {
             damaged_indexes: self.read_index().damaged.keys().cloned().collect(),
             affects: None,
         }
-    }
-
-    /// Where a chunk or node is; looks for new index objects if it is unknown.
-    pub(crate) fn locate(
-        &self,
-        what: &'static str,
-        hash: &Hash,
-    ) -> Result<(Arc<KnownPack>, Location)> {
-        if let Some(found) = self.find(hash) {
-            return Ok(found);
-        }
-        self.refresh_index()?;
-        self.find(hash).ok_or_else(|| self.unknown(what, hash))
     }
 
     /// One frame, checked against its checksum and decompressed; its chunks are not checked yet.
@@ -352,30 +342,36 @@ impl Core {
         Ok(raw)
     }
 
-    fn node_bytes(&self, hash: &Hash) -> Result<(Arc<KnownPack>, Location, Bytes)> {
-        for _ in 0..MOVED_TRIES {
-            let (pack, location) = self.locate("node", hash)?;
-            match self.kept_frame(&pack, location.frame) {
-                Ok(raw) => return Ok((pack, location, raw)),
-                // Garbage collection may have moved it: the index tells.
-                Err(error @ Error::ObjectMissing { .. }) => {
-                    self.forget_index();
-                    self.refresh_index()?;
-                    match self.find(hash) {
-                        Some((now, _)) if now.name != pack.name => {}
-                        Some(_) | None => return Err(error),
-                    }
-                }
-                Err(error) => return Err(error),
-            }
+    /// The node in one of its places.
+    fn node_at(&self, pack: &KnownPack, location: Location, hash: &Hash) -> Result<Node> {
+        let raw = self.kept_frame(pack, location.frame)?;
+        let wrong = |found: &str| {
+            let found = format!("{found} ({hash})");
+            Error::damaged(pack_path(&pack.name), found)
+        };
+        if pack.kind != PackKind::Nodes {
+            return Err(wrong("a pack of chunks where a node should be"));
         }
-        Err(self.keeps_moving("nodes"))
+        let bytes = checked_chunk(pack, location, &raw, hash)?;
+        Node::decode(&bytes).map_err(wrong)
     }
+}
 
-    /// Makes the next refresh read every index object again.
-    pub(crate) fn forget_index(&self) {
-        *self.write_index() = Index::default();
+/// Adds what an index object says; `false` when it has vanished since it was listed.
+fn take_in(index: &mut Index, object: &Listed, loaded: Result<Vec<IndexedPack>>) -> Result<bool> {
+    match loaded {
+        Ok(packs) => {
+            packs.iter().for_each(|pack| index.add(pack));
+            index.objects.insert(object.name.clone());
+        }
+        Err(Error::ObjectMissing { .. }) => return Ok(false),
+        Err(Error::Damaged { object, found, .. }) => {
+            warn!(object, found, "damaged index object");
+            index.damaged.insert(object, found);
+        }
+        Err(error) => return Err(error),
     }
+    Ok(true)
 }
 
 /// The bytes of one chunk within its uncompressed frame, proven to be what its name says.
@@ -400,17 +396,29 @@ pub(crate) fn checked_chunk(
 
 impl Nodes for Core {
     fn node(&self, hash: &Hash) -> Result<Arc<Node>> {
-        let (pack, location, raw) = self.node_bytes(hash)?;
-        let wrong = |found: &str| {
-            let found = format!("{found} ({hash})");
-            Error::damaged(pack_path(&pack.name), found)
-        };
-        if pack.kind != PackKind::Nodes {
-            return Err(wrong("a pack of chunks where a node should be"));
+        let mut tried = Tried::default();
+        for _ in 0..MOVED_TRIES {
+            while let Some((pack, location)) = self.find(hash, &tried) {
+                let error = match self.node_at(&pack, location, hash) {
+                    Ok(node) => return Ok(Arc::new(node)),
+                    Err(error) => error,
+                };
+                let loss = Loss::of(&pack, location.frame, error)?;
+                self.suspect(&loss);
+                tried.add(loss);
+            }
+            if self.look_again(hash, &tried)?.is_none() {
+                return Err(tried.error().unwrap_or_else(|| self.unknown("node", hash)));
+            }
         }
-        let bytes = checked_chunk(&pack, location, &raw, hash)?;
-        Node::decode(&bytes).map(Arc::new).map_err(wrong)
+        Err(self.keeps_moving("nodes"))
     }
+}
+
+/// The name of a listed pack; none if readers would not find it under that name where it lies.
+pub(crate) fn pack_name(object: &Listed) -> Option<Hash> {
+    let name = object.name.parse().ok()?;
+    (object.path == pack_path(&name)).then_some(name)
 }
 
 /// The packs that are in the store: name and size in bytes.
@@ -418,7 +426,7 @@ pub(crate) fn list_packs(io: &Io) -> Result<BTreeMap<Hash, u64>> {
     let listed = io.list(PACKS)?;
     let packs = listed
         .iter()
-        .filter_map(|object| Some((object.name.parse().ok()?, object.bytes)));
+        .filter_map(|object| Some((pack_name(object)?, object.bytes)));
     Ok(packs
         .filter(|(_, bytes)| *bytes <= LENGTH_BYTES_MAX)
         .collect())

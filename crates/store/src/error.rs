@@ -239,6 +239,20 @@ impl Error {
         self
     }
 
+    /// What was found in the place of an object: something damaged, or nothing.
+    ///
+    /// # Errors
+    /// The error itself where it is of another kind.
+    pub(crate) fn into_loss(self) -> Result<Option<String>> {
+        if let Self::Damaged { found, .. } = self {
+            Ok(Some(found))
+        } else if let Self::ObjectMissing { .. } = self {
+            Ok(None)
+        } else {
+            Err(self)
+        }
+    }
+
     /// An object that is not what it must be.
     pub(crate) fn damaged(object: impl Into<String>, found: impl Into<String>) -> Self {
         Self::Damaged {

@@ -2,7 +2,8 @@
 //!
 //! A tree is fetched in windows of chunks. Chunks that a local file has are read from there; the
 //! others are grouped by pack and frame, so that each frame is read and decompressed once a window.
-//! Wherever a chunk comes from, it is hashed before it is used.
+//! What a pack does not give is looked for in the next one that has it ([`crate::homes`]). Wherever a
+//! chunk comes from, it is hashed before it is used.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -16,10 +17,11 @@ use bytes::Bytes;
 use stead_sys::copy::is_zero;
 use tracing::warn;
 
-use crate::core::{Core, checked_chunk, pack_path};
+use crate::core::{Core, MOVED_TRIES, checked_chunk, pack_path};
 use crate::error::{Error, Result};
 use crate::hash::Hash;
 use crate::hashing::{Batches, HashedBatch, LocalIndex, for_each_batch};
+use crate::homes::{Loss, Tried};
 use crate::index::{KnownPack, Location};
 use crate::manifest::ManifestId;
 use crate::pack::decode_frame;
@@ -37,8 +39,6 @@ const LOCAL_JOB_CHUNKS: usize = 64;
 const READ_BYTES: u64 = 4 << 20;
 /// Zero pages of this size are left as holes in what is fetched.
 const PAGE_BYTES: usize = 4096;
-/// How often chunks are looked for again when garbage collection has moved them.
-const MOVED_TRIES: usize = 5;
 
 /// A local file that may have some of the chunks.
 #[derive(Clone)]
@@ -106,18 +106,30 @@ impl Read {
             _ => 0..0,
         }
     }
+}
 
-    fn into_wanted(self) -> Vec<Wanted> {
-        let pieces = self.frames.into_iter().flat_map(|(_, pieces)| pieces);
-        pieces.map(|piece| piece.wanted).collect()
-    }
+/// What reading frames gave.
+#[derive(Debug, Default)]
+struct Outcome {
+    delivered_bytes: u64,
+    stored_bytes: u64,
+    /// What must be read elsewhere.
+    lost: Vec<(Wanted, Loss)>,
+}
 
-    fn needed_by(&self, tree: &TreeRef) -> String {
-        let pieces = self.frames.iter().flat_map(|(_, pieces)| pieces);
-        let first = pieces.flat_map(|piece| piece.wanted.indexes.iter()).min();
-        describe_range(tree, first.copied().unwrap_or(0), 1)
+impl Outcome {
+    fn add(&mut self, other: Self) {
+        self.delivered_bytes += other.delivered_bytes;
+        self.stored_bytes += other.stored_bytes;
+        self.lost.extend(other.lost);
     }
 }
+
+/// What is wanted of each frame, by pack and number.
+type Frames = BTreeMap<(Hash, u32), (Arc<KnownPack>, Vec<Piece>)>;
+
+/// Where each chunk was looked for in vain.
+type Searched = HashMap<Hash, Tried>;
 
 /// One tree being read.
 struct TreeReader<'a> {
@@ -263,68 +275,79 @@ impl TreeReader<'_> {
         Ok((bytes.len() * wanted.indexes.len()) as u64)
     }
 
+    /// Reads chunks from the store; what one pack does not give is looked for in the next that has it.
     fn read_store(&mut self, mut wanted: Vec<Wanted>) -> Result<()> {
-        for attempt in 1.. {
-            let reads = self.plan(wanted)?;
-            let (moved, error) = self.read_all(reads)?;
-            let Some(error) = error else { break };
-            if attempt == MOVED_TRIES {
-                return Err(error);
+        let mut searched = Searched::new();
+        for _ in 0..MOVED_TRIES {
+            while !wanted.is_empty() {
+                let (found, nowhere) = self.plan(wanted, &searched)?;
+                if found.is_empty() {
+                    wanted = nowhere;
+                    break;
+                }
+                wanted = self.read_all(found, &mut searched)?;
+                wanted.extend(nowhere);
             }
-            let before = self.pack_of(&moved);
-            self.core.forget_index();
-            self.core.refresh_index()?;
-            // Where the index still names the missing pack, looking again is of no use.
-            if before.is_some() && before == self.pack_of(&moved) {
-                return Err(error);
+            if wanted.is_empty() {
+                return Ok(());
             }
-            wanted = moved;
+            self.look_again(&wanted, &searched)?;
+        }
+        Err(self.core.keeps_moving("packs"))
+    }
+
+    /// Reads the index again for chunks that no pack gave; fails if it names no other pack for one of them.
+    fn look_again(&self, wanted: &[Wanted], searched: &Searched) -> Result<()> {
+        self.core.reload_index()?;
+        for wanted in wanted {
+            let Some(tried) = searched.get(&wanted.hash) else {
+                continue;
+            };
+            if self.core.find(&wanted.hash, tried).is_none()
+                && let Some(error) = tried.error()
+            {
+                return Err(error.needed_by(|| self.needs(wanted)));
+            }
         }
         Ok(())
     }
 
-    fn pack_of(&self, wanted: &[Wanted]) -> Option<Hash> {
-        let (pack, _) = self.core.find(&wanted.first()?.hash)?;
-        Some(pack.name)
+    /// The first range of the tree that needs a chunk, for errors.
+    fn needs(&self, wanted: &Wanted) -> String {
+        describe_range(&self.tree, wanted.indexes[0], 1)
     }
 
-    /// Where everything is, in the order of packs and frames.
-    fn plan(&self, wanted: Vec<Wanted>) -> Result<Vec<Read>> {
-        let mut frames: BTreeMap<(Hash, u32), (Arc<KnownPack>, Vec<Piece>)> = BTreeMap::new();
+    /// Where everything is, in the order of packs and frames, and what is nowhere but where it was looked
+    /// for already.
+    fn plan(&self, wanted: Vec<Wanted>, searched: &Searched) -> Result<(Vec<Read>, Vec<Wanted>)> {
+        let mut frames = Frames::new();
+        let mut nowhere = Vec::new();
         for wanted in wanted {
-            let range = || describe_range(&self.tree, wanted.indexes[0], 1);
-            let found = self.core.locate("chunk", &wanted.hash);
-            let (pack, location) = found.map_err(|error| error.needed_by(range))?;
+            let found = match searched.get(&wanted.hash) {
+                Some(tried) => self.core.find(&wanted.hash, tried),
+                None => {
+                    let found = self.core.locate("chunk", &wanted.hash);
+                    Some(found.map_err(|error| error.needed_by(|| self.needs(&wanted)))?)
+                }
+            };
+            let Some((pack, location)) = found else {
+                nowhere.push(wanted);
+                continue;
+            };
             let key = (pack.name, location.frame);
             let (_, pieces) = frames.entry(key).or_insert_with(|| (pack, Vec::new()));
             pieces.push(Piece { location, wanted });
         }
-        let mut reads: Vec<Read> = Vec::new();
-        for ((_, frame), (pack, pieces)) in frames {
-            match reads.last_mut() {
-                Some(read) if joins(read, &pack, frame) => read.frames.push((frame, pieces)),
-                Some(_) | None => reads.push(Read {
-                    pack,
-                    frames: vec![(frame, pieces)],
-                }),
-            }
-        }
-        Ok(reads)
+        Ok((neighbours(frames), nowhere))
     }
 
-    /// Does all reads; gives back what was in packs that are missing, with the error.
-    fn read_all(&mut self, reads: Vec<Read>) -> Result<(Vec<Wanted>, Option<Error>)> {
-        let mut moved = Vec::new();
-        let mut missing = None;
-        let mut delivered = (0, 0);
+    /// Does all reads; gives back what these packs did not give.
+    fn read_all(&mut self, reads: Vec<Read>, searched: &mut Searched) -> Result<Vec<Wanted>> {
+        let mut all = Outcome::default();
         let threads = self.core.tuning().parallel_reads;
         let this = &*self;
         thread::scope(|scope| {
-            let work = move |read: Read| {
-                let result = this.read(&read);
-                (read, result)
-            };
-            let mut pool = Ordered::new(scope, threads, work);
+            let mut pool = Ordered::new(scope, threads, move |read| this.read(read));
             let mut reads = reads.into_iter();
             loop {
                 while pool.in_flight() < threads.max(1) {
@@ -334,49 +357,84 @@ impl TreeReader<'_> {
                 if pool.in_flight() == 0 {
                     return Ok::<_, Error>(());
                 }
-                let (read, result) = pool.take();
-                match result {
-                    Ok(bytes) => {
-                        let range = read.range();
-                        delivered.0 += bytes;
-                        delivered.1 += range.end - range.start;
-                    }
-                    Err(error @ Error::ObjectMissing { .. }) => {
-                        missing.get_or_insert(error);
-                        moved.extend(read.into_wanted());
-                    }
-                    Err(error) => return Err(error),
-                }
+                all.add(pool.take()?);
             }
         })?;
-        self.report.from_store_bytes += delivered.0;
-        self.report.read_stored_bytes += delivered.1;
-        Ok((moved, missing))
+        self.report.from_store_bytes += all.delivered_bytes;
+        self.report.read_stored_bytes += all.stored_bytes;
+        let note = |(wanted, loss): (Wanted, Loss)| {
+            self.core.suspect(&loss);
+            searched.entry(wanted.hash).or_default().add(loss);
+            wanted
+        };
+        Ok(all.lost.into_iter().map(note).collect())
     }
 
-    fn read(&self, read: &Read) -> Result<u64> {
-        let needed = |error: Error| error.needed_by(|| read.needed_by(&self.tree));
-        let object = pack_path(&read.pack.name);
-        let range = read.range();
+    /// Reads neighbouring frames at once, or each for itself where that fails: a pack that is cut still has
+    /// its first frames.
+    fn read(&self, read: Read) -> Result<Outcome> {
+        let (pack, range) = (&read.pack, read.range());
         let stored = self
             .core
             .io
-            .get_range(&object, range.clone())
-            .map_err(needed)?;
-        let mut delivered = 0;
-        for (frame, pieces) in &read.frames {
-            let raw = open_frame(&read.pack, *frame, &stored, range.start).map_err(needed)?;
-            for piece in pieces {
-                let hash = &piece.wanted.hash;
-                let chunk = checked_chunk(&read.pack, piece.location, &raw, hash);
-                let first = piece.wanted.indexes[0];
-                let chunk = chunk
-                    .map_err(|error| error.needed_by(|| describe_range(&self.tree, first, 1)))?;
-                delivered += self.deliver(&piece.wanted, &chunk)?;
+            .get_range(&pack_path(&pack.name), range.clone());
+        let mut outcome = Outcome::default();
+        let stored = match stored {
+            Ok(stored) => Some(stored),
+            Err(error) => error.into_loss().map(|_found| None)?,
+        };
+        for (frame, pieces) in read.frames {
+            let raw = match &stored {
+                Some(stored) => open_frame(pack, frame, stored, range.start),
+                None => self.core.read_frame(pack, frame),
+            };
+            outcome.add(self.take(pack, frame, pieces, raw)?);
+        }
+        outcome.stored_bytes = stored.map_or(0, |stored| stored.len() as u64);
+        Ok(outcome)
+    }
+
+    /// Hands on what is wanted of a frame.
+    fn take(
+        &self,
+        pack: &KnownPack,
+        frame: u32,
+        pieces: Vec<Piece>,
+        raw: Result<Bytes>,
+    ) -> Result<Outcome> {
+        let mut outcome = Outcome::default();
+        let raw = match raw {
+            Ok(raw) => raw,
+            Err(error) => {
+                let loss = Loss::of(pack, frame, error)?;
+                let lose = |piece: Piece| (piece.wanted, loss.clone());
+                outcome.lost = pieces.into_iter().map(lose).collect();
+                return Ok(outcome);
+            }
+        };
+        for Piece { location, wanted } in pieces {
+            match checked_chunk(pack, location, &raw, &wanted.hash) {
+                Ok(chunk) => outcome.delivered_bytes += self.deliver(&wanted, &chunk)?,
+                Err(error) => outcome.lost.push((wanted, Loss::of(pack, frame, error)?)),
             }
         }
-        Ok(delivered)
+        Ok(outcome)
     }
+}
+
+/// Frames that follow each other in a pack, put together as long as a read stays small.
+fn neighbours(frames: Frames) -> Vec<Read> {
+    let mut reads: Vec<Read> = Vec::new();
+    for ((_, frame), (pack, pieces)) in frames {
+        match reads.last_mut() {
+            Some(read) if joins(read, &pack, frame) => read.frames.push((frame, pieces)),
+            Some(_) | None => reads.push(Read {
+                pack,
+                frames: vec![(frame, pieces)],
+            }),
+        }
+    }
+    reads
 }
 
 /// A frame out of the stored bytes of several, which start at `start` in the pack.

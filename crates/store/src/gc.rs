@@ -2,15 +2,17 @@
 //!
 //! # The rule
 //! A pack is deleted only if it was on a *condemned* list before the leases were looked at, no lease
-//! was there, and no manifest read after that needs it.
+//! was there, and no manifest read after that needs it. What other packs hold too is not needed, if those
+//! are there in their full length and it was read from them and hashed.
 //!
 //! ```text
 //!  publish                                   gc (one at a time: `gc-lock`)
 //!  P1  write the lease                       G1  mark: manifests, index, packs
 //!  P2  read the condemned lists              G2  write the condemned list
 //!  P3  read the index, list the packs        G3  list the leases; if there is one: stop here
-//!  P4  write packs; reuse only what is       G4  mark again; what became live is spared
-//!      in packs of P3 that P2 did not list   G5  write the index without the dead packs,
+//!  P4  write packs; reuse only what is       G4  mark again; what became live is spared, and so
+//!      in whole packs of P3 that P2 did          is what cannot be read where it is kept besides
+//!      not list                              G5  write the index without the dead packs,
 //!  P5  write the index object                    delete the old index objects
 //!  P6  lease still there?                    G6  delete the dead packs
 //!  P7  write the manifest                    G7  delete the condemned lists
@@ -40,6 +42,8 @@
 //! Readers take no lease: a fetch that meets a pack which was just rewritten looks into the index
 //! again. Packs of which less than half is in use are rewritten between G1 and G2, if there is no lease;
 //! the old packs are then condemned like any other.
+
+mod proof;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -85,6 +89,9 @@ pub struct GcReport {
     pub rewritten_packs: u64,
     /// Bytes deleted.
     pub deleted_bytes: u64,
+    /// Dead packs that were not deleted because what they hold cannot be read in the pack that was to keep
+    /// it. `verify` names what is damaged.
+    pub spared_packs: u64,
     /// Temporary files of dead publishes that were removed (folders only).
     pub temporary_files: u64,
     /// Publishes because of which nothing was deleted.
@@ -214,14 +221,14 @@ impl Core {
             dead.extend(rewritten);
         }
         report.add_dead(&view, &dead);
-        let tidy = view.index_objects.len() <= INDEX_OBJECTS_MAX;
+        let tidy = view.index_objects.len() <= INDEX_OBJECTS_MAX && !view.names_lost_packs();
         if dead.is_empty() && old_lists.is_empty() && leftovers.is_empty() && tidy {
             return Ok(report);
         }
         let list = self.condemn(&dead)?;
         report.waiting_for = self.leases()?;
         if report.waiting_for.is_empty() {
-            report.deleted_bytes = self.sweep(&dead, progress)?;
+            self.sweep(&dead, &mut report, progress)?;
             for object in old_lists.iter().map(|list| &list.path).chain(&list) {
                 self.io.delete(object)?;
             }
@@ -244,20 +251,27 @@ impl Core {
         Ok(Some(object))
     }
 
-    /// Deletes what is still dead after a second look; gives the bytes.
-    fn sweep(&self, condemned: &BTreeSet<Hash>, progress: &Progress) -> Result<u64> {
+    /// Deletes what is still dead after a second look.
+    fn sweep(
+        &self,
+        condemned: &BTreeSet<Hash>,
+        report: &mut GcReport,
+        progress: &Progress,
+    ) -> Result<()> {
         let view = self.view(progress)?;
         let avoid = condemned.iter().copied().collect();
         let homes = view.homes(&avoid)?;
         let needed = |name: &Hash| homes.live_bytes.contains_key(name);
-        let dead: BTreeSet<Hash> = condemned.iter().copied().filter(|n| !needed(n)).collect();
+        let mut dead: BTreeSet<Hash> = condemned.iter().copied().filter(|n| !needed(n)).collect();
+        let spared = self.irreplaceable(&view, &homes, &dead)?;
+        dead.retain(|name| !spared.contains(name));
+        report.spared_packs = spared.len() as u64;
         self.replace_index(&view, &dead)?;
-        let mut deleted = 0;
         for name in &dead {
             self.io.delete(&pack_path(name))?;
-            deleted += view.packs.get(name).copied().unwrap_or(0);
+            report.deleted_bytes += view.packs.get(name).copied().unwrap_or(0);
         }
-        Ok(deleted)
+        Ok(())
     }
 
     /// Writes the index without `dead` packs and without packs that are gone.
@@ -290,8 +304,7 @@ impl Core {
                 removed += 1;
             }
         }
-        self.forget_index();
-        self.refresh_index()?;
+        self.reload_index()?;
         self.trim_cache();
         Ok(removed)
     }
@@ -427,27 +440,15 @@ impl Core {
     ) -> Result<()> {
         let object = pack_path(name);
         let damaged = |found: String| Error::damaged(&object, found);
-        let mut chunks = table.chunks.as_slice();
-        let mut offset = HEADER_BYTES as u64;
-        for frame in &table.frames {
-            let (here, rest) = chunks.split_at(frame.chunk_count.get() as usize);
-            chunks = rest;
-            let start = offset;
-            offset += u64::from(frame.stored_bytes.get());
-            let is_home = |hash: &[u8; 32]| homes.of.get(&Hash::from_bytes(*hash)) == Some(name);
-            if !here.iter().any(|chunk| is_home(&chunk.hash)) {
+        for frame in table.placed_frames() {
+            let is_home = |hash: &Hash| homes.of.get(hash) == Some(name);
+            let mut names = frame.chunks.iter().map(|c| Hash::from_bytes(c.hash));
+            if !names.any(|hash| is_home(&hash)) {
                 continue;
             }
-            let stored = self.io.get_range(&object, start..offset)?;
-            let raw = decode_frame(frame, stored).map_err(damaged)?;
-            let mut at = 0;
-            for chunk in here {
-                let bytes = &raw[at..at + chunk.bytes.get() as usize];
-                at += bytes.len();
-                if !is_home(&chunk.hash) {
-                    continue;
-                }
-                let hash = Hash::from_bytes(chunk.hash);
+            let stored = self.io.get_range(&object, frame.range.clone())?;
+            let raw = decode_frame(frame.entry, stored).map_err(damaged)?;
+            for (hash, bytes) in frame.pieces(&raw).filter(|(hash, _)| is_home(hash)) {
                 if table.kind.hash(bytes) != hash {
                     return Err(damaged(format!("other bytes than chunk {hash}")));
                 }
@@ -586,13 +587,20 @@ impl Core {
 }
 
 impl View {
-    /// Gives each chunk in use one home; packs to `avoid` only where there is no other.
+    /// Whether the index names packs that are not there.
+    fn names_lost_packs(&self) -> bool {
+        self.tables
+            .keys()
+            .any(|name| !self.packs.contains_key(name))
+    }
+
+    /// Gives each chunk in use one home, a pack that is there in its full length; packs to `avoid` only
+    /// where there is no other.
     fn homes(&self, avoid: &HashSet<Hash>) -> Result<Homes> {
-        let there = self
-            .tables
-            .iter()
-            .filter(|(n, _)| self.packs.contains_key(*n));
-        let mut order: Vec<_> = there.collect();
+        let is_whole =
+            |name: &Hash, table: &PackTable| self.packs.get(name) == Some(&table.pack_bytes());
+        let whole = self.tables.iter().filter(|(n, t)| is_whole(n, t));
+        let mut order: Vec<_> = whole.collect();
         let rank = |name: &Hash, table: &PackTable| {
             (avoid.contains(name), std::cmp::Reverse(table.raw_bytes()))
         };
@@ -614,7 +622,7 @@ impl View {
             None => Ok(homes),
             Some(lost) => Err(Error::GcBlocked {
                 reasons: vec![format!(
-                    "{lost} is needed and in no pack that is there ({} such)",
+                    "{lost} is needed and in no pack that is there in its full length ({} such)",
                     self.live.len() - homes.of.len()
                 )],
             }),

@@ -10,6 +10,7 @@
 //! | | 48 each | its frame table |
 //! | | 36 each | its chunk table |
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
@@ -198,6 +199,11 @@ pub(crate) struct Index {
     packs: Vec<Arc<KnownPack>>,
     pack_names: HashSet<Hash>,
     chunks: HashMap<Hash, Location>,
+    /// The further places of chunks that lie in several packs. These are few: what was stored again because
+    /// its pack was lost, and what two publishes stored that did not see each other.
+    copies: HashMap<Hash, Vec<Location>>,
+    /// Packs that were found missing, cut or damaged: they are looked into last.
+    suspect: HashSet<Hash>,
     /// The index objects this was read from.
     pub(crate) objects: BTreeSet<String>,
     /// Index objects that could not be read, with the reason.
@@ -223,9 +229,7 @@ impl Index {
                     bytes: chunk.bytes.get(),
                 };
                 within += location.bytes;
-                self.chunks
-                    .entry(Hash::from_bytes(chunk.hash))
-                    .or_insert(location);
+                self.add_place(Hash::from_bytes(chunk.hash), location);
             }
             frames.push(KnownFrame {
                 offset,
@@ -241,9 +245,26 @@ impl Index {
         }));
     }
 
-    pub(crate) fn find(&self, hash: &Hash) -> Option<(&Arc<KnownPack>, Location)> {
-        let location = *self.chunks.get(hash)?;
-        Some((&self.packs[location.pack as usize], location))
+    fn add_place(&mut self, hash: Hash, location: Location) {
+        match self.chunks.entry(hash) {
+            Entry::Vacant(first) => drop(first.insert(location)),
+            Entry::Occupied(_) => self.copies.entry(hash).or_default().push(location),
+        }
+    }
+
+    /// Every place where a chunk or node is said to be; those in suspect packs last.
+    pub(crate) fn homes(&self, hash: &Hash) -> impl Iterator<Item = (&Arc<KnownPack>, Location)> {
+        let first = self.chunks.get(hash).into_iter();
+        let places = first.chain(self.copies.get(hash).into_iter().flatten());
+        let homes = places.map(|place| (&self.packs[place.pack as usize], *place));
+        let is_suspect = |pack: &KnownPack| self.suspect.contains(&pack.name);
+        let sound = homes.clone().filter(move |(pack, _)| !is_suspect(pack));
+        sound.chain(homes.filter(move |(pack, _)| is_suspect(pack)))
+    }
+
+    /// Says of a pack that it is not what it must be; whether that is news.
+    pub(crate) fn suspect(&mut self, pack: Hash) -> bool {
+        self.suspect.insert(pack)
     }
 
     /// Name and size in bytes of each pack.
@@ -291,7 +312,7 @@ mod tests {
         let mut index = Index::default();
         index.add(&pack);
         for chunk in chunks() {
-            let (known, location) = index.find(&Hash::of(&chunk)).expect("indexed");
+            let (known, location) = index.homes(&Hash::of(&chunk)).next().expect("indexed");
             let frame = &known.frames[location.frame as usize];
             let stored = frame.offset as usize..;
             let stored = &bytes[stored][..frame.entry.stored_bytes.get() as usize];
@@ -301,6 +322,26 @@ mod tests {
                 chunk
             );
         }
+    }
+
+    #[test]
+    fn every_pack_that_has_a_chunk_is_known_and_suspect_ones_come_last() {
+        let (_, all) = pack_of(&chunks());
+        let (_, some) = pack_of(&chunks()[..7]);
+        let mut index = Index::default();
+        index.add(&all);
+        index.add(&some);
+        index.add(&all);
+        let homes = |index: &Index, chunk: &[u8]| -> Vec<Hash> {
+            let name = Hash::of(chunk);
+            index.homes(&name).map(|(pack, _)| pack.name).collect()
+        };
+        assert_eq!(homes(&index, &chunks()[0]), [all.name, some.name]);
+        assert_eq!(homes(&index, &chunks()[7]), [all.name]);
+        assert!(homes(&index, b"another").is_empty());
+        assert!(index.suspect(all.name) && !index.suspect(all.name));
+        assert_eq!(homes(&index, &chunks()[0]), [some.name, all.name]);
+        assert_eq!(homes(&index, &chunks()[7]), [all.name]);
     }
 
     #[test]

@@ -22,6 +22,7 @@ mod fetch;
 pub mod gc;
 mod hash;
 mod hashing;
+mod homes;
 pub mod index;
 mod lease;
 pub mod manifest;

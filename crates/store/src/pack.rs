@@ -17,6 +17,8 @@
 //! it, so two publishes never write a pack of one name: what one of them stores cannot be deleted
 //! because the other's was condemned (see [`crate::gc`]).
 
+use std::ops::Range;
+
 use bytes::Bytes;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -228,6 +230,24 @@ impl PackTable {
         self.frames.iter().map(raw).sum()
     }
 
+    /// Its frames, each with where it lies in the pack and what is in it.
+    pub(crate) fn placed_frames(&self) -> impl Iterator<Item = PlacedFrame<'_>> {
+        let mut rest = self.chunks.as_slice();
+        let mut start = HEADER_BYTES as u64;
+        (0..).zip(&self.frames).map(move |(number, entry)| {
+            let (chunks, behind) = rest.split_at(entry.chunk_count.get() as usize);
+            rest = behind;
+            let range = start..start + u64::from(entry.stored_bytes.get());
+            start = range.end;
+            PlacedFrame {
+                number,
+                entry,
+                range,
+                chunks,
+            }
+        })
+    }
+
     fn header(&self, publish: [u8; 16]) -> PackHeader {
         PackHeader {
             magic: PACK_MAGIC,
@@ -239,6 +259,29 @@ impl PackTable {
             frames_bytes: U64::new(self.frames_bytes()),
             reserved: [0; 16],
         }
+    }
+}
+
+/// A frame and where it lies.
+#[derive(Debug, Clone)]
+pub(crate) struct PlacedFrame<'a> {
+    /// Counted from 0 within its pack.
+    pub(crate) number: u32,
+    pub(crate) entry: &'a FrameEntry,
+    /// Its stored bytes within the pack.
+    pub(crate) range: Range<u64>,
+    pub(crate) chunks: &'a [ChunkEntry],
+}
+
+impl PlacedFrame<'_> {
+    /// Name and bytes of each chunk in the uncompressed frame `raw`; the bytes are not checked.
+    pub(crate) fn pieces<'raw>(&self, raw: &'raw [u8]) -> impl Iterator<Item = (Hash, &'raw [u8])> {
+        let mut at = 0;
+        self.chunks.iter().map(move |chunk| {
+            let bytes = &raw[at..at + chunk.bytes.get() as usize];
+            at += bytes.len();
+            (Hash::from_bytes(chunk.hash), bytes)
+        })
     }
 }
 

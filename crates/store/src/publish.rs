@@ -1,7 +1,7 @@
 //! Publishing: from content to a manifest that makes it a checkpoint.
 //!
 //! ```text
-//!  begin:  lease ─▶ condemned packs ─▶ index ─▶ list of packs
+//!  begin:  lease ─▶ condemned packs ─▶ index ─▶ list of packs ─▶ the packs to rely on
 //!  add:    read ─▶ hash ─▶ known? ─▶ frame ─▶ compress ─▶ pack ─▶ upload      (as often as wanted)
 //!  commit: last packs ─▶ index object ─▶ lease still there? ─▶ manifest ─▶ lease removed
 //! ```
@@ -22,7 +22,7 @@ use crate::core::{Access, CONDEMNED, Core, LEASES, Tuning, index_path, list_pack
 use crate::error::{Error, Result};
 use crate::hash::Hash;
 use crate::hashing::{Batches, HashJob, HashedBatch, check_length, hash_batch};
-use crate::index::{self, IndexedPack};
+use crate::index::{self, IndexedPack, KnownPack};
 use crate::lease::{CONDEMNED_BYTES_MAX, Condemned, Lease, LeaseOwner, from_json, to_json};
 use crate::manifest::{BODY_BYTES_MAX, MANIFEST_HEADER_BYTES, Manifest, ManifestId};
 use crate::pack::{OpenFrame, PackBuilder, PackKind, StoredFrame, compressor};
@@ -110,8 +110,8 @@ impl Drop for HeldLease {
 
 #[derive(Debug)]
 struct State {
-    /// What this publish may name: the packs of the index without these.
-    excluded: HashSet<Hash>,
+    /// The packs whose chunks this publish may name without storing them.
+    usable: HashSet<Hash>,
     /// Chunks and nodes that this publish stores.
     fresh: HashSet<Hash>,
     trees: HashSet<TreeRef>,
@@ -276,27 +276,33 @@ impl Core {
         Ok(packs)
     }
 
-    /// What must not be used although an index names it: condemned packs, and packs that are not
-    /// there in their full length. To be called with the lease written.
-    fn excluded_packs(&self) -> Result<HashSet<Hash>> {
-        let mut excluded = self.condemned()?;
+    /// The packs whose chunks a publish may name without storing them: those that the index names, that are
+    /// there in their full length, and that are not condemned. To be called with the lease written.
+    fn usable_packs(&self) -> Result<HashSet<Hash>> {
+        let condemned = self.condemned()?;
         self.refresh_index()?;
         let there = list_packs(&self.io)?;
-        let index = self.read_index();
-        for (name, bytes) in index.pack_sizes() {
+        let mut usable = HashSet::new();
+        let mut lost = Vec::new();
+        for (name, bytes) in self.read_index().pack_sizes() {
             if there.get(&name) != Some(&bytes) {
-                warn!(%name, "a pack that an index names is missing or cut; its chunks are stored anew");
-                excluded.insert(name);
+                lost.push(name);
+            } else if !condemned.contains(&name) {
+                usable.insert(name);
             }
         }
-        Ok(excluded)
+        for name in lost {
+            warn!(%name, "a pack that an index names is missing or cut; its chunks are stored anew");
+            self.write_index().suspect(name);
+        }
+        Ok(usable)
     }
 }
 
 impl State {
-    fn new(excluded: HashSet<Hash>, publish: [u8; 16]) -> Self {
+    fn new(usable: HashSet<Hash>, publish: [u8; 16]) -> Self {
         Self {
-            excluded,
+            usable,
             fresh: HashSet::new(),
             trees: HashSet::new(),
             data: Writer::new(PackKind::Chunks, publish),
@@ -308,11 +314,12 @@ impl State {
 
     /// Whether a manifest of this publish may name the chunk or node without storing it.
     fn is_known(&self, core: &Core, hash: &Hash) -> bool {
+        let is_usable = |pack: &KnownPack| self.usable.contains(&pack.name);
         self.fresh.contains(hash)
             || core
                 .read_index()
-                .find(hash)
-                .is_some_and(|(pack, _)| !self.excluded.contains(&pack.name))
+                .homes(hash)
+                .any(|(pack, _)| is_usable(pack))
     }
 
     fn store_nodes(&mut self, core: &Core, nodes: Vec<NewNode>) -> Result<()> {
@@ -598,13 +605,13 @@ impl Publish {
         let running = Arc::clone(&held);
         let begin = move |core: &Core| {
             core.io.put(&running.object(), to_json(&lease).into())?;
-            core.excluded_packs()
+            core.usable_packs()
         };
-        let excluded = store.run("begin a publish", begin).await?;
+        let usable = store.run("begin a publish", begin).await?;
         Ok(Self {
             store: store.clone(),
             lease: held,
-            state: Some(State::new(excluded, publish_id)),
+            state: Some(State::new(usable, publish_id)),
         })
     }
 

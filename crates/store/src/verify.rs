@@ -1,19 +1,18 @@
 //! Verification: everything in the store is read and checked, and damage is put down to checkpoints.
 
 use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
 use std::thread;
 
 use bytes::Bytes;
 
 use crate::backend::Listed;
-use crate::core::{Core, INDEXES, PACKS};
+use crate::core::{Core, INDEXES, PACKS, pack_name, pack_path};
 use crate::error::{Error, Result};
 use crate::hash::Hash;
+use crate::index::{KnownPack, Location};
 use crate::manifest::{ManifestId, Role};
-use crate::pack::{
-    ChunkEntry, FrameEntry, HEADER_BYTES, PACK_BYTES_MAX, PackKind, PackTable, decode_frame,
-    decode_whole,
-};
+use crate::pack::{PACK_BYTES_MAX, PackKind, PackTable, PlacedFrame, decode_frame, decode_whole};
 use crate::pool::Ordered;
 use crate::progress::Progress;
 use crate::tree::{ChunkSize, FAN_OUT, Node, TreeRef, child_node, child_span, describe_range};
@@ -94,8 +93,7 @@ struct PackCheck {
 
 impl Core {
     pub(crate) fn verify(&self, progress: &Progress) -> Result<VerifyReport> {
-        self.forget_index();
-        self.refresh_index()?;
+        self.reload_index()?;
         let mut report = VerifyReport::default();
         let tables = self.verify_indexes(&mut report)?;
         let packs = self.io.list(PACKS)?;
@@ -168,10 +166,9 @@ impl Core {
             chunks: 0,
             damage: Vec::new(),
         };
-        let Ok(name) = object.name.parse::<Hash>() else {
-            check
-                .damage
-                .push("its name is not the name of a pack".to_owned());
+        let Some(name) = pack_name(object) else {
+            let found = "its name and place are not those of a pack; no reader looks here";
+            check.damage.push(found.to_owned());
             return Ok(check);
         };
         let bytes = match self.io.get(&object.path, PACK_BYTES_MAX) {
@@ -201,7 +198,7 @@ fn note_pack(
     for found in check.damage {
         report.damage(&check.object.path, found);
     }
-    let Ok(name) = check.object.name.parse() else {
+    let Some(name) = pack_name(&check.object) else {
         return;
     };
     if !tables.contains_key(&name) {
@@ -231,38 +228,33 @@ fn check_pack(bytes: &Bytes, name: Hash, indexed: Option<&PackTable>, check: &mu
     let Some(table) = indexed.or(own.as_ref().ok()) else {
         return;
     };
-    let mut chunks = table.chunks.as_slice();
-    let mut start = HEADER_BYTES;
-    for (number, frame) in (0..).zip(&table.frames) {
-        let (here, rest) = chunks.split_at(frame.chunk_count.get() as usize);
-        chunks = rest;
-        let end = start + frame.stored_bytes.get() as usize;
+    for frame in table.placed_frames() {
+        let (start, end) = (frame.range.start as usize, frame.range.end as usize);
         let stored = if end <= bytes.len() {
             bytes.slice(start..end)
         } else {
             Bytes::new()
         };
-        start = end;
-        match check_frame(table.kind, frame, here, stored) {
+        let number = frame.number;
+        match check_frame(table.kind, &frame, stored) {
             Ok(()) => check.good.push(number),
             Err(found) => check.damage.push(format!("frame {number}: {found}")),
         }
-        check.chunks += here.len() as u64;
+        check.chunks += frame.chunks.len() as u64;
     }
 }
 
-fn check_frame(
+/// Whether a frame and each chunk in it is what the table says.
+///
+/// # Errors
+/// Says what is not.
+pub(crate) fn check_frame(
     kind: PackKind,
-    frame: &FrameEntry,
-    chunks: &[ChunkEntry],
+    frame: &PlacedFrame<'_>,
     stored: Bytes,
 ) -> Result<(), String> {
-    let raw = decode_frame(frame, stored)?;
-    let mut at = 0;
-    for chunk in chunks {
-        let bytes = &raw[at..at + chunk.bytes.get() as usize];
-        at += bytes.len();
-        let expected = Hash::from_bytes(chunk.hash);
+    let raw = decode_frame(frame.entry, stored)?;
+    for (expected, bytes) in frame.pieces(&raw) {
         let found = kind.hash(bytes);
         if found != expected {
             return Err(format!("holds {found} where its table says {expected}"));
@@ -275,12 +267,9 @@ fn check_frame(
 }
 
 fn missing_packs(packs: &[Listed], tables: &BTreeMap<Hash, PackTable>, report: &mut VerifyReport) {
-    let there: HashSet<&str> = packs.iter().map(|pack| pack.name.as_str()).collect();
-    for name in tables.keys() {
-        let text = name.to_string();
-        if !there.contains(text.as_str()) {
-            report.damage(&crate::core::pack_path(name), "the pack is missing");
-        }
+    let there: HashSet<Hash> = packs.iter().filter_map(pack_name).collect();
+    for name in tables.keys().filter(|name| !there.contains(name)) {
+        report.damage(&pack_path(name), "the pack is missing");
     }
 }
 
@@ -410,19 +399,21 @@ impl ManifestWalk<'_> {
         losses.add(|| place.lost("chunk", hash, &reason));
     }
 
-    /// The length of a chunk or node that can be read from where the index says.
+    /// The length of a chunk or node that can be read from one of the packs that have it.
     fn is_good(&self, hash: &Hash) -> Result<u32, String> {
-        let (pack, location) = self
-            .core
-            .find(hash)
-            .ok_or("no index names a pack with it")?;
-        if self.good.contains(&(pack.name, location.frame)) {
-            return Ok(location.bytes);
+        let index = self.core.read_index();
+        let mut homes = index.homes(hash);
+        let (pack, first) = homes.next().ok_or("no index names a pack with it")?;
+        let is_good =
+            |(pack, at): &(&Arc<KnownPack>, Location)| self.good.contains(&(pack.name, at.frame));
+        let mut all = std::iter::once((pack, first)).chain(homes);
+        match all.find(is_good) {
+            Some((_, location)) => Ok(location.bytes),
+            None => Err(format!(
+                "frame {} of pack {} is damaged or missing",
+                first.frame, pack.name
+            )),
         }
-        Err(format!(
-            "frame {} of pack {} is damaged or missing",
-            location.frame, pack.name
-        ))
     }
 }
 

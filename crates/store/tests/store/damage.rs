@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use object_store::{ObjectStore, ObjectStoreExt};
-use stead_store::{Error, Hash, Progress, Store, TreeRef};
+use stead_store::{DamagedObject, Error, Hash, Progress, Store, TreeRef};
 
 use crate::fixture::*;
 
@@ -138,6 +138,34 @@ async fn a_missing_object_is_named_together_with_what_needs_it() {
         assert!(reason.starts_with("disk root: bytes "), "{reason}");
         let gc = store.gc(owner(), false).await;
         assert!(matches!(gc, Err(Error::GcBlocked { .. })), "{path}: {gc:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pack_that_was_moved_is_missing_where_readers_look() {
+    let (sound, trees) = sound().await;
+    let all = objects(&sound).await;
+    let packs = all.iter().filter(|(path, _)| path.starts_with("packs/"));
+    for (path, _) in packs {
+        let moved = copy_of(&sound).await;
+        let bytes = read_object(&moved, path).await;
+        moved.delete(&path.as_str().into()).await.unwrap();
+        let name = path.rsplit('/').next().unwrap();
+        let aside = format!("packs/aside/{name}");
+        write_object(&moved, &aside, bytes.clone()).await;
+        let store = reopen(&moved).await.unwrap();
+        let report = store.verify(&Progress::silent()).await.unwrap();
+        for object in [path, &aside] {
+            let named = |damaged: &DamagedObject| damaged.object == *object;
+            assert!(report.damaged_objects.iter().any(named), "{report:?}");
+        }
+        assert!(!report.damaged_manifests.is_empty(), "{path}: {report:?}");
+        let gc = store.gc(owner(), false).await;
+        assert!(matches!(gc, Err(Error::GcBlocked { .. })), "{path}: {gc:?}");
+        publish(&store, "again", trees[0].1.clone()).await.unwrap();
+        publish(&store, "again", trees[1].1.clone()).await.unwrap();
+        assert!(fetch_all(&moved, &trees).await.is_empty(), "stored again");
+        assert_eq!(read_object(&moved, &aside).await, bytes, "left alone");
     }
 }
 

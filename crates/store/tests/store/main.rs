@@ -6,6 +6,7 @@ mod conformance;
 mod damage;
 mod fixture;
 mod golden;
+mod homes;
 mod interleavings;
 mod killed;
 mod opening;

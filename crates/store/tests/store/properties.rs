@@ -102,7 +102,6 @@ async fn an_increment_does_not_rely_on_chunks_that_are_lost() {
     assert_eq!(again, tree);
     publish.commit(&manifest("healed", again)).await.unwrap();
     let store = reopen(&objects).await.unwrap();
-    store.rebuild_index(owner()).await.unwrap();
     assert_eq!(fetch(&store, &tree).await.unwrap(), content);
 }
 
