@@ -292,7 +292,7 @@ fn used_byte(path: &Path, thousandths: u64) -> u64 {
     let file = fs::File::open(path).expect("open");
     let length = file.metadata().expect("stat").len();
     let mut buffer = vec![0; 1 << 16];
-    let mut at = length * thousandths / 1000 & !0xffff;
+    let mut at = (length * thousandths / 1000) & !0xffff;
     while at + (1 << 16) <= length {
         file.read_exact_at(&mut buffer, at).expect("read");
         if let Some(used) = buffer.iter().position(|byte| *byte != 0) {
