@@ -88,6 +88,8 @@ pub struct CaptureReport {
     pub pause: PauseReport,
     /// Bytes that the store grew by.
     pub stored_bytes: u64,
+    /// Bytes of state that the store did not have, before compression.
+    pub new_bytes: u64,
     /// Bytes of state that were read to be published.
     pub read_bytes: u64,
     /// Time from the end of the pause until the manifest was durable, in microseconds.
@@ -546,6 +548,7 @@ impl Engine {
             checkpoint: info,
             pause: instant.pause,
             stored_bytes: report.stored_bytes,
+            new_bytes: report.new_raw_bytes,
             read_bytes: report.read_bytes,
             publish_us: micros(begun.elapsed()),
         })
