@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::error::{AtFile, EngineError, Kind, Result};
+use crate::error::{EngineError, Kind, Result};
 use stead_sys::durable;
 
 /// What to do about a folder that belongs to somebody else.
@@ -21,8 +21,9 @@ impl DataDir {
     /// When a folder cannot be created.
     pub fn open(root: &Path) -> Result<Self> {
         // One spelling: a QEMU is found by the folder that it works in, as the kernel spells it.
-        durable::create_dir(root, 0o711).at("create folder", root)?;
-        let root = std::fs::canonicalize(root).at("resolve", root)?;
+        let root = durable::create_dir(root, 0o711)
+            .and_then(|()| std::fs::canonicalize(root))
+            .map_err(|source| unusable("create folder", root, source))?;
         let dir = Self { root };
         for (path, mode) in [
             (dir.layers(), 0o711),
