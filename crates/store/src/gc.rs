@@ -50,18 +50,19 @@ use std::path::{Path, PathBuf};
 
 use tracing::warn;
 
-use crate::backend::Listed;
+use crate::backend::{Created, Listed};
 use crate::core::{CONDEMNED, Core, GC_LOCK, INDEXES, PACKS, list_packs, pack_path};
 use crate::error::{Error, Result};
 use crate::hash::Hash;
 use crate::index::IndexedPack;
-use crate::lease::{Condemned, Lease, LeaseOwner, ListedLease, to_json};
+use crate::lease::{Condemned, LEASE_BYTES_MAX, Lease, LeaseOwner, ListedLease, to_json};
 use crate::manifest::{ManifestId, Role};
 use crate::pack::{
     HEADER_BYTES, PackKind, PackTable, TRAILER_BYTES, compressor, decode_frame, decode_table,
     footer_bytes,
 };
 use crate::publish::{Outbox, Writer};
+use crate::store::lease_of;
 use crate::tree::{TreeRef, child_node, child_span};
 
 /// Index objects are written together when there are more than this.
@@ -150,19 +151,16 @@ impl<'a> GcLock<'a> {
             owner: owner.clone(),
             started: jiff::Timestamp::now(),
         };
-        if core.io.create(GC_LOCK, to_json(&lease).into())? {
-            return Ok(Self { core });
+        match core
+            .io
+            .create(GC_LOCK, &to_json(&lease).into(), LEASE_BYTES_MAX)?
+        {
+            Created::Ours => Ok(Self { core }),
+            Created::Theirs(bytes) => Err(Error::Locked {
+                attempted: attempted.to_owned(),
+                holder: Box::new(lease_of(&bytes)?),
+            }),
         }
-        let holder = core.gc_lock_holder()?;
-        // A lost answer makes the object store repeat the call, which then finds its own lock.
-        if holder.as_ref() == Some(&lease) {
-            return Ok(Self { core });
-        }
-        let holder = holder.unwrap_or(lease);
-        Err(Error::Locked {
-            attempted: attempted.to_owned(),
-            holder: Box::new(holder),
-        })
     }
 
     /// Gives the lock back; a failure of the work itself comes first.

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "in tests a panic is the report")]
 
 mod conformance;
+mod creation;
 mod damage;
 mod fixture;
 mod golden;
