@@ -597,6 +597,7 @@ pub(crate) fn store_error(attempt: impl Into<String>, source: stead_store::Error
         | Error::NoConditionalCreate { .. }
         | Error::Backend { .. }
         | Error::LeaseLost { .. }
+        | Error::LockLost { .. }
         | Error::PublishBroken
         | Error::GcBlocked { .. } => Kind::Store,
     };

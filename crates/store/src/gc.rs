@@ -39,6 +39,14 @@
 //! A lease that is broken by hand while its publish lives is outside this argument; P6 makes the
 //! publish fail instead, unless the lease is broken in the instant between P6 and P7.
 //!
+//! # Why two collections do no harm to each other
+//! The lock is created conditionally, but it cannot be deleted so: a client that repeats a deletion whose
+//! answer was lost deletes the lock that another gc has taken meanwhile, and then a third can begin beside
+//! that one. Each would take what the other has just rewritten for garbage. So a gc looks at its lock once
+//! more before G5. If it finds its own, that was there from G1 on, and no other gc began before this
+//! instant: what another one writes is on no list of this one. If it finds none or another, it deletes
+//! nothing.
+//!
 //! Readers take no lease: a fetch that meets a pack which was just rewritten looks into the index
 //! again. Packs of which less than half is in use are rewritten between G1 and G2, if there is no lease;
 //! the old packs are then condemned like any other.
@@ -143,10 +151,12 @@ struct Homes {
 /// The lock that lets one gc or index rebuild run at a time.
 struct GcLock<'a> {
     core: &'a Core,
+    attempted: &'static str,
+    lease: Lease,
 }
 
 impl<'a> GcLock<'a> {
-    fn take(core: &'a Core, attempted: &str, owner: &LeaseOwner) -> Result<Self> {
+    fn take(core: &'a Core, attempted: &'static str, owner: &LeaseOwner) -> Result<Self> {
         let lease = Lease {
             owner: owner.clone(),
             started: jiff::Timestamp::now(),
@@ -155,7 +165,11 @@ impl<'a> GcLock<'a> {
             .io
             .create(GC_LOCK, &to_json(&lease).into(), LEASE_BYTES_MAX)?
         {
-            Created::Ours => Ok(Self { core }),
+            Created::Ours => Ok(Self {
+                core,
+                attempted,
+                lease,
+            }),
             Created::Theirs(bytes) => Err(Error::Locked {
                 attempted: attempted.to_owned(),
                 holder: Box::new(lease_of(&bytes)?),
@@ -163,9 +177,31 @@ impl<'a> GcLock<'a> {
         }
     }
 
+    fn is_held(&self) -> Result<bool> {
+        Ok(self.core.gc_lock_holder()?.as_ref() == Some(&self.lease))
+    }
+
+    /// Fails if somebody has broken the lock. To be asked before the first deletion.
+    fn check(&self) -> Result<()> {
+        if self.is_held()? {
+            return Ok(());
+        }
+        Err(Error::LockLost {
+            attempted: self.attempted.to_owned(),
+        })
+    }
+
+    /// Gives the lock back, if it is not somebody else's by now.
+    fn give_back(&self) -> Result<()> {
+        if self.is_held()? {
+            self.core.io.delete(GC_LOCK)?;
+        }
+        Ok(())
+    }
+
     /// Gives the lock back; a failure of the work itself comes first.
-    fn release<T>(self, result: Result<T>) -> Result<T> {
-        match (result, self.core.io.delete(GC_LOCK)) {
+    fn release<T>(&self, result: Result<T>) -> Result<T> {
+        match (result, self.give_back()) {
             (Ok(value), Ok(())) => Ok(value),
             (Ok(_), Err(error)) => Err(error),
             (Err(error), Ok(())) => Err(error),
@@ -184,7 +220,7 @@ impl Core {
         }
         self.check_writable("gc")?;
         let lock = GcLock::take(self, "gc", owner)?;
-        lock.release(self.gc_locked())
+        lock.release(self.gc_locked(&lock))
     }
 
     /// What a gc would do, without rewriting.
@@ -199,7 +235,7 @@ impl Core {
         Ok(report)
     }
 
-    fn gc_locked(&self) -> Result<GcReport> {
+    fn gc_locked(&self, lock: &GcLock<'_>) -> Result<GcReport> {
         let leftovers = self.temporary_files()?;
         let old_lists = self.io.list(CONDEMNED)?;
         let already = self.condemned()?;
@@ -220,7 +256,7 @@ impl Core {
         let list = self.condemn(&dead)?;
         report.waiting_for = self.leases()?;
         if report.waiting_for.is_empty() {
-            self.sweep(&dead, &mut report)?;
+            self.sweep(&dead, lock, &mut report)?;
             for object in old_lists.iter().map(|list| &list.path).chain(&list) {
                 self.io.delete(object)?;
             }
@@ -244,7 +280,12 @@ impl Core {
     }
 
     /// Deletes what is still dead after a second look.
-    fn sweep(&self, condemned: &BTreeSet<Hash>, report: &mut GcReport) -> Result<()> {
+    fn sweep(
+        &self,
+        condemned: &BTreeSet<Hash>,
+        lock: &GcLock<'_>,
+        report: &mut GcReport,
+    ) -> Result<()> {
         let view = self.view()?;
         let avoid = condemned.iter().copied().collect();
         let homes = view.homes(&avoid)?;
@@ -253,6 +294,7 @@ impl Core {
         let spared = self.irreplaceable(&view, &homes, &dead)?;
         dead.retain(|name| !spared.contains(name));
         report.spared_packs = spared.len() as u64;
+        lock.check()?;
         self.replace_index(&view, &dead)?;
         for name in &dead {
             self.io.delete(&pack_path(name))?;
@@ -455,12 +497,12 @@ impl Core {
     pub(crate) fn rebuild_index(&self, owner: &LeaseOwner) -> Result<IndexReport> {
         self.check_writable("rebuild the index")?;
         let lock = GcLock::take(self, "rebuild the index", owner)?;
-        lock.release(self.rebuild_locked())
+        lock.release(self.rebuild_locked(&lock))
     }
 
     /// The old index objects are listed before the packs: whatever they name that is still in use is
     /// then among the packs.
-    fn rebuild_locked(&self) -> Result<IndexReport> {
+    fn rebuild_locked(&self, lock: &GcLock<'_>) -> Result<IndexReport> {
         let old = self.io.list(INDEXES)?;
         let mut told = HashMap::new();
         for object in &old {
@@ -488,6 +530,7 @@ impl Core {
         report.packs = packs.len() as u64;
         let chunks = |pack: &IndexedPack| pack.table.chunks.len() as u64;
         report.chunks = packs.iter().map(chunks).sum();
+        lock.check()?;
         report.replaced_objects = self.write_index_instead(&packs, &old)?;
         Ok(report)
     }

@@ -10,6 +10,7 @@ mod golden;
 mod homes;
 mod interleavings;
 mod killed;
+mod locks;
 mod opening;
 mod properties;
 mod ratio;
