@@ -660,6 +660,7 @@ pub(crate) fn store_error(attempt: impl Into<String>, source: stead_store::Error
         | Error::NoConditionalCreate { .. }
         | Error::Backend { .. }
         | Error::LeaseLost { .. }
+        | Error::LockLost { .. }
         | Error::PublishBroken
         | Error::GcBlocked { .. } => Kind::Store,
     };

@@ -3,7 +3,9 @@
 
 pub mod fault_store;
 pub mod interleave;
+pub mod lossy_creates;
 #[cfg(feature = "s3")]
 pub mod s3;
 
 pub use fault_store::{Fault, FaultStore};
+pub use lossy_creates::{LossyCreates, Lost};

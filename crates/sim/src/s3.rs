@@ -1,10 +1,11 @@
 //! An S3 server in this process, on 127.0.0.1, whose objects are files of a folder.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use s3s::auth::SimpleAuth;
@@ -31,6 +32,23 @@ pub const BUCKET: &str = "bucket";
 struct Files {
     files: FileSystem,
     keys: Mutex<HashMap<String, Arc<Mutex<()>>>>,
+    lossy: Arc<Lossy>,
+}
+
+/// The conditional puts whose answers are lost.
+#[derive(Debug, Default)]
+struct Lossy {
+    on: AtomicBool,
+    keys: Mutex<BTreeSet<String>>,
+}
+
+impl Lossy {
+    /// Whether the answer of this request is to be lost: that of the first conditional put of each key.
+    async fn loses(&self, request: &PutObjectInput) -> bool {
+        self.on.load(Ordering::SeqCst)
+            && request.if_none_match.is_some()
+            && self.keys.lock().await.insert(request.key.clone())
+    }
 }
 
 #[async_trait::async_trait]
@@ -47,7 +65,12 @@ impl S3 for Files {
             .or_default()
             .clone();
         let _alone = key.lock().await;
-        self.files.put_object(request).await
+        let lost = self.lossy.loses(&request.input).await;
+        let answer = self.files.put_object(request).await;
+        if lost {
+            return Err(s3s::s3_error!(InternalError, "the answer is lost"));
+        }
+        answer
     }
 
     async fn get_object(
@@ -91,6 +114,7 @@ impl S3 for Files {
 pub struct Server {
     address: SocketAddr,
     folder: PathBuf,
+    lossy: Arc<Lossy>,
     /// The server's own threads: whoever uses it may block.
     runtime: Option<Runtime>,
 }
@@ -104,9 +128,11 @@ impl Server {
         std::fs::create_dir_all(folder.join(BUCKET))?;
         let files =
             FileSystem::new(folder).map_err(|error| io::Error::other(format!("{error:?}")))?;
+        let lossy = Arc::<Lossy>::default();
         let mut builder = S3ServiceBuilder::new(Files {
             files,
             keys: Mutex::default(),
+            lossy: Arc::clone(&lossy),
         });
         builder.set_auth(SimpleAuth::from_single(KEY, SECRET));
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -124,8 +150,16 @@ impl Server {
         Ok(Self {
             address,
             folder: folder.to_owned(),
+            lossy,
             runtime: Some(runtime),
         })
+    }
+
+    /// From now on answers the first conditional put of each object with status 500 after it took effect, so
+    /// that clients repeat it. Gives the number of answers lost so far.
+    pub async fn lose_answers(&self) -> usize {
+        self.lossy.on.store(true, Ordering::SeqCst);
+        self.lossy.keys.lock().await.len()
     }
 
     /// Where it listens.

@@ -7,6 +7,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
@@ -18,6 +19,11 @@ use object_store::{ClientConfigKey, ObjectStore, ObjectStoreExt, PutMode, PutOpt
 use tokio::runtime::Handle;
 
 use crate::error::{Error, Result};
+
+/// How often a creation is repeated that was refused although nothing is there.
+const CREATE_TRIES: u32 = 5;
+/// The pause before the first repetition; each later one is twice as long.
+const CREATE_PAUSE: Duration = Duration::from_millis(20);
 
 /// Where a store is.
 #[derive(Debug, Clone)]
@@ -136,6 +142,15 @@ pub(crate) struct Io {
     pub(crate) handle: Handle,
 }
 
+/// Whose object is there after an attempt to create it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Created {
+    /// The one that was to be created.
+    Ours,
+    /// Another; its bytes.
+    Theirs(Bytes),
+}
+
 /// An object as a listing shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Listed {
@@ -188,7 +203,14 @@ impl Io {
                 return Err(Error::damaged(&object.path, found));
             }
             let answer = self.backend.store.get(&path(&object.path)).await;
-            answer.map_err(failed)?.bytes().await.map_err(failed)
+            let answer = answer.map_err(failed)?;
+            // It may have been replaced since it was listed.
+            let bytes = answer.meta.size;
+            if bytes > bytes_max {
+                let found = format!("{bytes} bytes, at most {bytes_max} are expected");
+                return Err(Error::damaged(&object.path, found));
+            }
+            answer.bytes().await.map_err(failed)
         });
         let reads = futures::stream::iter(reads).buffered(parallel.max(1));
         self.handle.block_on(reads.collect())
@@ -243,19 +265,52 @@ impl Io {
         })
     }
 
-    /// Writes an object only if there is none of that name; says whether it did.
-    pub(crate) fn create(&self, object: &str, bytes: Bytes) -> Result<bool> {
+    /// Writes an object only if there is none of that name. What is there decides, not the answer: that may
+    /// be lost after the write took effect, and when the client repeats it, it finds its own object. So the
+    /// bytes must be such that nobody else writes the same, or that it makes no difference who did.
+    ///
+    /// # Errors
+    /// When the store fails and the object is not there.
+    ///
+    /// # Durability
+    /// When this returns [`Created::Ours`], the object is durable.
+    pub(crate) fn create(&self, object: &str, bytes: &Bytes, bytes_max: u64) -> Result<Created> {
+        let mut tries = 0..CREATE_TRIES;
+        loop {
+            let Err(failure) = self.put_new(object, bytes.clone()) else {
+                return Ok(Created::Ours);
+            };
+            let refused = matches!(failure, object_store::Error::AlreadyExists { .. });
+            match (self.get(object, bytes_max), tries.next()) {
+                (Ok(there), _) if there == *bytes => return Ok(Created::Ours),
+                (Ok(there), _) if refused => return Ok(Created::Theirs(there)),
+                // Another request was in the way (S3: status 409), and has left nothing.
+                (Err(Error::ObjectMissing { .. }), Some(number)) if refused => {
+                    std::thread::sleep(CREATE_PAUSE * 2_u32.pow(number));
+                }
+                (Err(error @ Error::Damaged { .. }), _) if refused => return Err(error),
+                (Ok(_) | Err(_), _) => return Err(Error::backend("create", object, failure)),
+            }
+        }
+    }
+
+    /// Whether the store refuses to create an object that is there.
+    pub(crate) fn refuses_to_overwrite(&self, object: &str, bytes: Bytes) -> Result<bool> {
+        match self.put_new(object, bytes) {
+            Ok(()) => Ok(false),
+            Err(object_store::Error::AlreadyExists { .. }) => Ok(true),
+            Err(error) => Err(Error::backend("create", object, error)),
+        }
+    }
+
+    fn put_new(&self, object: &str, bytes: Bytes) -> Result<(), object_store::Error> {
         let options = PutOptions {
             mode: PutMode::Create,
             ..PutOptions::default()
         };
         let path = path(object);
         let put = self.backend.store.put_opts(&path, bytes.into(), options);
-        match self.handle.block_on(put) {
-            Ok(_) => Ok(true),
-            Err(object_store::Error::AlreadyExists { .. }) => Ok(false),
-            Err(error) => Err(Error::backend("create", object, error)),
-        }
+        self.handle.block_on(put).map(|_result| ())
     }
 
     /// Removes an object; one that is gone is no error.

@@ -199,6 +199,14 @@ pub enum Error {
         /// Who holds the lock.
         holder: Box<Lease>,
     },
+    /// Somebody else removed the lock of a garbage collection or index rebuild while it ran.
+    #[error(
+        "{attempted}: its lock was broken by somebody else, so another may be running; nothing that was there before was deleted; run it again"
+    )]
+    LockLost {
+        /// What was attempted.
+        attempted: String,
+    },
     /// The caller's progress callback said stop.
     #[error("cancelled; nothing became visible")]
     Cancelled,

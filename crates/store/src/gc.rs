@@ -39,6 +39,14 @@
 //! A lease that is broken by hand while its publish lives is outside this argument; P6 makes the
 //! publish fail instead, unless the lease is broken in the instant between P6 and P7.
 //!
+//! # Why two collections do no harm to each other
+//! The lock is created conditionally, but it cannot be deleted so: a client that repeats a deletion whose
+//! answer was lost deletes the lock that another gc has taken meanwhile, and then a third can begin beside
+//! that one. Each would take what the other has just rewritten for garbage. So a gc looks at its lock once
+//! more before G5. If it finds its own, that was there from G1 on, and no other gc began before this
+//! instant: what another one writes is on no list of this one. If it finds none or another, it deletes
+//! nothing.
+//!
 //! Readers take no lease: a fetch that meets a pack which was just rewritten looks into the index
 //! again. Packs of which less than half is in use are rewritten between G1 and G2, if there is no lease;
 //! the old packs are then condemned like any other.
@@ -50,12 +58,12 @@ use std::path::{Path, PathBuf};
 
 use tracing::warn;
 
-use crate::backend::Listed;
+use crate::backend::{Created, Listed};
 use crate::core::{CONDEMNED, Core, GC_LOCK, INDEXES, PACKS, list_packs, pack_path};
 use crate::error::{Error, Result};
 use crate::hash::Hash;
 use crate::index::IndexedPack;
-use crate::lease::{Condemned, Lease, LeaseOwner, ListedLease, to_json};
+use crate::lease::{Condemned, LEASE_BYTES_MAX, Lease, LeaseOwner, ListedLease, to_json};
 use crate::manifest::{ManifestId, Role};
 use crate::pack::{
     HEADER_BYTES, PackKind, PackTable, TRAILER_BYTES, compressor, decode_frame, decode_table,
@@ -63,6 +71,7 @@ use crate::pack::{
 };
 use crate::progress::Progress;
 use crate::publish::{Outbox, Writer};
+use crate::store::lease_of;
 use crate::tree::{TreeRef, child_node, child_span};
 
 /// Index objects are written together when there are more than this.
@@ -143,32 +152,57 @@ struct Homes {
 /// The lock that lets one gc or index rebuild run at a time.
 struct GcLock<'a> {
     core: &'a Core,
+    attempted: &'static str,
+    lease: Lease,
 }
 
 impl<'a> GcLock<'a> {
-    fn take(core: &'a Core, attempted: &str, owner: &LeaseOwner) -> Result<Self> {
+    fn take(core: &'a Core, attempted: &'static str, owner: &LeaseOwner) -> Result<Self> {
         let lease = Lease {
             owner: owner.clone(),
             started: jiff::Timestamp::now(),
         };
-        if core.io.create(GC_LOCK, to_json(&lease).into())? {
-            return Ok(Self { core });
+        match core
+            .io
+            .create(GC_LOCK, &to_json(&lease).into(), LEASE_BYTES_MAX)?
+        {
+            Created::Ours => Ok(Self {
+                core,
+                attempted,
+                lease,
+            }),
+            Created::Theirs(bytes) => Err(Error::Locked {
+                attempted: attempted.to_owned(),
+                holder: Box::new(lease_of(&bytes)?),
+            }),
         }
-        let holder = core.gc_lock_holder()?;
-        // A lost answer makes the object store repeat the call, which then finds its own lock.
-        if holder.as_ref() == Some(&lease) {
-            return Ok(Self { core });
+    }
+
+    fn is_held(&self) -> Result<bool> {
+        Ok(self.core.gc_lock_holder()?.as_ref() == Some(&self.lease))
+    }
+
+    /// Fails if somebody has broken the lock. To be asked before the first deletion.
+    fn check(&self) -> Result<()> {
+        if self.is_held()? {
+            return Ok(());
         }
-        let holder = holder.unwrap_or(lease);
-        Err(Error::Locked {
-            attempted: attempted.to_owned(),
-            holder: Box::new(holder),
+        Err(Error::LockLost {
+            attempted: self.attempted.to_owned(),
         })
     }
 
+    /// Gives the lock back, if it is not somebody else's by now.
+    fn give_back(&self) -> Result<()> {
+        if self.is_held()? {
+            self.core.io.delete(GC_LOCK)?;
+        }
+        Ok(())
+    }
+
     /// Gives the lock back; a failure of the work itself comes first.
-    fn release<T>(self, result: Result<T>) -> Result<T> {
-        match (result, self.core.io.delete(GC_LOCK)) {
+    fn release<T>(&self, result: Result<T>) -> Result<T> {
+        match (result, self.give_back()) {
             (Ok(value), Ok(())) => Ok(value),
             (Ok(_), Err(error)) => Err(error),
             (Err(error), Ok(())) => Err(error),
@@ -192,7 +226,7 @@ impl Core {
         }
         self.check_writable("gc")?;
         let lock = GcLock::take(self, "gc", owner)?;
-        lock.release(self.gc_locked(progress))
+        lock.release(self.gc_locked(&lock, progress))
     }
 
     /// What a gc would do, without rewriting.
@@ -207,7 +241,7 @@ impl Core {
         Ok(report)
     }
 
-    fn gc_locked(&self, progress: &Progress) -> Result<GcReport> {
+    fn gc_locked(&self, lock: &GcLock<'_>, progress: &Progress) -> Result<GcReport> {
         let leftovers = self.temporary_files()?;
         let old_lists = self.io.list(CONDEMNED)?;
         let already = self.condemned()?;
@@ -228,7 +262,7 @@ impl Core {
         let list = self.condemn(&dead)?;
         report.waiting_for = self.leases()?;
         if report.waiting_for.is_empty() {
-            self.sweep(&dead, &mut report, progress)?;
+            self.sweep(&dead, lock, &mut report, progress)?;
             for object in old_lists.iter().map(|list| &list.path).chain(&list) {
                 self.io.delete(object)?;
             }
@@ -255,6 +289,7 @@ impl Core {
     fn sweep(
         &self,
         condemned: &BTreeSet<Hash>,
+        lock: &GcLock<'_>,
         report: &mut GcReport,
         progress: &Progress,
     ) -> Result<()> {
@@ -266,6 +301,7 @@ impl Core {
         let spared = self.irreplaceable(&view, &homes, &dead)?;
         dead.retain(|name| !spared.contains(name));
         report.spared_packs = spared.len() as u64;
+        lock.check()?;
         self.replace_index(&view, &dead)?;
         for name in &dead {
             self.io.delete(&pack_path(name))?;
@@ -482,12 +518,12 @@ impl Core {
     pub(crate) fn rebuild_index(&self, owner: &LeaseOwner) -> Result<IndexReport> {
         self.check_writable("rebuild the index")?;
         let lock = GcLock::take(self, "rebuild the index", owner)?;
-        lock.release(self.rebuild_locked())
+        lock.release(self.rebuild_locked(&lock))
     }
 
     /// The old index objects are listed before the packs: whatever they name that is still in use is
     /// then among the packs.
-    fn rebuild_locked(&self) -> Result<IndexReport> {
+    fn rebuild_locked(&self, lock: &GcLock<'_>) -> Result<IndexReport> {
         let old = self.io.list(INDEXES)?;
         let mut told = HashMap::new();
         for object in &old {
@@ -515,6 +551,7 @@ impl Core {
         report.packs = packs.len() as u64;
         let chunks = |pack: &IndexedPack| pack.table.chunks.len() as u64;
         report.chunks = packs.iter().map(chunks).sum();
+        lock.check()?;
         report.replaced_objects = self.write_index_instead(&packs, &old)?;
         Ok(report)
     }

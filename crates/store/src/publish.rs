@@ -18,18 +18,21 @@ use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 use tracing::warn;
 
+use crate::backend::Created;
 use crate::core::{Access, CONDEMNED, Core, LEASES, Tuning, index_path, list_packs, pack_path};
 use crate::error::{Error, Result};
 use crate::hash::Hash;
 use crate::hashing::{Batches, HashJob, HashedBatch, check_length, hash_batch};
 use crate::index::{self, IndexedPack, KnownPack};
 use crate::lease::{CONDEMNED_BYTES_MAX, Condemned, Lease, LeaseOwner, from_json, to_json};
-use crate::manifest::{BODY_BYTES_MAX, MANIFEST_HEADER_BYTES, Manifest, ManifestId};
+use crate::manifest::{Manifest, ManifestId};
 use crate::pack::{OpenFrame, PackBuilder, PackKind, StoredFrame, compressor};
 use crate::pool::Ordered;
 use crate::progress::Progress;
 use crate::source::Source;
-use crate::store::{BLOB_BYTES_MAX, CancelOnDrop, Store, manifest_id, manifest_path};
+use crate::store::{
+    BLOB_BYTES_MAX, CancelOnDrop, MANIFEST_BYTES_MAX, Store, manifest_id, manifest_path,
+};
 use crate::tree::{BlobRef, ChunkSize, Leaves, NewNode, TreeBuilder, TreeRef};
 
 /// An earlier tree of the same device, and what has changed since.
@@ -706,8 +709,8 @@ impl Publish {
     ///
     /// # Errors
     /// When `manifest` names a tree that was not added or reused here, when the lease was broken, or
-    /// the store fails. No checkpoint is there then, except if the very last answer of the store was
-    /// lost on the way; committing the same manifest again is then no error.
+    /// the store fails. No checkpoint is there then, except if the store went away while it wrote the
+    /// manifest and could not be asked whether it had; committing the same manifest again is no error.
     pub async fn commit(mut self, manifest: &Manifest) -> Result<(ManifestId, PublishReport)> {
         let (manifest, lease) = (manifest.clone(), Arc::clone(&self.lease));
         let operation =
@@ -806,15 +809,8 @@ fn commit(
 fn write_manifest(core: &Core, manifest: &Manifest, object: Vec<u8>) -> Result<ManifestId> {
     let id = manifest_id(&object);
     let path = manifest_path(manifest.role, id);
-    let object = bytes::Bytes::from(object);
-    if core.io.create(&path, object.clone())? {
-        return Ok(id);
+    match core.io.create(&path, &object.into(), MANIFEST_BYTES_MAX)? {
+        Created::Ours => Ok(id),
+        Created::Theirs(_) => Err(Error::damaged(path, "other bytes than its name says")),
     }
-    let there = core
-        .io
-        .get(&path, BODY_BYTES_MAX + MANIFEST_HEADER_BYTES as u64)?;
-    if there == object {
-        return Ok(id);
-    }
-    Err(Error::damaged(path, "other bytes than its name says"))
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use object_store::ObjectStore;
 
-use crate::backend::{Address, Backend, Listed};
+use crate::backend::{Address, Backend, Created, Listed};
 use crate::core::{Access, CONFIG, Core, GC_LOCK, Inner, LEASES, Tuning, random_id};
 use crate::error::{Error, Result};
 use crate::fetch::{FetchReport, LocalSource};
@@ -26,7 +26,7 @@ use crate::verify::VerifyReport;
 
 /// The largest blob, in bytes.
 pub const BLOB_BYTES_MAX: u64 = 256 << 20;
-const MANIFEST_BYTES_MAX: u64 = BODY_BYTES_MAX + MANIFEST_HEADER_BYTES as u64;
+pub(crate) const MANIFEST_BYTES_MAX: u64 = BODY_BYTES_MAX + MANIFEST_HEADER_BYTES as u64;
 
 /// An open store. Clones share one index and cost nothing.
 #[derive(Debug, Clone)]
@@ -409,15 +409,12 @@ async fn init_at(backend: Backend) -> Result<()> {
             format: STORE_VERSION,
             id,
         };
-        let object = to_json(&config);
-        // A lost answer makes the object store repeat the call, which then finds its own object.
-        if io.create(CONFIG, object.clone().into())? || io.get(CONFIG, CONFIG_BYTES_MAX)? == object
-        {
-            return Ok(());
+        match io.create(CONFIG, &to_json(&config).into(), CONFIG_BYTES_MAX)? {
+            Created::Ours => Ok(()),
+            Created::Theirs(_) => Err(Error::AlreadyThere {
+                url: io.url().to_owned(),
+            }),
         }
-        Err(Error::AlreadyThere {
-            url: io.url().to_owned(),
-        })
     };
     let done = tokio::task::spawn_blocking(operation).await;
     done.map_err(|source| Error::Worker { attempted, source })?
@@ -505,12 +502,12 @@ fn lenient_version(bytes: &[u8]) -> Result<u32, String> {
 /// Creates the description that is already there: that must be refused, and shows that the store
 /// can be written to. A store that does not honour the condition writes the same bytes again.
 fn prove_conditional_create(io: &crate::backend::Io, config: bytes::Bytes) -> Result<()> {
-    if io.create(CONFIG, config)? {
-        return Err(Error::NoConditionalCreate {
-            url: io.url().to_owned(),
-        });
+    if io.refuses_to_overwrite(CONFIG, config)? {
+        return Ok(());
     }
-    Ok(())
+    Err(Error::NoConditionalCreate {
+        url: io.url().to_owned(),
+    })
 }
 
 impl Core {
@@ -618,14 +615,16 @@ impl Core {
     /// Who holds the gc lock.
     pub(crate) fn gc_lock_holder(&self) -> Result<Option<Lease>> {
         match self.io.get(GC_LOCK, LEASE_BYTES_MAX) {
-            Ok(bytes) => match from_json(&bytes) {
-                Ok(lease) => Ok(Some(lease)),
-                Err(found) => Err(Error::damaged(GC_LOCK, found)),
-            },
+            Ok(bytes) => lease_of(&bytes).map(Some),
             Err(Error::ObjectMissing { .. }) => Ok(None),
             Err(error) => Err(error),
         }
     }
+}
+
+/// What the gc lock says.
+pub(crate) fn lease_of(bytes: &[u8]) -> Result<Lease> {
+    from_json(bytes).map_err(|found| Error::damaged(GC_LOCK, found))
 }
 
 fn decode_as(bytes: &[u8], id: ManifestId, role: Role) -> Result<Manifest, String> {

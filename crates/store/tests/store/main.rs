@@ -3,12 +3,14 @@
 #![allow(clippy::unwrap_used, reason = "in tests a panic is the report")]
 
 mod conformance;
+mod creation;
 mod damage;
 mod fixture;
 mod golden;
 mod homes;
 mod interleavings;
 mod killed;
+mod locks;
 mod opening;
 mod properties;
 mod ratio;

@@ -35,6 +35,20 @@ async fn a_store_in_a_bucket_does_what_a_store_does() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_repeats_a_creation_knows_its_own_object_again() {
+    let (server, _dir) = serve();
+    server.lose_answers().await;
+    let objects = client(&server, SECRET);
+    let store = new_store(&objects).await;
+    let (_, tree, _) = publish(&store, "x", noise(50_000, 1)).await.unwrap();
+    store.gc(owner(), false).await.unwrap();
+    let lost = server.lose_answers().await;
+    assert_eq!(lost, 3, "of the description, the manifest and the gc lock");
+    assert_eq!(fetch(&store, &tree).await.unwrap(), noise(50_000, 1));
+    assert!(all_whole(&objects).await.is_ok());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn wrong_credentials_are_told_as_such() {
     let (server, _dir) = serve();
     Store::init_object_store(client(&server, SECRET), "test")
