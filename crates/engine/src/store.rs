@@ -707,7 +707,7 @@ fn what_helps(error: &stead_store::Error) -> &'static str {
             "use a server that honours conditional puts, or a folder"
         }
         Error::Backend { .. } => "see that the store can be reached, and try again",
-        Error::LeaseLost { .. } | Error::PublishBroken => "try again",
+        Error::LeaseLost { .. } | Error::LockLost { .. } | Error::PublishBroken => "try again",
     }
 }
 
