@@ -259,7 +259,7 @@ impl Core {
         if dead.is_empty() && old_lists.is_empty() && leftovers.is_empty() && tidy {
             return Ok(report);
         }
-        let list = self.condemn(&dead)?;
+        let list = self.condemn(dead.iter().filter(|name| !already.contains(name)))?;
         report.waiting_for = self.leases()?;
         if report.waiting_for.is_empty() {
             self.sweep(&dead, lock, &mut report, progress)?;
@@ -271,16 +271,15 @@ impl Core {
         Ok(report)
     }
 
-    /// Writes the condemned list; its object.
-    fn condemn(&self, dead: &BTreeSet<Hash>) -> Result<Option<String>> {
-        if dead.is_empty() {
+    /// Writes a condemned list; its object.
+    fn condemn<'a>(&self, dead: impl Iterator<Item = &'a Hash>) -> Result<Option<String>> {
+        let packs: Vec<Hash> = dead.copied().collect();
+        if packs.is_empty() {
             return Ok(None);
         }
         let (id, _) = self.inner.new_id()?;
         let object = format!("{CONDEMNED}/{id}");
-        let list = Condemned {
-            packs: dead.iter().copied().collect(),
-        };
+        let list = Condemned { packs };
         self.io.put(&object, to_json(&list).into())?;
         Ok(Some(object))
     }

@@ -314,3 +314,30 @@ async fn packs_that_are_mostly_garbage_are_rewritten_and_what_is_in_use_stays_re
         .sum();
     assert!(bytes < usage.stored_bytes + 10_000, "{bytes} of {usage:?}");
 }
+
+#[tokio::test]
+async fn a_gc_that_has_to_wait_again_and_again_condemns_a_pack_once() {
+    let (objects, store) = memory().await;
+    for number in 1..4 {
+        let publish = store.begin_publish(owner()).await.unwrap();
+        let (removed, _, _) = crate::fixture::publish(&store, "x", noise(50_000, number))
+            .await
+            .unwrap();
+        store.remove_manifest(removed).await.unwrap();
+        for _ in 0..3 {
+            let report = store.gc(owner(), false).await.unwrap();
+            assert_eq!(report.waiting_for.len(), 1);
+            assert_eq!(report.dead_packs, 2 * number);
+        }
+        let all = crate::fixture::objects(&objects).await;
+        let lists = all
+            .iter()
+            .filter(|(path, _)| path.starts_with("condemned/"));
+        assert_eq!(lists.count() as u64, number, "only for what is new");
+        publish.abort().await.unwrap();
+    }
+    let report = store.gc(owner(), false).await.unwrap();
+    assert!(report.deleted_bytes > 0 && report.waiting_for.is_empty());
+    let all = crate::fixture::objects(&objects).await;
+    assert_eq!(all.len(), 1, "only the description is left: {all:?}");
+}
