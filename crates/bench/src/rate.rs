@@ -96,9 +96,11 @@ async fn publish_and_fetch(content: &Content, folder: &Path, times: &mut Times) 
 async fn publish(content: &Content, store: &Store) -> Result<()> {
     let doing = "publish a checkpoint";
     let owner = LeaseOwner {
+        worker: "bench".to_owned(),
+        boot: "bench".to_owned(),
+        process: std::process::id().to_string(),
         host: "bench".to_owned(),
         data_dir: "bench".to_owned(),
-        process: std::process::id().to_string(),
     };
     let mut publish = store.begin_publish(owner).await.doing(doing)?;
     for (path, size) in [

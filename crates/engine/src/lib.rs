@@ -17,6 +17,7 @@
 //! | `job`, `undo` | what survives a crash, and how it is taken back |
 //! | `exclusion` | which operations wait for which |
 //! | `records` | the database, every statement |
+//! | `worker` | who we are to other users of the store |
 #![forbid(unsafe_code)]
 
 mod blobs;
@@ -41,6 +42,7 @@ mod sandbox;
 mod store;
 mod template;
 mod undo;
+mod worker;
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -66,6 +68,7 @@ pub use store::{CheckpointInfo, DiskInfo, GcSummary, IndexSummary, ScrubReport};
 pub use template::{BuildRequest, ImportRequest, TemplateInfo, find_agent};
 
 use records::{Records, Sandbox};
+use worker::Worker;
 
 /// How a worker is set up.
 #[derive(Debug, Clone)]
@@ -107,6 +110,7 @@ pub struct Engine {
     store: OnceCell<Store>,
     qemu: OnceCell<Qemu>,
     reflinks: OnceLock<bool>,
+    worker: OnceLock<Worker>,
 }
 
 impl Engine {
@@ -125,6 +129,7 @@ impl Engine {
             store: OnceCell::new(),
             qemu: OnceCell::new(),
             reflinks: OnceLock::new(),
+            worker: OnceLock::new(),
         };
         engine.recover().await?;
         Ok(engine)

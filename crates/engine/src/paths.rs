@@ -58,6 +58,16 @@ impl DataDir {
         self.root.join("store")
     }
 
+    /// The worker's random id.
+    pub(crate) fn worker_id(&self) -> PathBuf {
+        self.root.join("worker-id")
+    }
+
+    /// The boots of the host in which this folder was used, one a line.
+    pub(crate) fn boots(&self) -> PathBuf {
+        self.root.join("boots")
+    }
+
     pub(crate) fn layers(&self) -> PathBuf {
         self.root.join("layers")
     }

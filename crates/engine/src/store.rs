@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use stead_store::{
-    Access, Error, GcReport, LeaseOwner, ListedManifest, Manifest, ManifestId, Role, Store,
+    Access, Error, GcReport, Lease, LeaseOwner, ListedManifest, Manifest, ManifestId, Role, Store,
 };
 use stead_sys::process::ProcessId;
 
@@ -10,6 +10,7 @@ use crate::error::{AtFile, EngineError, Kind, MAKE_ROOM, Result};
 use crate::event::Watch;
 use crate::machine::MachineRecord;
 use crate::records::{from_json, parse_process};
+use crate::worker::Worker;
 use crate::{Engine, exclusion};
 
 /// What a manifest's `machine` holds.
@@ -141,26 +142,46 @@ impl Engine {
             .await
     }
 
+    fn worker(&self) -> Result<&Worker> {
+        if let Some(worker) = self.worker.get() {
+            return Ok(worker);
+        }
+        let worker = Worker::of(&self.dir)?;
+        Ok(self.worker.get_or_init(|| worker))
+    }
+
     /// Who we are to other users of the store.
     pub(crate) fn lease_owner(&self) -> Result<LeaseOwner> {
         let process = ProcessId::own().at("read the own process's entry in", "/proc")?;
+        let worker = self.worker()?;
         Ok(LeaseOwner {
+            worker: worker.id.clone(),
+            boot: worker.boot.clone(),
+            process: process.to_string(),
             host: host_name(),
             data_dir: self.dir.root().display().to_string(),
-            process: process.to_string(),
         })
     }
 
-    /// Takes away leases of this worker whose process is gone, or is this one.
+    /// Whether the holder of a lease or of the gc lock is of this worker and known to be dead.
+    fn is_dead(&self, holder: &LeaseOwner) -> Result<bool> {
+        let (own, worker) = (self.lease_owner()?, self.worker()?);
+        holder.is_dead(&own, &worker.earlier_boots, |process| {
+            parse_process(process)?.is_alive().map_err(|source| {
+                EngineError::internal("look for a lease's process", "").because(source)
+            })
+        })
+    }
+
+    /// Takes away leases of this worker whose process is gone, and those of this process.
     pub(crate) async fn remove_own_leases(&self) -> Result<()> {
-        let own = self.lease_owner()?.process;
-        self.remove_leases(|owner| Ok(owner.process == own || !is_alive(owner)?))
+        let own = self.lease_owner()?;
+        self.remove_leases(|holder| Ok(*holder == own || self.is_dead(holder)?))
             .await
     }
 
-    /// Takes away the leases of this worker of which `left` says that nobody holds them any more.
+    /// Takes away the leases of which `left` says that nobody holds them any more.
     async fn remove_leases(&self, left: impl Fn(&LeaseOwner) -> Result<bool>) -> Result<()> {
-        let own = self.lease_owner()?;
         let store = self.store().await?;
         let leases = store
             .leases()
@@ -168,7 +189,7 @@ impl Engine {
             .map_err(|source| store_error("list the store's leases", source))?;
         for listed in leases {
             let Ok(lease) = listed.lease else { continue };
-            if lease.owner.same_program(&own) && left(&lease.owner)? {
+            if left(&lease.owner)? {
                 store
                     .break_lease(&listed.id)
                     .await
@@ -412,7 +433,7 @@ impl Engine {
         }
         if !dry_run {
             self.watch.step("gc", "sweep this worker");
-            self.remove_leases(|owner| Ok(!is_alive(owner)?)).await?;
+            self.remove_leases(|holder| self.is_dead(holder)).await?;
             self.forget_removed_checkpoints().await?;
             self.sweep().await?;
         }
@@ -480,9 +501,7 @@ impl Engine {
         let wait = self.settings.wait;
         let _lock = exclusion::lock(&path, "the store", purpose, wait, &self.watch).await?;
         match work(own.clone()).await {
-            Err(Error::Locked { holder, .. })
-                if holder.owner.same_program(&own) && !is_alive(&holder.owner)? =>
-            {
+            Err(Error::Locked { holder, .. }) if self.is_dead(&holder.owner)? => {
                 let store = self.store().await?;
                 store.break_gc_lock().await.map_err(failed)?;
                 work(own).await.map_err(failed)
@@ -545,13 +564,6 @@ fn is_hibernation(name: &str, manifest: &Manifest) -> EngineError {
     )
     .left("nothing was changed")
     .next("wake or remove that sandbox first; `--force` when its worker is gone for good")
-}
-
-/// Whether the process that a lease of this host names is there.
-fn is_alive(owner: &LeaseOwner) -> Result<bool> {
-    parse_process(&owner.process)?
-        .is_alive()
-        .map_err(|source| EngineError::internal("look for a lease's process", "").because(source))
 }
 
 pub(crate) fn body_of(id: &ManifestId, manifest: &Manifest) -> Result<CheckpointBody> {
@@ -728,9 +740,9 @@ fn damage_lines(report: &stead_store::VerifyReport) -> Vec<String> {
 
 fn lease_line(listed: &stead_store::ListedLease) -> String {
     match &listed.lease {
-        Ok(lease) => format!(
-            "lease {} of {} {} process {} since {}",
-            listed.id, lease.owner.host, lease.owner.data_dir, lease.owner.process, lease.started
+        Ok(Lease { owner, started }) => format!(
+            "lease {} of {} {} process {} since {started}, worker {}",
+            listed.id, owner.host, owner.data_dir, owner.process, owner.worker
         ),
         Err(why) => format!("lease {}: {why}", listed.id),
     }
@@ -741,4 +753,105 @@ fn host_name() -> String {
         .nodename()
         .to_string_lossy()
         .into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use stead_sys::durable::{self, Existing};
+
+    use super::*;
+    use crate::Settings;
+
+    /// A process that is not there: nothing starts at the first tick.
+    const GONE: &str = "1@0";
+    const EARLIER: &str = "0b0c5a52-0000-4000-8000-000000000000/4026531836";
+
+    async fn engine(folder: &tempfile::TempDir) -> Engine {
+        let boots = folder.path().join("boots");
+        let text = format!("{EARLIER}\n");
+        durable::publish(&boots, 0o600, text.as_bytes(), Existing::Replace).expect("boots");
+        let settings = Settings {
+            data_dir: folder.path().to_owned(),
+            store: None,
+            wait: Duration::ZERO,
+            template_cache: None,
+        };
+        Engine::open(settings, Watch::silent()).await.expect("open")
+    }
+
+    /// Holders by what they are, and whether they are dead. All have our host's and folder's names.
+    fn holders(own: &LeaseOwner) -> Vec<(&'static str, LeaseOwner, bool)> {
+        let holder = |worker: &str, boot: &str, process: &str| LeaseOwner {
+            worker: worker.to_owned(),
+            boot: boot.to_owned(),
+            process: process.to_owned(),
+            ..own.clone()
+        };
+        let other = "f".repeat(32);
+        let elsewhere = "ffffffff-0000-4000-8000-000000000000/4026531836";
+        vec![
+            ("ours, running", own.clone(), false),
+            ("ours, gone", holder(&own.worker, &own.boot, GONE), true),
+            (
+                "ours, rebooted",
+                holder(&own.worker, EARLIER, &own.process),
+                true,
+            ),
+            ("a clone", holder(&other, elsewhere, GONE), false),
+            ("a clone, earlier", holder(&other, EARLIER, GONE), false),
+            (
+                "in another container",
+                holder(&other, &own.boot, GONE),
+                false,
+            ),
+            (
+                "cloned with its folder",
+                holder(&own.worker, elsewhere, GONE),
+                false,
+            ),
+        ]
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn gc_breaks_the_leases_of_this_workers_dead_processes_and_no_others() {
+        let folder = tempfile::tempdir().expect("folder");
+        let engine = engine(&folder).await;
+        let store = engine.store().await.expect("store");
+        let own = engine.lease_owner().expect("owner");
+        for (what, holder, dead) in holders(&own) {
+            let publish = store.begin_publish(holder).await.expect(what);
+            std::mem::forget(publish);
+            engine.gc(false, &[]).await.expect(what);
+            let left = store.leases().await.expect(what);
+            assert_eq!(left.is_empty(), dead, "{what}");
+            let ids: Vec<String> = left.into_iter().map(|lease| lease.id).collect();
+            engine.gc(false, &ids).await.expect(what);
+            let left = store.leases().await.expect(what);
+            assert!(left.is_empty(), "{what}: broken by the operator");
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn gc_breaks_the_lock_of_this_workers_dead_processes_and_no_others() {
+        let folder = tempfile::tempdir().expect("folder");
+        let engine = engine(&folder).await;
+        let store = engine.store().await.expect("store");
+        let lock = folder.path().join("store/gc-lock");
+        for (what, owner, dead) in holders(&engine.lease_owner().expect("owner")) {
+            let started = jiff::Timestamp::UNIX_EPOCH;
+            let lease = Lease { owner, started };
+            let text = serde_json::to_vec(&lease).expect("JSON");
+            durable::publish(&lock, 0o600, &text, Existing::Replace).expect("lock");
+            match engine.gc(false, &[]).await {
+                Ok(_) => assert!(dead && !lock.exists(), "{what}"),
+                Err(error) => {
+                    assert_eq!((error.kind(), dead), (Kind::Conflict, false), "{what}");
+                    assert_eq!(std::fs::read(&lock).expect("lock"), text, "{what}");
+                }
+            }
+            store.break_gc_lock().await.expect(what);
+        }
+    }
 }

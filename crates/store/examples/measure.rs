@@ -64,9 +64,11 @@ async fn main() {
 
 async fn publish(store: &Store, what: &str, source: &Arc<FileSource>, size: ChunkSize) {
     let owner = LeaseOwner {
+        worker: "measure".to_owned(),
+        boot: "measure".to_owned(),
+        process: std::process::id().to_string(),
         host: "measure".to_owned(),
         data_dir: "measure".to_owned(),
-        process: std::process::id().to_string(),
     };
     let start = Instant::now();
     let mut publish = store.begin_publish(owner).await.unwrap();

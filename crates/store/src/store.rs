@@ -367,8 +367,8 @@ impl Store {
         self.run("break the gc lock", operation).await
     }
 
-    /// Removes the leases and the gc lock that an earlier run of this program left; gives the number.
-    /// Call it at the start, when nothing of this program can be publishing.
+    /// Removes the leases and the gc lock of the worker that `owner` belongs to; gives the number. Call it
+    /// where no process of this worker can be publishing; else look at each with [`LeaseOwner::is_dead`].
     ///
     /// # Errors
     /// When the store fails.
@@ -597,14 +597,14 @@ impl Core {
         self.check_writable("remove old leases")?;
         let mut removed = 0;
         for ListedLease { id, lease } in self.leases()? {
-            if lease.is_ok_and(|lease| lease.owner.same_program(owner)) {
+            if lease.is_ok_and(|lease| lease.owner.same_worker(owner)) {
                 self.io.delete(&format!("{LEASES}/{id}"))?;
                 removed += 1;
             }
         }
         if self
             .gc_lock_holder()?
-            .is_some_and(|lease| lease.owner.same_program(owner))
+            .is_some_and(|lease| lease.owner.same_worker(owner))
         {
             self.io.delete(GC_LOCK)?;
             removed += 1;

@@ -177,8 +177,9 @@ async fn leases_come_and_go(store: &Store) {
     assert_eq!(waiting.deleted_bytes, 0);
     publish.abort().await.unwrap();
     assert_eq!(store.leases().await.unwrap(), []);
+    // A clone: its host, folder and process have the same names.
     let other = stead_store::LeaseOwner {
-        host: "worker-2".to_owned(),
+        worker: "f".repeat(32),
         ..owner()
     };
     let publish = store.begin_publish(other.clone()).await.unwrap();

@@ -35,9 +35,11 @@ pub fn chunk_size() -> ChunkSize {
 
 pub fn owner() -> LeaseOwner {
     LeaseOwner {
-        host: "worker-1".to_owned(),
-        data_dir: "/var/lib/steadfast".to_owned(),
+        worker: "0123456789abcdef0123456789abcdef".to_owned(),
+        boot: "b3f1e0b4-7c5d-4d0e-9a59-3f6a5d0a5a0e/4026531836".to_owned(),
         process: "42@4711".to_owned(),
+        host: "host-1".to_owned(),
+        data_dir: "/var/lib/steadfast".to_owned(),
     }
 }
 
