@@ -297,7 +297,7 @@ impl Core {
         let homes = view.homes(&avoid)?;
         let needed = |name: &Hash| homes.live_bytes.contains_key(name);
         let mut dead: BTreeSet<Hash> = condemned.iter().copied().filter(|n| !needed(n)).collect();
-        let spared = self.irreplaceable(&view, &homes, &dead)?;
+        let spared = self.irreplaceable(&view, &homes, &dead, progress)?;
         dead.retain(|name| !spared.contains(name));
         report.spared_packs = spared.len() as u64;
         lock.check()?;

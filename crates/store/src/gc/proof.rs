@@ -13,6 +13,7 @@ use crate::core::{Core, pack_path};
 use crate::error::Result;
 use crate::hash::Hash;
 use crate::pack::{PackKind, PlacedFrame};
+use crate::progress::Progress;
 use crate::verify::check_frame;
 
 /// For each pack that is to keep something: the names of that, each with the packs that go.
@@ -26,6 +27,7 @@ impl Core {
         view: &View,
         homes: &Homes,
         dead: &BTreeSet<Hash>,
+        progress: &Progress,
     ) -> Result<BTreeSet<Hash>> {
         let mut spared = BTreeSet::new();
         for (home, copies) in kept(view, homes, dead) {
@@ -34,6 +36,7 @@ impl Core {
                 let names = frame.chunks.iter().map(|c| Hash::from_bytes(c.hash));
                 let going = names.filter_map(|name| copies.get(&name)).flatten();
                 let going: BTreeSet<Hash> = going.copied().collect();
+                progress.advance(0)?;
                 if going.is_subset(&spared) || self.is_whole(&home, table.kind, &frame)? {
                     continue;
                 }
