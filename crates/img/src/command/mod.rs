@@ -1,0 +1,26 @@
+//! The subcommands.
+
+mod check;
+
+use crate::console::Console;
+use crate::failure::Outcome;
+use crate::getopt::{Opt, Parsed};
+
+/// A subcommand.
+pub(crate) struct Command {
+    /// Its name.
+    pub name: &'static str,
+    /// What it does, in one line.
+    pub about: &'static str,
+    /// Its arguments.
+    pub usage: &'static str,
+    /// The rest of its help, with an example.
+    pub help: &'static str,
+    /// Its options.
+    pub opts: &'static [Opt],
+    /// Does it; the exit status, when it ended as it should.
+    pub run: fn(&Parsed, &mut Console) -> Outcome<u8>,
+}
+
+/// All subcommands, in the order in which help lists them.
+pub(crate) const COMMANDS: &[Command] = &[check::COMMAND];
