@@ -16,7 +16,7 @@ use std::fmt;
 use crate::directory::{InternalSnapshot, StoredBitmap};
 use crate::entry::{L1Entry, L2Entry, SUBCLUSTERS, Standard};
 use crate::error::{Error, Result};
-use crate::header::{to_u64, to_usize};
+use crate::header::{Encryption, to_u64, to_usize};
 use crate::layer::Layer;
 use crate::refcounts::{Refcounts, TableEntry};
 use crate::units::HostOffset;
@@ -61,9 +61,11 @@ pub enum Use {
     BitmapTable,
     /// The bits of a bitmap.
     BitmapData,
+    /// The header of an encryption, with its keys.
+    EncryptionHeader,
 }
 
-const USES: [Use; 12] = [
+const USES: [Use; 13] = [
     Use::Header,
     Use::L1Table,
     Use::SnapshotL1Table,
@@ -76,6 +78,7 @@ const USES: [Use; 12] = [
     Use::BitmapDirectory,
     Use::BitmapTable,
     Use::BitmapData,
+    Use::EncryptionHeader,
 ];
 
 impl Use {
@@ -93,7 +96,7 @@ impl Use {
 const SAID_ONE: u16 = 1 << 14;
 /// The active tables say that the refcount is not one.
 const SAID_NOT_ONE: u16 = 1 << 15;
-const USE_BITS: u16 = (1 << 12) - 1;
+const USE_BITS: u16 = (1 << 13) - 1;
 
 /// Something wrong in an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -302,6 +305,7 @@ impl<'a> Image<'a> {
                 (header.refcount_table, table_bytes, Use::RefcountTable),
             ],
         };
+        image.read_encryption(report);
         image.read_refcount_table(report)?;
         image.read_directories(report)?;
         image.drop_overlapping_tables(report);
@@ -313,6 +317,22 @@ impl<'a> Image<'a> {
         self.layer
             .cluster_size()
             .count_for(self.layer.file_length())
+    }
+
+    fn read_encryption(&mut self, report: &mut CheckReport) {
+        let Some(Encryption::Luks {
+            header,
+            header_bytes,
+        }) = self.layer.header().encryption
+        else {
+            return;
+        };
+        match self.place("the encryption header", header, header_bytes) {
+            Ok(()) => self
+                .regions
+                .push((header, header_bytes, Use::EncryptionHeader)),
+            Err(error) => unusable(report, Use::EncryptionHeader, error.to_string()),
+        }
     }
 
     /// The last cluster of the table may be cut off by the end of the file; then zeros follow.
@@ -410,7 +430,7 @@ impl<'a> Image<'a> {
 
     fn read_l1_tables(&mut self, report: &mut CheckReport) -> Result<()> {
         let mut tables: Vec<L2Table> = Vec::new();
-        let active = self.layer.l1().iter().enumerate();
+        let active = self.layer.active_l1().iter().enumerate();
         for (index, word) in active {
             // The layer was opened, so its own entries are valid.
             if let Ok(Some(entry)) = L1Entry::decode(*word) {
@@ -698,6 +718,9 @@ impl Walk<'_> {
 
     fn data(&mut self, table: &L2Table, index: u64, word: u64, data: (HostOffset, bool, u64)) {
         let (host, copied, needed) = data;
+        if self.image.layer.header().external_data.is_some() {
+            return self.external_data(table, index, word, (host, needed));
+        }
         let needed = needed.min(self.guest_bytes(table, index)).max(1);
         let placed = require_place(self.image.layer, "guest data", host, needed);
         if let Err(error) = placed {
@@ -713,13 +736,34 @@ impl Walk<'_> {
         self.count(host, size, table.references, marks);
     }
 
+    /// A cluster in the data file has no refcount; it lies where the guest sees it.
+    fn external_data(&mut self, table: &L2Table, index: u64, word: u64, data: (HostOffset, u64)) {
+        let (host, needed) = data;
+        self.note_guest_cluster(table, false);
+        let guest = table
+            .active
+            .map(|active| guest_start(self.image.layer, active, index));
+        let problem = if guest.is_some_and(|guest| guest != host.0) {
+            Some("it does not lie where the guest sees it".to_owned())
+        } else {
+            let needed = needed.min(self.guest_bytes(table, index));
+            let file = self.image.layer.external_data();
+            file.and_then(|file| file.require("guest data", host, needed).err())
+                .map(|error| error.to_string())
+        };
+        if let Some(problem) = problem {
+            self.report(Use::Data, || {
+                let at = table.at;
+                format!("entry {index} of the L2 table at {at} is {word:#x}: {problem}")
+            });
+        }
+    }
+
     /// How many bytes of the cluster the guest can see; 0 where that is not known.
     fn guest_bytes(&self, table: &L2Table, index: u64) -> u64 {
         let header = self.image.layer.header();
         let Some(active) = table.active else { return 0 };
-        let start = u64::from(active.index)
-            .saturating_mul(header.l2_coverage())
-            .saturating_add(index << header.cluster_size.bits());
+        let start = guest_start(self.image.layer, active, index);
         header.virtual_size.saturating_sub(start)
     }
 
@@ -766,6 +810,14 @@ impl Walk<'_> {
             });
         }
     }
+}
+
+/// Where the guest sees entry `index` of an active L2 table.
+fn guest_start(layer: &Layer, table: ActiveTable, index: u64) -> u64 {
+    let header = layer.header();
+    u64::from(table.index)
+        .saturating_mul(header.l2_coverage())
+        .saturating_add(index << header.cluster_size.bits())
 }
 
 fn said(copied: bool) -> u16 {

@@ -5,6 +5,8 @@ use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use stead_sys::readable;
+
 use crate::error::{Error, Result};
 use crate::header::to_u64;
 use crate::units::HostOffset;
@@ -19,7 +21,7 @@ pub(crate) struct ImageFile {
 
 impl ImageFile {
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(|source| Error::io("open", path, source))?;
+        let file = readable::open(path).map_err(|source| Error::io("open", path, source))?;
         Self::new(file, path)
     }
 

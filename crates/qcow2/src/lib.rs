@@ -25,6 +25,7 @@ mod directory;
 mod entry;
 mod error;
 mod file;
+mod following;
 mod header;
 mod layer;
 mod refcounts;
@@ -36,8 +37,10 @@ pub use check::{CheckReport, Finding, MAX_FINDINGS, Use, check};
 pub use directory::{InternalSnapshot, StoredBitmap};
 pub use entry::CompressedCluster;
 pub use error::{Error, Result};
+pub use following::{Follow, OpenPolicy, probe_format};
 pub use header::{
-    BackingName, BitmapsExtension, Compression, FeatureName, Header, UnknownExtension,
+    BackingName, BitmapsExtension, Compression, Encryption, ExternalData, FeatureName, Header,
+    UnknownExtension,
 };
 pub use layer::{Extent, ExtentKind, Extents, Layer};
 pub use units::{ClusterSize, GuestOffset, HostOffset};

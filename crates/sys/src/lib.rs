@@ -15,4 +15,5 @@ pub mod durable;
 pub mod entropy;
 pub mod lock;
 pub mod process;
+pub mod readable;
 pub mod space;
