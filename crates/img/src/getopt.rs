@@ -92,7 +92,9 @@ impl Parsed {
 
     /// All options in the order they were given.
     pub fn given(&self) -> impl Iterator<Item = (&'static str, &OsStr)> {
-        self.given.iter().map(|(id, value)| (*id, value.as_os_str()))
+        self.given
+            .iter()
+            .map(|(id, value)| (*id, value.as_os_str()))
     }
 }
 
@@ -143,7 +145,10 @@ fn long<'a>(
 ) -> Result<(&'static str, OsString), Wrong> {
     let equals = name.iter().position(|byte| *byte == b'=');
     let (name, value) = match equals {
-        Some(at) => (&name[..at], Some(OsString::from_vec(name[at + 1..].to_vec()))),
+        Some(at) => (
+            &name[..at],
+            Some(OsString::from_vec(name[at + 1..].to_vec())),
+        ),
         None => (name, None),
     };
     let option = find_long(opts, name).ok_or_else(|| Wrong::Unknown(shown(arg)))?;
@@ -222,7 +227,9 @@ mod tests {
         for args in [
             &["-pqf", "raw", "a", "--output=json", "b"][..],
             &["a", "-p", "b", "-q", "-fraw", "--outp", "json"],
-            &["-q", "-p", "--format", "raw", "--output", "json", "--", "a", "b"],
+            &[
+                "-q", "-p", "--format", "raw", "--output", "json", "--", "a", "b",
+            ],
         ] {
             let parsed = read(args).expect("a good command line");
             assert!(parsed.has("progress") && parsed.has("quiet"), "{args:?}");

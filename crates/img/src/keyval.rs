@@ -99,6 +99,8 @@ mod tests {
     #[test]
     fn help_is_asked_for_by_a_whole_entry_only() {
         assert!(asks_for_help("help") && asks_for_help("a=1,?") && asks_for_help("help,a=1"));
-        assert!(!asks_for_help("a=help") && !asks_for_help("a=1,,help") && !asks_for_help("helpful"));
+        assert!(
+            !asks_for_help("a=help") && !asks_for_help("a=1,,help") && !asks_for_help("helpful")
+        );
     }
 }

@@ -26,6 +26,7 @@ mod open_error;
 mod opened;
 mod reference;
 mod size;
+mod snapshot_table;
 mod tree;
 
 use std::ffi::{OsStr, OsString};

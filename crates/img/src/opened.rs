@@ -1,51 +1,116 @@
-//! Opening what a reference names.
+//! Opening what a reference names, under the locks that keep writers away.
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::path::Path;
 
-use stead_qcow2::Layer;
+use stead_qcow2::{Error, Layer, probe_format};
+use stead_sys::image_lock::{Access, Attempt, Holder, ImageLock};
+use stead_sys::readable;
 
+use crate::common::FORCE_SHARE;
 use crate::failure::{Failure, Outcome, system_words};
-use crate::format::{Format, PROBE_BYTES, Probed, probe};
+use crate::format::Format;
+use crate::getopt::Parsed;
 use crate::reference::Reference;
 
-/// The format of the image: the stated one, else what the file's first bytes say.
-pub(crate) fn format_of(reference: &Reference) -> Outcome<Format> {
-    let first = first_bytes(&reference.path).map_err(|why| not_open(reference, &why))?;
-    if let Some(format) = reference.format {
-        return Ok(format);
+/// Whether others may write an image while it is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Sharing {
+    /// Nobody writes it meanwhile; else it is not opened.
+    Locked,
+    /// Somebody may, so what is read may be torn (`-U`).
+    Shared,
+}
+
+impl Sharing {
+    /// What the command line says.
+    pub fn of(parsed: &Parsed) -> Self {
+        if parsed.has(FORCE_SHARE.id) {
+            Self::Shared
+        } else {
+            Self::Locked
+        }
     }
-    match probe(&first) {
-        Probed::Known(format) => Ok(format),
-        Probed::Foreign(name) => Err(not_open(
-            reference,
-            &format!("Unknown driver '{name}' (what the file looks like); give -f raw if it is a raw disk"),
+}
+
+/// Keeps writers away until dropped.
+#[derive(Debug)]
+pub(crate) struct ReadLock(#[expect(dead_code, reason = "it is held, not used")] Option<ImageLock>);
+
+/// Locks the file at `path` for reading. The error is the reason, in qemu-img's words.
+pub(crate) fn lock_for_reading(path: &Path, sharing: Sharing) -> Result<ReadLock, String> {
+    if sharing == Sharing::Shared {
+        return Ok(ReadLock(None));
+    }
+    let shown = path.display();
+    let cannot = |error: &io::Error| format!("Could not open '{shown}': {}", system_words(error));
+    let file = readable::open(path).map_err(|error| cannot(&error))?;
+    match ImageLock::attempt(&file, Access::Read) {
+        Ok(Attempt::Locked(lock)) => Ok(ReadLock(Some(lock))),
+        Ok(Attempt::HeldBy(holders)) => {
+            Err(held("Failed to get shared \"write\" lock", path, &holders))
+        }
+        Err(error) => Err(format!(
+            "Could not lock '{shown}': {}",
+            system_words(&error)
         )),
     }
 }
 
-/// One qcow2 image, without what lies below it.
-pub(crate) fn layer(reference: &Reference) -> Outcome<Layer> {
-    Layer::open(&reference.path).map_err(|error| Failure::open(&reference.given, &error))
-}
-
-/// The failure to open, in qemu-img's words.
-pub(crate) fn not_open(reference: &Reference, why: &str) -> Failure {
-    Failure::new(format!("Could not open '{}': {why}", reference.given))
-}
-
-fn first_bytes(path: &Path) -> Result<Vec<u8>, String> {
+/// Who has an image in use.
+pub(crate) fn held(what: &str, path: &Path, holders: &[Holder]) -> String {
     let shown = path.display();
-    let cannot = |error: io::Error| format!("Could not open '{shown}': {}", system_words(&error));
-    let file = File::open(path).map_err(cannot)?;
-    if file.metadata().map_err(cannot)?.is_dir() {
+    let names: Vec<String> = holders.iter().map(ToString::to_string).collect();
+    let by = match names.is_empty() {
+        true => String::new(),
+        false => format!("\nIt is open in {}.", names.join(", ")),
+    };
+    format!("{what}\nIs another process using the image [{shown}]?{by}")
+}
+
+/// The format of the image: the stated one, else what the file's first bytes say.
+pub(crate) fn format_of(reference: &Reference) -> Outcome<Format> {
+    require_file(&reference.path).map_err(|why| not_open(reference, &why))?;
+    if let Some(format) = reference.format {
+        return Ok(format);
+    }
+    match probe_format(&reference.path) {
+        Ok(format) => Ok(format.into()),
+        Err(Error::UnknownFormat { format, .. }) => Err(not_open(
+            reference,
+            &format!(
+                "Unknown driver '{format}' (what the file looks like); give -f raw if it is a raw disk"
+            ),
+        )),
+        Err(error) => Err(Failure::open(&reference.given, &error)),
+    }
+}
+
+/// The header and directories of one qcow2 image; nothing that it names is opened.
+pub(crate) fn inspect(reference: &Reference) -> Outcome<Layer> {
+    Layer::inspect(&reference.path).map_err(|error| Failure::open(&reference.given, &error))
+}
+
+/// The failure to open. The first line of `why` is in qemu-img's words; the others stand below.
+pub(crate) fn not_open(reference: &Reference, why: &str) -> Failure {
+    let (first, more) = why.split_once('\n').unwrap_or((why, ""));
+    Failure::new(format!("Could not open '{}': {first}", reference.given)).with_more(more)
+}
+
+/// Locks what `reference` names for reading.
+pub(crate) fn lock(reference: &Reference, sharing: Sharing) -> Outcome<ReadLock> {
+    lock_for_reading(&reference.path, sharing).map_err(|why| not_open(reference, &why))
+}
+
+/// There is such a file, and it is no folder.
+fn require_file(path: &Path) -> Result<(), String> {
+    let shown = path.display();
+    let metadata = std::fs::metadata(path)
+        .map_err(|error| format!("Could not open '{shown}': {}", system_words(&error)))?;
+    if metadata.is_dir() {
         return Err(format!(
             "'file' driver requires '{shown}' to be a regular file"
         ));
     }
-    let mut first = Vec::new();
-    let limit = u64::try_from(PROBE_BYTES).unwrap_or(u64::MAX);
-    file.take(limit).read_to_end(&mut first).map_err(cannot)?;
-    Ok(first)
+    Ok(())
 }

@@ -28,7 +28,14 @@ const HARMLESS: [&str; 7] = [
     "force-share",
 ];
 /// Options of the driver `file` that mean nothing here.
-const HARMLESS_FILE: [&str; 6] = ["aio", "locking", "drop-cache", "x-check-cache-dropped", "pr-manager", "aio-max-batch"];
+const HARMLESS_FILE: [&str; 6] = [
+    "aio",
+    "locking",
+    "drop-cache",
+    "x-check-cache-dropped",
+    "pr-manager",
+    "aio-max-batch",
+];
 
 /// A part of a file that is used as a raw disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,7 +111,9 @@ pub(crate) fn from_options(list: &OsStr) -> Result<Reference, String> {
         ));
     }
     let pairs = keyval::parse(&given);
-    let options = pairs.into_iter().map(|(key, text)| (key, Value::String(text)));
+    let options = pairs
+        .into_iter()
+        .map(|(key, text)| (key, Value::String(text)));
     build(&given, options.collect())
 }
 
@@ -189,7 +198,12 @@ fn build(given: &str, options: Options) -> Result<Reference, String> {
             None => {}
             Some(name) => format_node(name, &mut node, &mut reference, depth)?,
         }
-        refuse_rest(&node, driver.as_deref().unwrap_or("raw"), "Block format", &[])?;
+        refuse_rest(
+            &node,
+            driver.as_deref().unwrap_or("raw"),
+            "Block format",
+            &[],
+        )?;
         std::mem::swap(&mut node, &mut file);
     }
     Err("the nodes are nested too deep".into())
@@ -204,7 +218,9 @@ fn format_node(
     let format = Format::by_name(name).ok_or_else(|| format!("Unknown driver '{name}'"))?;
     if let Some(other) = node.get("file") {
         let name = text_of(other);
-        return Err(format!("Cannot find device='{name}' nor node-name='{name}'"));
+        return Err(format!(
+            "Cannot find device='{name}' nor node-name='{name}'"
+        ));
     }
     let bounds = [node.remove("offset"), node.remove("size")];
     match (format, depth) {
@@ -215,11 +231,16 @@ fn format_node(
                 reference.window = Some(window(&bounds)?);
             }
             if depth == 1 && reference.window.is_some() {
-                return Err("a qcow2 image in a part of a file is not supported; give the whole file".into());
+                return Err(
+                    "a qcow2 image in a part of a file is not supported; give the whole file"
+                        .into(),
+                );
             }
         }
         (Format::Raw | Format::Qcow2, _) => {
-            return Err(format!("the driver '{name}' is not supported at this place"));
+            return Err(format!(
+                "the driver '{name}' is not supported at this place"
+            ));
         }
     }
     if depth == 0 {
@@ -306,7 +327,9 @@ mod tests {
         for named in [
             json(r#"{"driver":"qcow2","file":{"driver":"file","filename":"a"}}"#),
             json(r#"{"driver":"qcow2","file.filename":"a"}"#),
-            json(r#"{"driver":"qcow2","file":{"driver":"raw","file":{"driver":"file","filename":"a"}}}"#),
+            json(
+                r#"{"driver":"qcow2","file":{"driver":"raw","file":{"driver":"file","filename":"a"}}}"#,
+            ),
             options("driver=qcow2,file.driver=file,file.filename=a"),
             options("driver=qcow2,file.filename=a,cache.direct=on,file.locking=off"),
         ] {
@@ -339,10 +362,22 @@ mod tests {
             (from_name(OsStr::new("nbd://host/x")), "'nbd'"),
             (from_name(OsStr::new("fat:rw:dir")), "'fat'"),
             (json(r#"{"driver":"nbd","host":"x"}"#), "'nbd'"),
-            (json(r#"{"driver":"raw","bogus":1,"file.filename":"r"}"#), "'bogus'"),
-            (json(r#"{"driver":"raw","file":{"driver":"http","url":"x"}}"#), "'http'"),
-            (json(r#"{"driver":"qcow2","backing.file.filename":"b","file.filename":"r"}"#), "'backing.file.filename'"),
-            (json(r#"{"driver":"raw","file":{"driver":"file","filename":"r","bogus":1}}"#), "'bogus'"),
+            (
+                json(r#"{"driver":"raw","bogus":1,"file.filename":"r"}"#),
+                "'bogus'",
+            ),
+            (
+                json(r#"{"driver":"raw","file":{"driver":"http","url":"x"}}"#),
+                "'http'",
+            ),
+            (
+                json(r#"{"driver":"qcow2","backing.file.filename":"b","file.filename":"r"}"#),
+                "'backing.file.filename'",
+            ),
+            (
+                json(r#"{"driver":"raw","file":{"driver":"file","filename":"r","bogus":1}}"#),
+                "'bogus'",
+            ),
             (json(r#"{"filename":"r"}"#), "driver or file"),
             (json("[1]"), "JSON object"),
             (json("{bad"), "JSON"),

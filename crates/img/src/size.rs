@@ -146,7 +146,8 @@ mod tests {
     #[test]
     fn what_qemu_img_does_not_take_is_no_size() {
         for text in [
-            "", "M", "-1", "1.5", "1.5b", ".5M", "1MiB", "1M ", "1e3", "1e3k", "1Q", "infk", "0x", "x",
+            "", "M", "-1", "1.5", "1.5b", ".5M", "1MiB", "1M ", "1e3", "1e3k", "1Q", "infk", "0x",
+            "x",
         ] {
             assert_eq!(parse(text), Err(BadSize::Syntax), "{text:?}");
         }

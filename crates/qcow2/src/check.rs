@@ -195,6 +195,9 @@ pub struct CheckReport {
     pub guest_clusters: u64,
     /// Those of them that are compressed.
     pub compressed_clusters: u64,
+    /// Those of the guest clusters that are compressed, or do not follow in the file on the cluster before
+    /// them in their L2 table: what `qemu-img check` calls fragmented.
+    pub fragmented_clusters: u64,
     /// Where the last used cluster ends.
     pub image_end: HostOffset,
 }
@@ -247,6 +250,7 @@ pub fn check(layer: &Layer) -> Result<CheckReport> {
             counts: Counts::new(start),
             report: &mut report,
             first: start == 0,
+            follows: None,
         };
         walk.all()?;
         let counts = walk.counts;
@@ -623,6 +627,8 @@ struct Walk<'a> {
     report: &'a mut CheckReport,
     /// Only the first walk reports and counts what it sees on its way.
     first: bool,
+    /// Where the next cluster of the L2 table lies if it follows on the one before.
+    follows: Option<HostOffset>,
 }
 
 impl Walk<'_> {
@@ -663,6 +669,7 @@ impl Walk<'_> {
     fn l2_table(&mut self, table: &L2Table) -> Result<()> {
         let header = self.image.layer.header();
         let marks = table.active.map_or(0, |active| said(active.copied));
+        self.follows = None;
         let size = header.cluster_size.bytes();
         self.count(table.at, size, table.references, Use::L2Table.bit() | marks);
         let words = to_usize(header.cluster_size.words());
@@ -690,7 +697,7 @@ impl Walk<'_> {
                     self.report(Use::Compressed, || format!("{}, out of the file", place()));
                     return;
                 }
-                self.note_guest_cluster(table, true);
+                self.note_guest_cluster(table, None);
                 let marks = Use::Compressed.bit();
                 self.count_in_file(HostOffset(start), length, table.references, marks);
             }
@@ -730,7 +737,7 @@ impl Walk<'_> {
             });
             return;
         }
-        self.note_guest_cluster(table, false);
+        self.note_guest_cluster(table, Some(host));
         let marks = table.active.map_or(0, |_| said(copied)) | Use::Data.bit();
         let size = self.image.layer.cluster_size().bytes();
         self.count(host, size, table.references, marks);
@@ -739,7 +746,7 @@ impl Walk<'_> {
     /// A cluster in the data file has no refcount; it lies where the guest sees it.
     fn external_data(&mut self, table: &L2Table, index: u64, word: u64, data: (HostOffset, u64)) {
         let (host, needed) = data;
-        self.note_guest_cluster(table, false);
+        self.note_guest_cluster(table, Some(host));
         let guest = table
             .active
             .map(|active| guest_start(self.image.layer, active, index));
@@ -775,11 +782,21 @@ impl Walk<'_> {
         self.count(at, end - at.0, references, marks);
     }
 
-    fn note_guest_cluster(&mut self, table: &L2Table, compressed: bool) {
-        if self.first && table.active.is_some() {
-            self.report.guest_clusters += 1;
-            self.report.compressed_clusters += u64::from(compressed);
+    /// `host` is where the cluster lies; `None` where it is compressed.
+    fn note_guest_cluster(&mut self, table: &L2Table, host: Option<HostOffset>) {
+        if !self.first || table.active.is_none() {
+            return;
         }
+        self.report.guest_clusters += 1;
+        let Some(host) = host else {
+            self.report.compressed_clusters += 1;
+            self.report.fragmented_clusters += 1;
+            return;
+        };
+        let apart = self.follows.is_some_and(|next| next != host);
+        self.report.fragmented_clusters += u64::from(apart);
+        let size = self.image.layer.cluster_size().bytes();
+        self.follows = Some(HostOffset(host.0.saturating_add(size)));
     }
 
     fn bitmap(&mut self, bitmap: &StoredBitmap) -> Result<()> {

@@ -1,6 +1,6 @@
 //! `check`: whether an image is whole.
 
-use stead_qcow2::{CheckReport, Finding, Layer, check};
+use stead_qcow2::{CheckReport, Finding, HostOffset, Layer, check};
 
 use crate::command::Command;
 use crate::common::{self, FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, Output, QUIET};
@@ -8,7 +8,7 @@ use crate::console::Console;
 use crate::failure::{Failure, Outcome};
 use crate::format::Format;
 use crate::getopt::{Opt, Parsed};
-use crate::opened;
+use crate::opened::{self, Sharing};
 use crate::reference::Reference;
 use crate::tree::Tree;
 
@@ -55,9 +55,10 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
         let failure = Failure::new("This image format does not support checks");
         return Err(failure.with_status(STATUS_UNSUPPORTED));
     }
-    let layer = opened::layer(&image)?;
+    let _lock = opened::lock(&image, Sharing::of(parsed))?;
+    let layer = opened::inspect(&image)?;
     let report = check(&layer).map_err(|error| Failure::new(format!("Check failed: {error}")))?;
-    say_findings(&report, console)?;
+    say_findings(&layer, &report, console)?;
     match output {
         Output::Json => console.line(&json(&image, &layer, &report).json())?,
         Output::Human if parsed.has("quiet") => {}
@@ -76,9 +77,9 @@ fn status(report: &CheckReport) -> u8 {
     }
 }
 
-fn say_findings(report: &CheckReport, console: &mut Console) -> Outcome<()> {
+fn say_findings(layer: &Layer, report: &CheckReport, console: &mut Console) -> Outcome<()> {
     for finding in &report.findings {
-        console.error_line(&finding_line(finding))?;
+        console.error_line(&finding_line(layer, finding))?;
     }
     let told = u64::try_from(report.findings.len()).unwrap_or(u64::MAX);
     let all = report.corruptions.saturating_add(report.leaks);
@@ -92,14 +93,25 @@ fn say_findings(report: &CheckReport, console: &mut Console) -> Outcome<()> {
 }
 
 /// A finding, in qemu-img's words where it has words for it.
-fn finding_line(finding: &Finding) -> String {
+fn finding_line(layer: &Layer, finding: &Finding) -> String {
+    let number = |cluster: &HostOffset| cluster.0 >> layer.cluster_size().bits();
     if let Finding::Leak {
         cluster,
         refcount,
         references,
     } = finding
     {
-        return format!("Leaked cluster at {cluster} refcount={refcount} reference={references}");
+        let number = number(cluster);
+        return format!("Leaked cluster {number} refcount={refcount} reference={references}");
+    }
+    if let Finding::RefcountTooLow {
+        cluster,
+        refcount,
+        references,
+    } = finding
+    {
+        let number = number(cluster);
+        return format!("ERROR cluster {number} refcount={refcount} reference={references}");
     }
     format!("ERROR {finding}")
 }
@@ -140,8 +152,9 @@ fn allocation(layer: &Layer, report: &CheckReport) -> String {
     }
     let percent = |part: u64, of: u64| 100.0 * part as f64 / of.max(1) as f64;
     format!(
-        "{used}/{total} = {:.2}% allocated, {:.2}% compressed clusters\n",
+        "{used}/{total} = {:.2}% allocated, {:.2}% fragmented, {:.2}% compressed clusters\n",
         percent(used, total),
+        percent(report.fragmented_clusters, used),
         percent(report.compressed_clusters, used),
     )
 }
@@ -158,6 +171,7 @@ fn json(image: &Reference, layer: &Layer, report: &CheckReport) -> Tree {
     for (name, count) in [
         ("corruptions", report.corruptions),
         ("leaks", report.leaks),
+        ("fragmented-clusters", report.fragmented_clusters),
         ("compressed-clusters", report.compressed_clusters),
     ] {
         if count > 0 {

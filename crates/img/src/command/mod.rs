@@ -1,6 +1,7 @@
 //! The subcommands.
 
 mod check;
+mod info;
 
 use crate::console::Console;
 use crate::failure::Outcome;
@@ -23,4 +24,4 @@ pub(crate) struct Command {
 }
 
 /// All subcommands, in the order in which help lists them.
-pub(crate) const COMMANDS: &[Command] = &[check::COMMAND];
+pub(crate) const COMMANDS: &[Command] = &[info::COMMAND, check::COMMAND];

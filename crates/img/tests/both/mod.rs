@@ -91,7 +91,10 @@ impl Bench {
     pub fn same_status(&self, lines: &[&str]) {
         for line in lines {
             let (theirs, ours) = self.both(line);
-            assert_eq!(theirs.status, ours.status, "qemu-img (left) and ours: {line}: {ours:?}");
+            assert_eq!(
+                theirs.status, ours.status,
+                "qemu-img (left) and ours: {line}: {ours:?}"
+            );
         }
     }
 
@@ -103,14 +106,20 @@ impl Bench {
         let left = self.names();
         self.copy(&before, &self.path("."));
         let ours = said(&self.ours(line));
-        assert_eq!(left, self.names(), "files left by qemu-img (left) and ours: {line}");
+        assert_eq!(
+            left,
+            self.names(),
+            "files left by qemu-img (left) and ours: {line}"
+        );
         (theirs, ours)
     }
 
     fn copy(&self, from: &Path, to: &Path) {
         let (from, to) = (from.display(), to.display());
         // Times stay, so that what is printed of them is the same.
-        let command = format!("rm -rf {to}.new; cp -a --sparse=auto {from} {to}.new; rm -rf {to}; mv {to}.new {to}");
+        let command = format!(
+            "rm -rf {to}.new; cp -a --sparse=auto {from} {to}.new; rm -rf {to}; mv {to}.new {to}"
+        );
         let command = command.replace("work/.", "work");
         let copied = Command::new("sh").args(["-ec", &command]).status();
         assert!(copied.expect("a shell").success(), "{command}");
@@ -133,7 +142,10 @@ fn said(output: &Output) -> Said {
         Err(_no_json) => Printed::Text(text.lines().map(without_disk_line).collect()),
     };
     let errors = String::from_utf8_lossy(&output.stderr).into_owned();
-    let first = errors.lines().next().map(|line| line.replace("qemu-img: ", ""));
+    let first = errors
+        .lines()
+        .next()
+        .map(|line| line.replace("qemu-img: ", ""));
     Said {
         status: output.status.code(),
         out,
