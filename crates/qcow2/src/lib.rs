@@ -16,6 +16,8 @@
 
 #![forbid(unsafe_code)]
 
+mod bitmap;
+mod bitmap_read;
 mod build;
 mod cache;
 mod chain;
@@ -31,6 +33,7 @@ mod layer;
 mod refcounts;
 mod units;
 
+pub use bitmap::{Bitmap, BitmapCluster, GRANULARITY_BITS, MAX_BITMAP_BITS, MAX_BITMAP_NAME_BYTES};
 pub use build::{Backing, ImageBuilder, ImageOptions, create_overlay, write_image};
 pub use chain::{Chain, LayerFile, LayerFormat, MAX_LAYERS};
 pub use check::{CheckReport, Finding, MAX_FINDINGS, Use, check};
