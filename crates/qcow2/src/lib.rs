@@ -22,6 +22,7 @@ mod build;
 mod cache;
 mod chain;
 mod check;
+mod compare;
 mod decompress;
 mod directory;
 mod entry;
@@ -29,7 +30,9 @@ mod error;
 mod file;
 mod following;
 mod header;
+mod info;
 mod layer;
+mod map;
 mod refcounts;
 mod units;
 
@@ -37,6 +40,7 @@ pub use bitmap::{Bitmap, BitmapCluster, GRANULARITY_BITS, MAX_BITMAP_BITS, MAX_B
 pub use build::{Backing, ImageBuilder, ImageOptions, create_overlay, write_image};
 pub use chain::{Chain, LayerFile, LayerFormat, MAX_LAYERS};
 pub use check::{CheckReport, Finding, MAX_FINDINGS, Use, check};
+pub use compare::{Comparison, Difference, compare};
 pub use directory::{InternalSnapshot, StoredBitmap};
 pub use entry::CompressedCluster;
 pub use error::{Error, Result};
@@ -45,5 +49,9 @@ pub use header::{
     BackingName, BitmapsExtension, Compression, Encryption, ExternalData, FeatureName, Header,
     UnknownExtension,
 };
+pub use info::{
+    BitmapInfo, EncryptInfo, FormatSpecific, ImageInfo, Qcow2Info, SnapshotInfo, info, info_chain,
+};
 pub use layer::{Extent, ExtentKind, Extents, Layer};
+pub use map::{MapEntries, MapEntry};
 pub use units::{ClusterSize, GuestOffset, HostOffset};
