@@ -66,7 +66,7 @@ impl Member {
     }
 
     /// The disk's length in bytes. A raw file is filled up with zeros to a whole sector.
-    fn length(&self) -> u64 {
+    pub fn length(&self) -> u64 {
         match self {
             Self::Raw(file) => file.length().next_multiple_of(SECTOR_BYTES),
             Self::Qcow2(layer) => layer.virtual_size(),
@@ -151,6 +151,10 @@ impl Chain {
             Member::Raw(file) => (file.path(), LayerFormat::Raw),
             Member::Qcow2(layer) => (layer.path(), LayerFormat::Qcow2),
         })
+    }
+
+    pub(crate) fn members(&self) -> &[Arc<Member>] {
+        &self.members
     }
 
     /// The disk's length in bytes: that of its top layer.

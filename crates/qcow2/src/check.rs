@@ -13,12 +13,13 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use crate::bitmap_read::TableEntry;
 use crate::directory::{InternalSnapshot, StoredBitmap};
 use crate::entry::{L1Entry, L2Entry, SUBCLUSTERS, Standard};
 use crate::error::{Error, Result};
 use crate::header::{Encryption, to_u64, to_usize};
 use crate::layer::Layer;
-use crate::refcounts::{Refcounts, TableEntry};
+use crate::refcounts::{self, Refcounts};
 use crate::units::HostOffset;
 
 /// How many findings are kept in full; all are counted.
@@ -29,10 +30,6 @@ const PAGE_CLUSTERS: u64 = 256;
 const MAX_PAGES: usize = 256 << 10;
 /// The most L2 tables of one image, with those of internal snapshots.
 const MAX_L2_TABLES: usize = 8 << 20;
-/// Words of a bitmap table that are read at a time.
-const STEP_WORDS: u64 = 64 << 10;
-/// Bits 9 to 55 of a bitmap table entry.
-const BITMAP_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
 /// What a cluster is used for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -353,13 +350,13 @@ impl<'a> Image<'a> {
         self.refcount_blocks = vec![None; table.len()];
         let mut known = BTreeMap::new();
         for (index, word) in table.into_iter().enumerate() {
-            match TableEntry::decode(word) {
-                TableEntry::None => {}
-                TableEntry::Reserved => {
+            match refcounts::TableEntry::decode(word) {
+                refcounts::TableEntry::None => {}
+                refcounts::TableEntry::Reserved => {
                     let reason = format!("entry {index} of the refcount table is {word:#x}");
                     unusable(report, Use::RefcountBlock, reason);
                 }
-                TableEntry::Block(at) => {
+                refcounts::TableEntry::Block(at) => {
                     let place = self.place("a refcount block", at, header.cluster_size.bytes());
                     if let Err(error) = place {
                         unusable(report, Use::RefcountBlock, error.to_string());
@@ -800,31 +797,26 @@ impl Walk<'_> {
     }
 
     fn bitmap(&mut self, bitmap: &StoredBitmap) -> Result<()> {
-        let mut done = 0;
-        while done < u64::from(bitmap.table_entries) {
-            let count = STEP_WORDS.min(u64::from(bitmap.table_entries) - done);
-            let at = HostOffset(bitmap.table.0 + done * 8);
-            let file = self.image.layer.file();
-            for word in file.read_words("the table of a bitmap", at, to_usize(count))? {
-                self.bitmap_entry(word);
-            }
-            done += count;
-        }
-        Ok(())
+        let layer = self.image.layer;
+        layer.for_each_entry(bitmap, |_, word| {
+            self.bitmap_entry(word);
+            Ok(())
+        })
     }
 
     fn bitmap_entry(&mut self, word: u64) {
         let size = self.image.layer.cluster_size().bytes();
-        let at = HostOffset(word & BITMAP_OFFSET);
-        if word == at.0 && at.0 != 0 {
-            match require_place(self.image.layer, "the bits of a bitmap", at, 1) {
-                Ok(()) => self.count(at, size, 1, Use::BitmapData.bit()),
-                Err(error) => self.report(Use::BitmapData, || error.to_string()),
+        match TableEntry::decode(word) {
+            Some(TableEntry::Clear | TableEntry::Full) => {}
+            Some(TableEntry::Stored(at)) => {
+                match require_place(self.image.layer, "the bits of a bitmap", at, 1) {
+                    Ok(()) => self.count(at, size, 1, Use::BitmapData.bit()),
+                    Err(error) => self.report(Use::BitmapData, || error.to_string()),
+                }
             }
-        } else if word > 1 {
-            self.report(Use::BitmapData, || {
+            None => self.report(Use::BitmapData, || {
                 format!("a bitmap table entry is {word:#x}")
-            });
+            }),
         }
     }
 }

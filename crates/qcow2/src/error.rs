@@ -95,6 +95,22 @@ pub enum Error {
         /// The format, as it is named or as its content shows.
         format: String,
     },
+    /// A dirty bitmap was not saved when its image was last used, so it says nothing.
+    #[error("{}: the bitmap {name} is in use: it was not saved when the image was last used, so what changed is not known; remove it and make a full backup", path.display())]
+    BitmapInUse {
+        /// The file.
+        path: PathBuf,
+        /// The bitmap.
+        name: String,
+    },
+    /// A dirty bitmap cannot be expressed in the format.
+    #[error("the bitmap {name} cannot be: {reason}")]
+    InvalidBitmap {
+        /// The bitmap.
+        name: String,
+        /// Why not.
+        reason: String,
+    },
     /// The image is marked corrupt, and its data cannot be trusted.
     #[error("{}: the image is marked corrupt; repair it with `qemu-img check -r all` or use another copy", path.display())]
     MarkedCorrupt {

@@ -50,6 +50,14 @@ impl ImageFile {
         self.length
     }
 
+    /// What the file takes on its file system, in bytes.
+    pub fn allocated_bytes(&self) -> Result<u64> {
+        use std::os::unix::fs::MetadataExt;
+        let metadata = self.file.metadata();
+        let metadata = metadata.map_err(|source| Error::io("ask for", &self.path, source))?;
+        Ok(metadata.blocks().saturating_mul(512))
+    }
+
     /// Whether `length` bytes at `at` lie in the file.
     pub fn require(&self, what: &'static str, at: HostOffset, length: u64) -> Result<()> {
         let end = at.0.checked_add(length);

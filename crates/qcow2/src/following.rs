@@ -244,15 +244,40 @@ impl Chain {
 #[derive(Default)]
 struct Opened {
     members: Vec<Member>,
-    identities: Vec<(u64, u64)>,
+    seen: Seen,
     l1_bytes: u64,
+}
+
+/// Which files a chain has so far, so that it has an end.
+#[derive(Default)]
+pub(crate) struct Seen {
+    identities: Vec<(u64, u64)>,
+}
+
+impl Seen {
+    /// Takes a file that was not there yet.
+    pub fn accept(&mut self, image: &ImageFile) -> Result<()> {
+        let path = image.path();
+        let identity = readable::identity(image.file())
+            .map_err(|source| Error::io("identify", path, source))?;
+        let invalid = |reason: String| Err(Error::InvalidChain { reason });
+        if self.identities.contains(&identity) {
+            return invalid(format!("{} comes up twice in it", path.display()));
+        }
+        if self.identities.len() >= MAX_LAYERS {
+            let path = path.display();
+            return invalid(format!("at {path} it has more than {MAX_LAYERS} files"));
+        }
+        self.identities.push(identity);
+        Ok(())
+    }
 }
 
 impl Opened {
     /// Opens `file` and gives the file below it.
     fn add(&mut self, file: &LayerFile, policy: &OpenPolicy) -> Result<Option<LayerFile>> {
         let image = ImageFile::open(&file.path)?;
-        self.accept(&image)?;
+        self.seen.accept(&image)?;
         match file.format {
             LayerFormat::Raw => {
                 self.members.push(Member::Raw(image));
@@ -261,7 +286,7 @@ impl Opened {
             LayerFormat::Qcow2 => {
                 let layer = Layer::inspect_image(image)?;
                 let layer = self.with_data(layer, policy)?;
-                self.l1_bytes += to_u64(layer.l1().len()) * 8;
+                self.count_l1(&layer)?;
                 let below = below(&layer, policy)?;
                 self.members.push(Member::from_layer(layer)?);
                 Ok(below)
@@ -269,22 +294,15 @@ impl Opened {
         }
     }
 
-    fn accept(&mut self, image: &ImageFile) -> Result<()> {
-        let path = image.path();
-        let identity = readable::identity(image.file())
-            .map_err(|source| Error::io("identify", path, source))?;
-        let invalid = |reason: String| Err(Error::InvalidChain { reason });
-        if self.identities.contains(&identity) {
-            return invalid(format!("{} comes up twice in it", path.display()));
+    fn count_l1(&mut self, layer: &Layer) -> Result<()> {
+        self.l1_bytes += to_u64(layer.l1().len()) * 8;
+        if self.l1_bytes <= MAX_CHAIN_L1_BYTES {
+            return Ok(());
         }
-        if self.members.len() >= MAX_LAYERS || self.l1_bytes > MAX_CHAIN_L1_BYTES {
-            return invalid(format!(
-                "at {} it has more than {MAX_LAYERS} files or 512 MiB of L1 tables",
-                path.display()
-            ));
-        }
-        self.identities.push(identity);
-        Ok(())
+        let path = layer.path().display();
+        Err(Error::InvalidChain {
+            reason: format!("at {path} it has more than 512 MiB of L1 tables"),
+        })
     }
 
     fn with_data(&mut self, layer: Layer, policy: &OpenPolicy) -> Result<Layer> {
@@ -303,12 +321,12 @@ impl Opened {
             return named.refuse("a data file is raw");
         }
         let data = ImageFile::open(&path)?;
-        self.accept(&data)?;
+        self.seen.accept(&data)?;
         layer.with_data(data)
     }
 }
 
-fn below(layer: &Layer, policy: &OpenPolicy) -> Result<Option<LayerFile>> {
+pub(crate) fn below(layer: &Layer, policy: &OpenPolicy) -> Result<Option<LayerFile>> {
     let Some(backing) = &layer.header().backing else {
         return Ok(None);
     };

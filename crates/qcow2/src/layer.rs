@@ -347,7 +347,8 @@ impl Layer {
         self.data().path()
     }
 
-    fn data(&self) -> &ImageFile {
+    /// The image itself, or its external data file.
+    pub(crate) fn data(&self) -> &ImageFile {
         self.shared.data.as_ref().unwrap_or(&self.shared.file)
     }
 

@@ -16,10 +16,13 @@
 
 #![forbid(unsafe_code)]
 
+mod bitmap;
+mod bitmap_read;
 mod build;
 mod cache;
 mod chain;
 mod check;
+mod compare;
 mod decompress;
 mod directory;
 mod entry;
@@ -27,13 +30,17 @@ mod error;
 mod file;
 mod following;
 mod header;
+mod info;
 mod layer;
+mod map;
 mod refcounts;
 mod units;
 
+pub use bitmap::{Bitmap, BitmapCluster, GRANULARITY_BITS, MAX_BITMAP_BITS, MAX_BITMAP_NAME_BYTES};
 pub use build::{Backing, ImageBuilder, ImageOptions, create_overlay, write_image};
 pub use chain::{Chain, LayerFile, LayerFormat, MAX_LAYERS};
 pub use check::{CheckReport, Finding, MAX_FINDINGS, Use, check};
+pub use compare::{Comparison, Difference, compare};
 pub use directory::{InternalSnapshot, StoredBitmap};
 pub use entry::CompressedCluster;
 pub use error::{Error, Result};
@@ -42,5 +49,9 @@ pub use header::{
     BackingName, BitmapsExtension, Compression, Encryption, ExternalData, FeatureName, Header,
     UnknownExtension,
 };
+pub use info::{
+    BitmapInfo, EncryptInfo, FormatSpecific, ImageInfo, Qcow2Info, SnapshotInfo, info, info_chain,
+};
 pub use layer::{Extent, ExtentKind, Extents, Layer};
+pub use map::{MapEntries, MapEntry};
 pub use units::{ClusterSize, GuestOffset, HostOffset};

@@ -56,6 +56,26 @@ impl<'a> Refcounts<'a> {
         }
     }
 
+    /// All refcounts that can be read; what cannot be is left out, as a reader does.
+    pub fn of(layer: &'a Layer) -> Result<Self> {
+        let header = layer.header();
+        let length = u64::from(header.refcount_table_clusters) * header.cluster_size.bytes();
+        let there = layer.file_length().saturating_sub(header.refcount_table.0);
+        let words = to_usize(length.min(there) / 8);
+        let table = layer
+            .file()
+            .read_words("the refcount table", header.refcount_table, words)?;
+        let block = |word| match TableEntry::decode(word) {
+            TableEntry::Block(at) => {
+                let size = header.cluster_size.bytes();
+                let placed = layer.file().require("a refcount block", at, size);
+                placed.is_ok().then_some(at)
+            }
+            TableEntry::None | TableEntry::Reserved => None,
+        };
+        Ok(Self::new(layer, table.into_iter().map(block).collect()))
+    }
+
     /// The refcount of a cluster; 0 where there is no block. Cheap when asked in ascending order.
     pub fn get(&mut self, cluster: u64) -> Result<u64> {
         let held = |piece: &Piece| {
