@@ -2,6 +2,8 @@
 
 use std::ffi::OsStr;
 
+use stead_qcow2::{Follow, OpenPolicy};
+
 use crate::failure::{Failure, Outcome};
 use crate::format::Format;
 use crate::getopt::{Opt, Parsed};
@@ -13,6 +15,8 @@ pub(crate) const OBJECT: Opt = Opt::value("object", "", &["object"]);
 pub(crate) const IMAGE_OPTS: Opt = Opt::flag("image-opts", "", &["image-opts"]);
 pub(crate) const OUTPUT: Opt = Opt::value("output", "", &["output"]);
 pub(crate) const FORCE_SHARE: Opt = Opt::flag("force-share", "U", &["force-share"]);
+pub(crate) const PROGRESS: Opt = Opt::flag("progress", "p", &["progress"]);
+pub(crate) const NO_FOLLOW: Opt = Opt::flag("no-follow", "", &["no-follow"]);
 pub(crate) const QUIET: Opt = Opt::flag("quiet", "q", &["quiet"]);
 
 /// How a result is printed.
@@ -73,6 +77,17 @@ pub(crate) fn image(parsed: &Parsed, name: &OsStr, format_id: &str) -> Outcome<R
         found.format = Some(Format::by_name(&format).ok_or_else(unknown)?);
     }
     Ok(found)
+}
+
+/// Which names in images are followed: all, as by qemu-img, or none with `--no-follow`.
+pub(crate) fn policy(parsed: &Parsed) -> OpenPolicy {
+    if parsed.has(NO_FOLLOW.id) {
+        return OpenPolicy::NOTHING;
+    }
+    OpenPolicy {
+        follow: Follow::Names,
+        probe: true,
+    }
 }
 
 /// Objects other than secrets are refused by name; secrets have no use here, as nothing is encrypted.

@@ -45,33 +45,85 @@ const fn define(name: &'static str, takes: Takes, about: &'static str) -> Defini
 
 /// In the order in which they are printed.
 const QCOW2: &[Definition] = &[
-    define("encryption", Takes::OnOff, "Recognised and refused: there is no encryption here"),
-    define("encrypt.format", Takes::Text, "Recognised and refused: there is no encryption here"),
+    define(
+        "encryption",
+        Takes::OnOff,
+        "Recognised and refused: there is no encryption here",
+    ),
+    define(
+        "encrypt.format",
+        Takes::Text,
+        "Recognised and refused: there is no encryption here",
+    ),
     define("encrypt.key-secret", Takes::Text, "Recognised and refused"),
     define("encrypt.cipher-alg", Takes::Text, "Recognised and refused"),
     define("encrypt.cipher-mode", Takes::Text, "Recognised and refused"),
     define("encrypt.ivgen-alg", Takes::Text, "Recognised and refused"),
-    define("encrypt.ivgen-hash-alg", Takes::Text, "Recognised and refused"),
+    define(
+        "encrypt.ivgen-hash-alg",
+        Takes::Text,
+        "Recognised and refused",
+    ),
     define("encrypt.hash-alg", Takes::Text, "Recognised and refused"),
     define("encrypt.iter-time", Takes::Number, "Recognised and refused"),
-    define("cluster_size", Takes::Size, "Bytes in a cluster, a power of two from 512 to 2M"),
-    define("extended_l2", Takes::OnOff, "32 subclusters in each cluster"),
-    define("preallocation", Takes::Text, "What is reserved: off, metadata, falloc or full"),
-    define("compression_type", Takes::Text, "How compressed clusters are compressed: zlib or zstd"),
+    define(
+        "cluster_size",
+        Takes::Size,
+        "Bytes in a cluster, a power of two from 512 to 2M",
+    ),
+    define(
+        "extended_l2",
+        Takes::OnOff,
+        "32 subclusters in each cluster",
+    ),
+    define(
+        "preallocation",
+        Takes::Text,
+        "What is reserved: off, metadata, falloc or full",
+    ),
+    define(
+        "compression_type",
+        Takes::Text,
+        "How compressed clusters are compressed: zlib or zstd",
+    ),
     define("size", Takes::Size, "Bytes of the virtual disk"),
-    define("compat", Takes::Text, "Version of the format: v2 (0.10) or v3 (1.1)"),
+    define(
+        "compat",
+        Takes::Text,
+        "Version of the format: v2 (0.10) or v3 (1.1)",
+    ),
     define("backing_file", Takes::Text, "The image below"),
     define("backing_fmt", Takes::Text, "The format of the image below"),
-    define("data_file", Takes::Text, "A file of its own for the guest's data"),
-    define("data_file_raw", Takes::OnOff, "The data file is at all times a raw image"),
-    define("lazy_refcounts", Takes::OnOff, "QEMU may write refcounts late"),
-    define("refcount_bits", Takes::Number, "Width of a refcount: 1, 2, 4, 8, 16, 32 or 64"),
+    define(
+        "data_file",
+        Takes::Text,
+        "A file of its own for the guest's data",
+    ),
+    define(
+        "data_file_raw",
+        Takes::OnOff,
+        "The data file is at all times a raw image",
+    ),
+    define(
+        "lazy_refcounts",
+        Takes::OnOff,
+        "QEMU may write refcounts late",
+    ),
+    define(
+        "refcount_bits",
+        Takes::Number,
+        "Width of a refcount: 1, 2, 4, 8, 16, 32 or 64",
+    ),
 ];
 const RAW: &[Definition] = &[define("size", Takes::Size, "Bytes of the virtual disk")];
 /// What a raw image takes on top of [`RAW`] where the file is known.
 const RAW_FILE: &[Definition] = &[
     define("nocow", Takes::OnOff, "Accepted; has no effect"),
-    define("preallocation", Takes::Text, "What is reserved: off, falloc or full"),
+    define(
+        "preallocation",
+        Takes::Text,
+        "What is reserved: off, falloc or full",
+    ),
     define("extent_size_hint", Takes::Size, "Accepted; has no effect"),
 ];
 /// The same for a qcow2 image.
@@ -245,7 +297,10 @@ impl Given {
 
     fn refuse_encryption(&self) -> Result<(), String> {
         let wanted = self.is_on("encryption")
-            || self.values.iter().any(|(name, _)| name.starts_with("encrypt."));
+            || self
+                .values
+                .iter()
+                .any(|(name, _)| name.starts_with("encrypt."));
         match wanted {
             true => Err("Encryption is not supported".into()),
             false => Ok(()),
@@ -365,7 +420,9 @@ pub(crate) fn size_words(name: &str) -> String {
 }
 
 fn number(value: &str) -> Option<String> {
-    let hex = value.strip_prefix("0x").or_else(|| value.strip_prefix("0X"));
+    let hex = value
+        .strip_prefix("0x")
+        .or_else(|| value.strip_prefix("0X"));
     let number: i64 = match hex {
         Some(digits) => i64::from_str_radix(digits, 16).ok()?,
         None => value.parse().ok()?,
@@ -384,15 +441,19 @@ fn check_qcow2(options: &Qcow2Options) -> Result<(), String> {
     let refusals = [
         (
             options.extended_l2 && old,
-            format!("Extended L2 entries are only supported with compatibility level 1.1 and above {NEWER}"),
+            format!(
+                "Extended L2 entries are only supported with compatibility level 1.1 and above {NEWER}"
+            ),
         ),
         (
             options.extended_l2 && options.cluster_size.bits() < 14,
-            "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes".into(),
+            "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes"
+                .into(),
         ),
         (
             reserved && below && !options.extended_l2,
-            "Backing file and preallocation can only be used at the same time if extended_l2 is on".into(),
+            "Backing file and preallocation can only be used at the same time if extended_l2 is on"
+                .into(),
         ),
         (
             options.lazy_refcounts && old,
@@ -404,7 +465,9 @@ fn check_qcow2(options: &Qcow2Options) -> Result<(), String> {
         ),
         (
             bits != 16 && old,
-            format!("Different refcount widths than 16 bits require compatibility level 1.1 or above {NEWER}"),
+            format!(
+                "Different refcount widths than 16 bits require compatibility level 1.1 or above {NEWER}"
+            ),
         ),
         (
             below && data_file.is_some_and(|data| data.raw),
@@ -412,11 +475,15 @@ fn check_qcow2(options: &Qcow2Options) -> Result<(), String> {
         ),
         (
             data_file.is_some() && old,
-            format!("External data files are only supported with compatibility level 1.1 and above {NEWER}"),
+            format!(
+                "External data files are only supported with compatibility level 1.1 and above {NEWER}"
+            ),
         ),
         (
             options.compression == Compression::Zstd && old,
-            format!("Non-zlib compression type is only supported with compatibility level 1.1 and above {NEWER}"),
+            format!(
+                "Non-zlib compression type is only supported with compatibility level 1.1 and above {NEWER}"
+            ),
         ),
     ];
     match refusals.into_iter().find(|(refused, _)| *refused) {
@@ -435,7 +502,8 @@ mod tests {
 
     #[test]
     fn the_last_value_counts_and_is_printed_as_a_number_of_bytes() {
-        let given = given("cluster_size=64k,cluster_size=4k,size=1.5M,lazy_refcounts=yes,compat=1,,1");
+        let given =
+            given("cluster_size=64k,cluster_size=4k,size=1.5M,lazy_refcounts=yes,compat=1,,1");
         assert_eq!(
             given.formatting("x"),
             "Formatting 'x', fmt=qcow2 cluster_size=4096 extended_l2=off compression_type=zlib \
@@ -446,7 +514,11 @@ mod tests {
 
     #[test]
     fn every_way_to_ask_for_encryption_is_refused() {
-        for list in ["encryption=on", "encrypt.format=luks", "encrypt.iter-time=10"] {
+        for list in [
+            "encryption=on",
+            "encrypt.format=luks",
+            "encrypt.iter-time=10",
+        ] {
             let error = given(list).new_format().expect_err("refused");
             assert!(error.contains("Encryption"), "{error}");
         }
@@ -456,8 +528,15 @@ mod tests {
     #[test]
     fn help_lists_options_in_alphabetical_order() {
         let text = help(Format::Raw, true);
-        let names: Vec<&str> = text.lines().skip(1).filter_map(|l| l.trim().split('=').next()).collect();
-        assert_eq!(names, ["extent_size_hint", "nocow", "preallocation", "size"]);
+        let names: Vec<&str> = text
+            .lines()
+            .skip(1)
+            .filter_map(|l| l.trim().split('=').next())
+            .collect();
+        assert_eq!(
+            names,
+            ["extent_size_hint", "nocow", "preallocation", "size"]
+        );
         assert!(help(Format::Qcow2, false).contains("Specify the target filename"));
     }
 }

@@ -9,7 +9,7 @@
 //! | `getopt`, `keyval`, `size` | how a command line, `-o` lists and sizes are read |
 //! | `reference`, `format` | what a user calls an image; which formats there are |
 //! | `console`, `failure`, `open_error` | where it is printed, and why a command ended |
-//! | `tree` | reports as JSON and for people |
+//! | `tree`, `json`, `progress` | reports for people and programs, and how far a command is |
 //! | `command/` | one file for each subcommand |
 
 #![forbid(unsafe_code)]
@@ -17,13 +17,16 @@
 mod command;
 mod common;
 mod console;
+//mod create_options;
 mod failure;
 mod format;
 mod getopt;
 mod help;
+mod json;
 mod keyval;
 mod open_error;
 mod opened;
+mod progress;
 mod reference;
 mod size;
 mod snapshot_table;

@@ -1,5 +1,7 @@
 //! Errors of opening an image in the words that scripts for qemu-img look for, ours below them.
 
+use std::path::Path;
+
 use stead_qcow2::Error;
 
 use crate::failure::system_words;
@@ -15,6 +17,22 @@ pub(crate) fn words(error: &Error) -> (String, String) {
         error.to_string()
     };
     (first, more)
+}
+
+/// The image that the error is about, where opening it is what failed.
+pub(crate) fn image(error: &Error) -> Option<&Path> {
+    match error {
+        Error::Io { path, .. }
+        | Error::NotQcow2 { path, .. }
+        | Error::UnknownVersion { path, .. }
+        | Error::UnknownFeature { path, .. }
+        | Error::UnknownFormat { path, .. }
+        | Error::MarkedCorrupt { path, .. }
+        | Error::InvalidField { path, .. }
+        | Error::OutOfFile { path, .. }
+        | Error::Encrypted { path, .. } => Some(path),
+        _ => None,
+    }
 }
 
 fn known(error: &Error) -> Option<String> {

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::Path;
 
-use stead_qcow2::{Error, Layer, probe_format};
+use stead_qcow2::{Chain, Error, Layer, LayerFile, OpenPolicy, probe_format};
 use stead_sys::image_lock::{Access, Attempt, Holder, ImageLock};
 use stead_sys::readable;
 
@@ -11,6 +11,7 @@ use crate::common::FORCE_SHARE;
 use crate::failure::{Failure, Outcome, system_words};
 use crate::format::Format;
 use crate::getopt::Parsed;
+use crate::open_error;
 use crate::reference::Reference;
 
 /// Whether others may write an image while it is read.
@@ -89,6 +90,63 @@ pub(crate) fn format_of(reference: &Reference) -> Outcome<Format> {
 /// The header and directories of one qcow2 image; nothing that it names is opened.
 pub(crate) fn inspect(reference: &Reference) -> Outcome<Layer> {
     Layer::inspect(&reference.path).map_err(|error| Failure::open(&reference.given, &error))
+}
+
+/// A disk: an image and those below it, locked for reading.
+#[derive(Debug)]
+pub(crate) struct OpenedChain {
+    /// The disk.
+    pub chain: Chain,
+    /// The top image's format.
+    pub format: Format,
+    #[expect(dead_code, reason = "they are held, not used")]
+    locks: Vec<ReadLock>,
+}
+
+/// Opens the disk whose top image is `reference`.
+pub(crate) fn chain(
+    reference: &Reference,
+    sharing: Sharing,
+    policy: OpenPolicy,
+) -> Outcome<OpenedChain> {
+    let format = format_of(reference)?;
+    if reference.window.is_some() {
+        let why = "a part of a file (offset, size) is described by info, but not read";
+        return Err(not_open(reference, why));
+    }
+    let mut locks = vec![lock(reference, sharing)?];
+    let top = LayerFile {
+        path: reference.path.clone(),
+        format: format.into(),
+    };
+    let chain = Chain::open_following(&top, &policy);
+    let chain = chain.map_err(|error| chain_failure(reference, &error))?;
+    for index in 1..chain.depth() {
+        let Some((path, _)) = chain.file(index) else {
+            unreachable!("the chain is that deep");
+        };
+        let lock = lock_for_reading(path, sharing);
+        locks.push(lock.map_err(|why| not_open(reference, &below(&why)))?);
+    }
+    Ok(OpenedChain {
+        chain,
+        format,
+        locks,
+    })
+}
+
+fn below(why: &str) -> String {
+    format!("Could not open backing file: {why}")
+}
+
+/// Whether it is the image itself that does not open, or one below.
+fn chain_failure(reference: &Reference, error: &Error) -> Failure {
+    let (first, more) = open_error::words(error);
+    let first = match open_error::image(error) {
+        Some(path) if path != reference.path => below(&first),
+        Some(_) | None => first,
+    };
+    not_open(reference, &first).with_more(more)
 }
 
 /// The failure to open. The first line of `why` is in qemu-img's words; the others stand below.

@@ -46,6 +46,28 @@ pub(crate) struct Window {
     pub size: Option<u64>,
 }
 
+impl Window {
+    /// How many bytes it has in a file of `length` bytes.
+    ///
+    /// # Errors
+    /// The text where the file ends before.
+    pub fn bytes_of(&self, length: u64) -> Result<u64, String> {
+        let offset = self.offset;
+        let size = match self.size {
+            Some(size) => size,
+            None => length.saturating_sub(offset),
+        };
+        let end = offset.checked_add(size);
+        if end.is_some_and(|end| end <= length) {
+            return Ok(size);
+        }
+        Err(format!(
+            "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the  \
+             actual size of the containing file ({length})"
+        ))
+    }
+}
+
 /// An image as the user names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Reference {

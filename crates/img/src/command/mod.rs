@@ -1,7 +1,9 @@
 //! The subcommands.
 
 mod check;
+mod compare;
 mod info;
+mod map;
 
 use crate::console::Console;
 use crate::failure::Outcome;
@@ -24,4 +26,9 @@ pub(crate) struct Command {
 }
 
 /// All subcommands, in the order in which help lists them.
-pub(crate) const COMMANDS: &[Command] = &[info::COMMAND, check::COMMAND];
+pub(crate) const COMMANDS: &[Command] = &[
+    info::COMMAND,
+    check::COMMAND,
+    map::COMMAND,
+    compare::COMMAND,
+];
