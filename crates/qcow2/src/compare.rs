@@ -24,7 +24,7 @@ pub enum Difference {
     Content {
         /// The first such byte.
         at: u64,
-        /// Where `qemu-img compare` says that it is: the start of its sector, when both disks have data.
+        /// The start of its sector, which is what `qemu-img compare` tells.
         sector: u64,
     },
 }
@@ -90,9 +90,9 @@ pub fn compare(
         } else {
             length.min(STEP_BYTES)
         };
-        let difference = compare_step(&[a, b], zero, at, step, &mut buffers)?;
-        if difference.is_some() {
-            return found(difference);
+        if let Some(first) = compare_step(&[a, b], zero, at, step, &mut buffers)? {
+            let sector = first - first % SECTOR_BYTES;
+            return found(Some(Difference::Content { at: first, sector }));
         }
         at += step;
     }
@@ -103,7 +103,7 @@ pub fn compare(
 struct Kind {
     end: u64,
     zero: bool,
-    /// Present, zero, data, with a place.
+    /// Defined, zero, data, with a place. Behind the end of a layer below the top, zeros are defined.
     status: [bool; 4],
 }
 
@@ -140,7 +140,7 @@ impl<'a> Side<'a> {
                     end: entry.start + entry.length,
                     zero: entry.zero,
                     status: [
-                        entry.present,
+                        entry.present || entry.depth + 1 < self.chain.depth(),
                         entry.zero,
                         entry.data,
                         entry.offset.is_some(),
@@ -153,14 +153,14 @@ impl<'a> Side<'a> {
     }
 }
 
-/// The first difference from `at` on in `length` bytes.
+/// The first byte from `at` on, in `length` bytes, that differs.
 fn compare_step(
     chains: &[&Chain; 2],
     zero: [bool; 2],
     at: u64,
     length: u64,
     buffers: &mut [Vec<u8>; 2],
-) -> Result<Option<Difference>> {
+) -> Result<Option<u64>> {
     if zero == [true, true] {
         return Ok(None);
     }
@@ -176,18 +176,7 @@ fn compare_step(
         [true, _] => first_nonzero(b),
         [_, true] => first_nonzero(a),
     };
-    Ok(first.map(|first| {
-        let place = at + first;
-        let start = if zero == [false, false] {
-            place - first % SECTOR_BYTES
-        } else {
-            place
-        };
-        Difference::Content {
-            at: place,
-            sector: start,
-        }
-    }))
+    Ok(first.map(|first| at + first))
 }
 
 fn first_difference(a: &[u8], b: &[u8]) -> Option<u64> {
