@@ -22,6 +22,9 @@ pub async fn run(cli: Cli) -> u8 {
     if let Command::Completion { shell } = &cli.command {
         return completion(*shell);
     }
+    if let Command::Img { args } = &cli.command {
+        return stead_img::run(args, "stead img").0;
+    }
     if matches!(cli.command, Command::Man) {
         return manual_page();
     }
@@ -91,7 +94,7 @@ async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
         Command::Verify => verify_store(&engine, global).await,
         Command::Gc(args) => gc(&engine, &args, global).await,
         Command::Doctor => doctor(&engine, global).await,
-        Command::Demo(_) | Command::Completion { .. } | Command::Man => {
+        Command::Demo(_) | Command::Completion { .. } | Command::Man | Command::Img { .. } => {
             unreachable!("handled before a worker is opened")
         }
     }

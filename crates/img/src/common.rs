@@ -7,6 +7,7 @@ use stead_qcow2::{Follow, OpenPolicy};
 use crate::failure::{Failure, Outcome};
 use crate::format::Format;
 use crate::getopt::{Opt, Parsed};
+use crate::keyval;
 use crate::reference::{self, Reference};
 use crate::size::{self, BadSize, MAX_SIZE};
 
@@ -84,10 +85,28 @@ pub(crate) fn policy(parsed: &Parsed) -> OpenPolicy {
     if parsed.has(NO_FOLLOW.id) {
         return OpenPolicy::NOTHING;
     }
+    follow_all()
+}
+
+/// All names in images are followed, and a format that is not stated is looked for.
+pub(crate) fn follow_all() -> OpenPolicy {
     OpenPolicy {
         follow: Follow::Names,
         probe: true,
     }
+}
+
+/// The lists of `key=value` behind an option that may be given again and again.
+pub(crate) fn lists(parsed: &Parsed, id: &str) -> Outcome<Vec<String>> {
+    let mut lists = Vec::new();
+    for (_, list) in parsed.given().filter(|(given, _)| *given == id) {
+        let list = list.to_string_lossy().into_owned();
+        if !keyval::is_list(&list) {
+            return Err(Failure::new(format!("Invalid option list: {list}")));
+        }
+        lists.push(list);
+    }
+    Ok(lists)
 }
 
 /// Objects other than secrets are refused by name; secrets have no use here, as nothing is encrypted.

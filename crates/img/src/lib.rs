@@ -17,7 +17,7 @@
 mod command;
 mod common;
 mod console;
-//mod create_options;
+mod create_options;
 mod failure;
 mod format;
 mod getopt;
@@ -30,6 +30,7 @@ mod progress;
 mod reference;
 mod size;
 mod snapshot_table;
+mod target;
 mod tree;
 
 use std::ffi::{OsStr, OsString};

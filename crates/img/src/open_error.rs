@@ -21,18 +21,19 @@ pub(crate) fn words(error: &Error) -> (String, String) {
 
 /// The image that the error is about, where opening it is what failed.
 pub(crate) fn image(error: &Error) -> Option<&Path> {
-    match error {
-        Error::Io { path, .. }
-        | Error::NotQcow2 { path, .. }
-        | Error::UnknownVersion { path, .. }
-        | Error::UnknownFeature { path, .. }
-        | Error::UnknownFormat { path, .. }
-        | Error::MarkedCorrupt { path, .. }
-        | Error::InvalidField { path, .. }
-        | Error::OutOfFile { path, .. }
-        | Error::Encrypted { path, .. } => Some(path),
-        _ => None,
+    if let Error::Io { path, .. }
+    | Error::NotQcow2 { path, .. }
+    | Error::UnknownVersion { path, .. }
+    | Error::UnknownFeature { path, .. }
+    | Error::UnknownFormat { path, .. }
+    | Error::MarkedCorrupt { path, .. }
+    | Error::InvalidField { path, .. }
+    | Error::OutOfFile { path, .. }
+    | Error::Encrypted { path, .. } = error
+    {
+        return Some(path);
     }
+    None
 }
 
 fn known(error: &Error) -> Option<String> {

@@ -71,19 +71,20 @@ pub(crate) fn held(what: &str, path: &Path, holders: &[Holder]) -> String {
 
 /// The format of the image: the stated one, else what the file's first bytes say.
 pub(crate) fn format_of(reference: &Reference) -> Outcome<Format> {
-    require_file(&reference.path).map_err(|why| not_open(reference, &why))?;
+    format_or_why(reference).map_err(|why| not_open(reference, &why))
+}
+
+fn format_or_why(reference: &Reference) -> Result<Format, String> {
+    require_file(&reference.path)?;
     if let Some(format) = reference.format {
         return Ok(format);
     }
     match probe_format(&reference.path) {
         Ok(format) => Ok(format.into()),
-        Err(Error::UnknownFormat { format, .. }) => Err(not_open(
-            reference,
-            &format!(
-                "Unknown driver '{format}' (what the file looks like); give -f raw if it is a raw disk"
-            ),
+        Err(Error::UnknownFormat { format, .. }) => Err(format!(
+            "Unknown driver '{format}' (what the file looks like); give -f raw if it is a raw disk"
         )),
-        Err(error) => Err(Failure::open(&reference.given, &error)),
+        Err(error) => Err(open_error::words(&error).0),
     }
 }
 
@@ -109,24 +110,31 @@ pub(crate) fn chain(
     sharing: Sharing,
     policy: OpenPolicy,
 ) -> Outcome<OpenedChain> {
-    let format = format_of(reference)?;
+    chain_or_why(reference, sharing, &policy).map_err(|why| not_open(reference, &why))
+}
+
+/// As [`chain`]. The error is only the reason: its first line in qemu-img's words, ours below.
+pub(crate) fn chain_or_why(
+    reference: &Reference,
+    sharing: Sharing,
+    policy: &OpenPolicy,
+) -> Result<OpenedChain, String> {
+    let format = format_or_why(reference)?;
     if reference.window.is_some() {
-        let why = "a part of a file (offset, size) is described by info, but not read";
-        return Err(not_open(reference, why));
+        return Err("a part of a file (offset, size) is described by info, but not read".into());
     }
-    let mut locks = vec![lock(reference, sharing)?];
+    let mut locks = vec![lock_for_reading(&reference.path, sharing)?];
     let top = LayerFile {
         path: reference.path.clone(),
         format: format.into(),
     };
-    let chain = Chain::open_following(&top, &policy);
-    let chain = chain.map_err(|error| chain_failure(reference, &error))?;
+    let chain = Chain::open_following(&top, policy);
+    let chain = chain.map_err(|error| chain_words(reference, &error))?;
     for index in 1..chain.depth() {
         let Some((path, _)) = chain.file(index) else {
             unreachable!("the chain is that deep");
         };
-        let lock = lock_for_reading(path, sharing);
-        locks.push(lock.map_err(|why| not_open(reference, &below(&why)))?);
+        locks.push(lock_for_reading(path, sharing).map_err(|why| below(&why))?);
     }
     Ok(OpenedChain {
         chain,
@@ -140,13 +148,16 @@ fn below(why: &str) -> String {
 }
 
 /// Whether it is the image itself that does not open, or one below.
-fn chain_failure(reference: &Reference, error: &Error) -> Failure {
+fn chain_words(reference: &Reference, error: &Error) -> String {
     let (first, more) = open_error::words(error);
     let first = match open_error::image(error) {
         Some(path) if path != reference.path => below(&first),
         Some(_) | None => first,
     };
-    not_open(reference, &first).with_more(more)
+    match more.is_empty() {
+        true => first,
+        false => format!("{first}\n{more}"),
+    }
 }
 
 /// The failure to open. The first line of `why` is in qemu-img's words; the others stand below.

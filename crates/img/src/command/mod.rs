@@ -2,6 +2,7 @@
 
 mod check;
 mod compare;
+mod create;
 mod info;
 mod map;
 
@@ -27,6 +28,7 @@ pub(crate) struct Command {
 
 /// All subcommands, in the order in which help lists them.
 pub(crate) const COMMANDS: &[Command] = &[
+    create::COMMAND,
     info::COMMAND,
     check::COMMAND,
     map::COMMAND,
