@@ -16,10 +16,10 @@
 
 #![forbid(unsafe_code)]
 
-mod build;
 mod cache;
 mod chain;
 mod check;
+mod control;
 mod decompress;
 mod directory;
 mod entry;
@@ -27,12 +27,13 @@ mod error;
 mod file;
 mod header;
 mod layer;
+mod make;
 mod refcounts;
 mod units;
 
-pub use build::{Backing, ImageBuilder, ImageOptions, create_overlay, write_image};
 pub use chain::{Chain, LayerFile, LayerFormat, MAX_LAYERS};
 pub use check::{CheckReport, Finding, MAX_FINDINGS, Use, check};
+pub use control::{Control, Progress};
 pub use directory::{InternalSnapshot, StoredBitmap};
 pub use entry::CompressedCluster;
 pub use error::{Error, Result};
@@ -40,4 +41,10 @@ pub use header::{
     BackingName, BitmapsExtension, Compression, FeatureName, Header, UnknownExtension,
 };
 pub use layer::{Extent, ExtentKind, Extents, Layer};
+pub use make::{
+    Backing, ConvertOptions, DEFAULT_SPARSE_BYTES, DataFile, Durability, ImageBuilder,
+    ImageOptions, MAX_VIRTUAL_BYTES, Measured, NewFiles, NewFormat, Preallocation, Qcow2Options,
+    Target, Verify, Version, convert, create, create_overlay, measure, measure_empty, predict,
+    write_image,
+};
 pub use units::{ClusterSize, GuestOffset, HostOffset};
