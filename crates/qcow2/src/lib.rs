@@ -23,6 +23,7 @@ mod cache;
 mod chain;
 mod check;
 mod compare;
+mod counts;
 mod decompress;
 mod directory;
 mod entry;
