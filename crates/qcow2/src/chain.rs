@@ -1,7 +1,7 @@
 //! Layers over a base: the disk as the guest sees it, and what each layer changed.
 //!
-//! The caller says which files make the chain. The backing name in a header is never followed: it is
-//! a path on the machine where the image was made.
+//! The caller says which files make the chain. The backing name in a header is a path on the machine
+//! where the image was made; only [`Chain::open_following`] follows it, as far as it is allowed to.
 //!
 //! # Disks of different lengths
 //! As in QEMU: the chain is as long as its top layer. A layer that ends early is zeros from there on
@@ -10,10 +10,12 @@
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use stead_sys::copy;
 
+use crate::directory::InternalSnapshot;
 use crate::error::{Error, Result};
 use crate::file::ImageFile;
 use crate::header::{SECTOR_BYTES, to_u64, to_usize};
@@ -41,8 +43,9 @@ pub struct LayerFile {
     pub format: LayerFormat,
 }
 
+/// A file of a chain, opened.
 #[derive(Debug)]
-enum Member {
+pub(crate) enum Member {
     Raw(ImageFile),
     Qcow2(Box<Layer>),
 }
@@ -51,23 +54,45 @@ impl Member {
     fn open(file: &LayerFile) -> Result<Self> {
         match file.format {
             LayerFormat::Raw => Ok(Self::Raw(ImageFile::open(&file.path)?)),
-            LayerFormat::Qcow2 => {
-                let layer = Layer::open(&file.path)?;
-                if layer.header().corrupt {
-                    return Err(Error::MarkedCorrupt {
-                        path: file.path.clone(),
-                    });
-                }
-                Ok(Self::Qcow2(Box::new(layer)))
-            }
+            LayerFormat::Qcow2 => Self::from_layer(Layer::open(&file.path)?),
         }
     }
 
+    pub fn from_layer(layer: Layer) -> Result<Self> {
+        layer.require_readable()?;
+        if layer.header().corrupt {
+            let path = layer.path().to_owned();
+            return Err(Error::MarkedCorrupt { path });
+        }
+        Ok(Self::Qcow2(Box::new(layer)))
+    }
+
     /// The disk's length in bytes. A raw file is filled up with zeros to a whole sector.
-    fn length(&self) -> u64 {
+    pub fn length(&self) -> u64 {
         match self {
             Self::Raw(file) => file.length().next_multiple_of(SECTOR_BYTES),
             Self::Qcow2(layer) => layer.virtual_size(),
+        }
+    }
+}
+
+impl Member {
+    /// Whether both are one file, and see the same disk in it.
+    fn is_same(&self, other: &Self) -> bool {
+        let one_file = |ours: &ImageFile, theirs: &ImageFile| {
+            let [ours, theirs] = [ours, theirs]
+                .map(|file| file.file().metadata().map(|stat| (stat.dev(), stat.ino())));
+            matches!((ours, theirs), (Ok(ours), Ok(theirs)) if ours == theirs)
+        };
+        match (self, other) {
+            (Self::Raw(ours), Self::Raw(theirs)) => one_file(ours, theirs),
+            (Self::Qcow2(ours), Self::Qcow2(theirs)) => {
+                one_file(ours.file(), theirs.file())
+                    && one_file(ours.data(), theirs.data())
+                    && ours.virtual_size() == theirs.virtual_size()
+                    && ours.l1() == theirs.l1()
+            }
+            (Self::Raw(_), Self::Qcow2(_)) | (Self::Qcow2(_), Self::Raw(_)) => false,
         }
     }
 }
@@ -113,7 +138,7 @@ pub(crate) enum StoredAs {
 /// A disk made of layers over a base, open for reading. Usable from several threads.
 #[derive(Debug)]
 pub struct Chain {
-    members: Vec<Member>,
+    members: Vec<Arc<Member>>,
 }
 
 impl Chain {
@@ -136,8 +161,44 @@ impl Chain {
                 "{path} is raw and not the base, so all below it would be hidden"
             ));
         }
-        let members = files.iter().map(Member::open).collect::<Result<_>>()?;
+        let open = |file| Member::open(file).map(Arc::new);
+        let members = files.iter().map(open).collect::<Result<_>>()?;
         Ok(Self { members })
+    }
+
+    /// A chain of what was opened and found to fit.
+    pub(crate) fn of(members: Vec<Member>) -> Self {
+        assert!(!members.is_empty(), "a chain has a top");
+        let members = members.into_iter().map(Arc::new).collect();
+        Self { members }
+    }
+
+    /// The disk as it was when `snapshot` of the top layer was made, over the same layers below.
+    ///
+    /// # Errors
+    /// When the top is raw, or as [`Layer::view_of`].
+    pub fn view_of(&self, snapshot: &InternalSnapshot) -> Result<Self> {
+        let Member::Qcow2(top) = &*self.members[0] else {
+            let reason = "its top is raw, which has no internal snapshots".into();
+            return Err(Error::InvalidChain { reason });
+        };
+        let view = Member::Qcow2(Box::new(top.view_of(snapshot)?));
+        let mut members = self.members.clone();
+        members[0] = Arc::new(view);
+        Ok(Self { members })
+    }
+
+    /// The path and format of the file at `index`, 0 being the top.
+    #[must_use]
+    pub fn file(&self, index: usize) -> Option<(&Path, LayerFormat)> {
+        Some(match &**self.members.get(index)? {
+            Member::Raw(file) => (file.path(), LayerFormat::Raw),
+            Member::Qcow2(layer) => (layer.path(), LayerFormat::Qcow2),
+        })
+    }
+
+    pub(crate) fn members(&self) -> &[Arc<Member>] {
+        &self.members
     }
 
     /// The disk's length in bytes: that of its top layer.
@@ -161,7 +222,7 @@ impl Chain {
     /// The qcow2 layer at `index`, 0 being the top; `None` for a raw base or behind it.
     #[must_use]
     pub fn layer(&self, index: usize) -> Option<&Layer> {
-        match self.members.get(index)? {
+        match &**self.members.get(index)? {
             Member::Raw(_) => None,
             Member::Qcow2(layer) => Some(layer),
         }
@@ -308,31 +369,31 @@ impl Chain {
 
     /// The open file of a member, and how long it is.
     pub(crate) fn member_file(&self, member: usize) -> (&File, u64) {
-        let file = match &self.members[member] {
+        let file = match &*self.members[member] {
             Member::Raw(file) => file,
-            Member::Qcow2(layer) => layer.file(),
+            Member::Qcow2(layer) => layer.data(),
         };
         (file.file(), file.length())
     }
 
     /// Reads bytes of a member's file.
     pub(crate) fn read_member(&self, member: usize, at: u64, bytes: &mut [u8]) -> Result<()> {
-        let file = match &self.members[member] {
+        let file = match &*self.members[member] {
             Member::Raw(file) => file,
-            Member::Qcow2(layer) => layer.file(),
+            Member::Qcow2(layer) => layer.data(),
         };
         file.read("guest data", HostOffset(at), bytes)
     }
 
-    /// How many top layers this chain has above `below`, when `below` is its lower part: the same files.
+    /// How many top layers this chain has above `below`, when `below` is its lower part: the same files, in the
+    /// same views.
     pub(crate) fn layers_above(&self, below: &Self) -> Option<usize> {
         let above = self.depth().checked_sub(below.depth())?;
-        let same = (0..below.depth()).all(|index| {
-            let [ours, theirs] = [self.member_file(above + index), below.member_file(index)]
-                .map(|(file, _)| file.metadata().map(|stat| (stat.dev(), stat.ino())));
-            matches!((ours, theirs), (Ok(ours), Ok(theirs)) if ours == theirs)
-        });
-        same.then_some(above)
+        let lower = &self.members[above..];
+        let mut pairs = lower.iter().zip(&below.members);
+        pairs
+            .all(|(ours, theirs)| ours.is_same(theirs))
+            .then_some(above)
     }
 
     /// All ranges that the top `layers` files define, in order; see [`Chain::next_allocated`].
@@ -381,7 +442,7 @@ impl Chain {
                 });
             }
             end = end.min(length);
-            let source = match member {
+            let source = match &**member {
                 Member::Raw(_) => Source::Raw(depth),
                 Member::Qcow2(layer) => {
                     let extent = layer.extent_at(GuestOffset(at))?;
@@ -440,14 +501,14 @@ impl Chain {
     }
 
     fn raw(&self, index: usize) -> &ImageFile {
-        match &self.members[index] {
+        match &*self.members[index] {
             Member::Raw(file) => file,
             Member::Qcow2(_) => unreachable!("the piece was found in a raw file"),
         }
     }
 
     fn qcow2(&self, index: usize) -> &Layer {
-        match &self.members[index] {
+        match &*self.members[index] {
             Member::Qcow2(layer) => layer,
             Member::Raw(_) => unreachable!("the piece was found in a layer"),
         }

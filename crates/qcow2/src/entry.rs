@@ -93,8 +93,10 @@ impl L2Entry {
             return Err("reserved bits are set");
         }
         let offset = HostOffset(word & OFFSET);
-        let host = (offset.0 != 0).then_some(offset);
         let copied = word & COPIED != 0;
+        // In a data file of its own, the first cluster of the disk lies at 0.
+        let at_zero = header.external_data.is_some() && copied;
+        let host = (offset.0 != 0 || at_zero).then_some(offset);
         if host.is_none() && copied {
             return Err("it is marked as allocated without an offset");
         }
@@ -126,6 +128,9 @@ impl L2Entry {
     }
 
     fn compressed(header: &Header, word: u64) -> Result<Self, Invalid> {
+        if header.external_data.is_some() {
+            return Err("a cluster in an external data file is compressed");
+        }
         if word & COPIED != 0 {
             return Err("a compressed cluster is marked as having refcount one");
         }

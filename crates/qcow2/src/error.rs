@@ -52,7 +52,7 @@ pub enum Error {
         name: String,
     },
     /// The image is encrypted.
-    #[error("{}: the image is encrypted ({method}), which is not supported; decrypt it first", path.display())]
+    #[error("{}: the image is encrypted ({method}), which is not supported; decrypt it first, with `qemu-img convert` and its secret", path.display())]
     Encrypted {
         /// The file.
         path: PathBuf,
@@ -60,12 +60,56 @@ pub enum Error {
         method: String,
     },
     /// Guest data lies in another file.
-    #[error("{}: guest data lies in an external data file ({name}), which is not supported; convert the image first", path.display())]
+    #[error("{}: guest data lies in an external data file ({name}), which was not given; allow the image to name it, or name it yourself", path.display())]
     ExternalDataFile {
         /// The file.
         path: PathBuf,
         /// The data file's name as the header gives it.
         name: String,
+    },
+    /// A data file was given to an image that keeps its guest data itself.
+    #[error("{}: guest data lies in the image itself, not in {}; open it without a data file", path.display(), data.display())]
+    NoExternalData {
+        /// The file.
+        path: PathBuf,
+        /// The data file that was given.
+        data: PathBuf,
+    },
+    /// A name in an image is not followed.
+    #[error("{} names {name} as its {what}, which was not opened: {reason}", path.display())]
+    NotFollowed {
+        /// The image.
+        path: PathBuf,
+        /// What the name is for.
+        what: &'static str,
+        /// The name, as the image has it.
+        name: String,
+        /// Why, and what would change that.
+        reason: String,
+    },
+    /// The file is in a format that there is no reader for.
+    #[error("{}: the format {format} is not supported (raw and qcow2 are); convert it with `qemu-img convert`", path.display())]
+    UnknownFormat {
+        /// The file.
+        path: PathBuf,
+        /// The format, as it is named or as its content shows.
+        format: String,
+    },
+    /// A dirty bitmap was not saved when its image was last used, so it says nothing.
+    #[error("{}: the bitmap {name} is in use: it was not saved when the image was last used, so what changed is not known; remove it and make a full backup", path.display())]
+    BitmapInUse {
+        /// The file.
+        path: PathBuf,
+        /// The bitmap.
+        name: String,
+    },
+    /// A dirty bitmap cannot be expressed in the format.
+    #[error("the bitmap {name} cannot be: {reason}")]
+    InvalidBitmap {
+        /// The bitmap.
+        name: String,
+        /// Why not.
+        reason: String,
     },
     /// The image is marked corrupt, and its data cannot be trusted.
     #[error("{}: the image is marked corrupt; repair it with `qemu-img check -r all` or use another copy", path.display())]

@@ -5,6 +5,8 @@ use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use stead_sys::readable;
+
 use crate::error::{Error, Result};
 use crate::header::to_u64;
 use crate::units::HostOffset;
@@ -19,7 +21,7 @@ pub(crate) struct ImageFile {
 
 impl ImageFile {
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(|source| Error::io("open", path, source))?;
+        let file = readable::open(path).map_err(|source| Error::io("open", path, source))?;
         Self::new(file, path)
     }
 
@@ -46,6 +48,14 @@ impl ImageFile {
 
     pub fn length(&self) -> u64 {
         self.length
+    }
+
+    /// What the file takes on its file system, in bytes.
+    pub fn allocated_bytes(&self) -> Result<u64> {
+        use std::os::unix::fs::MetadataExt;
+        let metadata = self.file.metadata();
+        let metadata = metadata.map_err(|source| Error::io("ask for", &self.path, source))?;
+        Ok(metadata.blocks().saturating_mul(512))
     }
 
     /// Whether `length` bytes at `at` lie in the file.

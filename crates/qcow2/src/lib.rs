@@ -16,29 +16,43 @@
 
 #![forbid(unsafe_code)]
 
+mod bitmap;
+mod bitmap_read;
 mod cache;
 mod chain;
 mod check;
+mod compare;
 mod control;
+mod counts;
 mod decompress;
 mod directory;
 mod entry;
 mod error;
 mod file;
+mod following;
 mod header;
+mod info;
 mod layer;
 mod make;
+mod map;
 mod refcounts;
 mod units;
 
+pub use bitmap::{Bitmap, BitmapCluster, GRANULARITY_BITS, MAX_BITMAP_BITS, MAX_BITMAP_NAME_BYTES};
 pub use chain::{Chain, LayerFile, LayerFormat, MAX_LAYERS};
 pub use check::{CheckReport, Finding, MAX_FINDINGS, Use, check};
+pub use compare::{Comparison, Difference, compare};
 pub use control::{Control, Progress};
 pub use directory::{InternalSnapshot, StoredBitmap};
 pub use entry::CompressedCluster;
 pub use error::{Error, Result};
+pub use following::{Follow, OpenPolicy, probe_format};
 pub use header::{
-    BackingName, BitmapsExtension, Compression, FeatureName, Header, UnknownExtension,
+    BackingName, BitmapsExtension, Compression, Encryption, ExternalData, FeatureName, Header,
+    UnknownExtension,
+};
+pub use info::{
+    BitmapInfo, EncryptInfo, FormatSpecific, ImageInfo, Qcow2Info, SnapshotInfo, info, info_chain,
 };
 pub use layer::{Extent, ExtentKind, Extents, Layer};
 pub use make::{
@@ -47,4 +61,5 @@ pub use make::{
     Target, Verify, Version, convert, create, create_overlay, measure, measure_empty, predict,
     write_image,
 };
+pub use map::{MapEntries, MapEntry};
 pub use units::{ClusterSize, GuestOffset, HostOffset};

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use images::sh;
 use serde_json::Value;
 use stead_qcow2::{
-    Backing, ClusterSize, Compression, Control, Error, Layer, LayerFormat, NewFormat,
+    Backing, ClusterSize, Compression, Control, DataFile, Error, Layer, LayerFormat, NewFormat,
     Preallocation, Qcow2Options, Target, Version, check, create,
 };
 use stead_sys::durable::Existing;
@@ -183,6 +183,46 @@ fn a_backing_file_is_named_as_qemu_names_it() {
                 ours.display(),
                 theirs.display()
             ));
+        }
+    }
+}
+
+#[test]
+fn an_external_data_file_is_made_beside_the_image_and_named_as_qemu_names_it() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    for (raw, word) in [(false, "off"), (true, "on")] {
+        let path = |name: &str| dir.path().join(format!("{name}-{word}"));
+        let (ours, theirs, data) = (path("ours"), path("theirs"), path("data"));
+        let name = format!("data-{word}");
+        sh(&format!(
+            "qemu-img create -q -f qcow2 -o data_file={},data_file_raw={word} {} 5000192",
+            data.display(),
+            theirs.display()
+        ));
+        std::fs::remove_file(&data).expect("remove");
+        let options = qcow2(|o| {
+            o.data_file = Some(DataFile {
+                name: data.display().to_string(),
+                path: data.clone(),
+                raw,
+            });
+        });
+        create(
+            &new_file(&ours),
+            &NewFormat::Qcow2(options),
+            5_000_192,
+            &Control::default(),
+        )
+        .expect("create");
+        assert_eq!(info(&ours), info(&theirs), "{name}");
+        assert_eq!(data.metadata().expect("stat").len(), 5_000_192);
+        sh(&format!("qemu-img check -q {}", ours.display()));
+        let write = "write -P 7 1M 64k".to_owned();
+        images::run("qemu-io", &["-c".into(), write, ours.display().to_string()]);
+        sh(&format!("qemu-img check -q {}", ours.display()));
+        if raw {
+            let bytes = std::fs::read(&data).expect("read");
+            assert_eq!(bytes[1 << 20..][..65_536], [7; 65_536]);
         }
     }
 }

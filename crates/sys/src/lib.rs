@@ -17,4 +17,5 @@ pub mod entropy;
 pub mod lock;
 pub mod process;
 pub mod share;
+pub mod readable;
 pub mod space;

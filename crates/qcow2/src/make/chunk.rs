@@ -306,9 +306,14 @@ impl<'a> Chunk<'a> {
     /// Gives every unit its place in a qcow2 image.
     pub fn place(&mut self, layout: &mut Layout) -> Result<()> {
         self.writes.clear();
+        let unit = to_usize(self.job.unit);
         for index in 0..self.found.len() {
-            let guest = self.unit_range(index).start;
-            let length = to_usize(self.job.unit);
+            let Range { start: guest, end } = self.unit_range(index);
+            // A data file ends where the disk ends, an image with a whole cluster.
+            let length = match layout.geometry().external {
+                true => to_usize(end - guest),
+                false => unit,
+            };
             match self.found[index].clone() {
                 Found::Same => {}
                 Found::Zeros if self.job.reserve.is_some() => {
@@ -318,7 +323,7 @@ impl<'a> Chunk<'a> {
                 Found::Zeros => layout.zero(guest)?,
                 Found::Data(mask) => {
                     let at = layout.data(guest, mask)?;
-                    self.push(at, length, From::Buffer(index * length));
+                    self.push(at, length, From::Buffer(index * unit));
                 }
                 Found::Packed(range) => {
                     let at = layout.packed(guest, to_u64(range.len()))?;

@@ -126,7 +126,7 @@ pub fn convert(
         room::require(source, target, options, &plan, control)?;
     }
     let made = plan.make(shareable, &image, data.as_ref(), control)?;
-    verify_all(&plan, &image, control)?;
+    verify_all(&plan, &image, data.as_ref(), control)?;
     if let Some(data) = data {
         data.publish()?;
     }
@@ -428,7 +428,12 @@ fn shareable(source: &Chain, output: &Output, plan: &Plan<'_>) -> Result<Vec<boo
     Ok(found)
 }
 
-fn verify_all(plan: &Plan<'_>, image: &Output, control: &Control<'_>) -> Result<()> {
+fn verify_all(
+    plan: &Plan<'_>,
+    image: &Output,
+    data: Option<&Output>,
+    control: &Control<'_>,
+) -> Result<()> {
     if plan.geometry.is_some() {
         verify::structure(image)?;
     }
@@ -436,7 +441,7 @@ fn verify_all(plan: &Plan<'_>, image: &Output, control: &Control<'_>) -> Result<
         Verify::Structure => Ok(()),
         Verify::Content => {
             let made = match plan.geometry {
-                Some(_) => verify::Made::qcow2(image, plan.options.below)?,
+                Some(_) => verify::Made::qcow2(image, data, plan.options.below)?,
                 None => verify::Made::raw(image),
             };
             let threads = threads(plan.options.threads);

@@ -22,7 +22,7 @@ const MOST_RUN_BYTES: u64 = 64 << 20;
 
 /// Makes an empty image of `disk` bytes, a multiple of 512.
 ///
-/// With an external data file, that is made first, by the same rules, and the image last.
+/// With an external data file, both are made whole, and then that appears first and the image last.
 ///
 /// # Durability
 /// When this returns `Ok`, the image and its name have been synced.
@@ -48,6 +48,18 @@ fn create_raw(
     disk: u64,
     control: &Control<'_>,
 ) -> Result<File> {
+    let output = write_raw(target, preallocation, disk, control)?;
+    control.tell(1, 1);
+    output.publish()
+}
+
+/// An empty raw image that is not there yet.
+fn write_raw(
+    target: &Target,
+    preallocation: Preallocation,
+    disk: u64,
+    control: &Control<'_>,
+) -> Result<Output> {
     let path = target.path();
     check_disk(path, disk)?;
     if preallocation == Preallocation::Metadata {
@@ -59,30 +71,27 @@ fn create_raw(
     if !output.starts_empty() {
         output.write_zeros(0, disk)?;
     }
-    reserve_room(&output, preallocation, 0, disk, control)?;
-    control.tell(1, 1);
-    output.publish()
+    reserve_room(&output, preallocation, disk, control)?;
+    Ok(output)
 }
 
-/// Takes the room of a range that reads as zeros.
+/// Takes the room of a disk that reads as zeros.
 fn reserve_room(
     output: &Output,
     preallocation: Preallocation,
-    at: u64,
-    length: u64,
+    disk: u64,
     control: &Control<'_>,
 ) -> Result<()> {
     match preallocation {
         Preallocation::Off | Preallocation::Metadata => Ok(()),
-        Preallocation::Falloc => output.reserve(at, length),
+        Preallocation::Falloc => output.reserve(0, disk),
         Preallocation::Full => {
-            let step = 64 << 20;
             let mut done = 0;
-            while done < length {
+            while done < disk {
                 control.go_on(output.path())?;
-                output.fill_zeros(at + done, step.min(length - done))?;
-                done += step;
-                control.tell(done, length);
+                output.fill_zeros(done, MOST_RUN_BYTES.min(disk - done))?;
+                done += MOST_RUN_BYTES;
+                control.tell(done, disk);
             }
             Ok(())
         }
@@ -96,7 +105,7 @@ fn create_qcow2(
     control: &Control<'_>,
 ) -> Result<File> {
     let geometry = Geometry::new(target.path(), disk, options)?;
-    create_data_file(target, options, disk, control)?;
+    let data = write_data_file(target, options, disk, control)?;
     let output = Output::create(target)?;
     output.begin_in_place()?;
     let mut layout = Layout::new(geometry);
@@ -106,16 +115,19 @@ fn create_qcow2(
     finish_qcow2(layout, options, &output)?;
     verify::structure(&output)?;
     control.tell(1, 1);
+    if let Some(data) = data {
+        data.publish()?;
+    }
     output.publish()
 }
 
-/// The data file beside a new image.
-fn create_data_file(
+/// The data file beside a new image, not there yet.
+fn write_data_file(
     target: &Target,
     options: &Qcow2Options,
     disk: u64,
     control: &Control<'_>,
-) -> Result<Option<File>> {
+) -> Result<Option<Output>> {
     let Some(data) = &options.data_file else {
         return Ok(None);
     };
@@ -127,7 +139,7 @@ fn create_data_file(
         Preallocation::Off | Preallocation::Metadata => Preallocation::Off,
         full @ (Preallocation::Falloc | Preallocation::Full) => full,
     };
-    create_raw(&beside, preallocation, disk, control).map(Some)
+    write_raw(&beside, preallocation, disk, control).map(Some)
 }
 
 /// Where the data file of a new image is made; `None` when it would be the image itself.

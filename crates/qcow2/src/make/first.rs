@@ -10,8 +10,8 @@ use super::options::{Geometry, Preallocation, Qcow2Options, Version};
 use crate::chain::LayerFormat;
 use crate::error::Result;
 use crate::header::{
-    AUTOCLEAR_BITMAPS, BitmapsExtension, Compression, MAGIC, RawHeader, V2_HEADER_BYTES,
-    V3_HEADER_BYTES, extension, incompatible, to_u64,
+    AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA, BitmapsExtension, Compression, MAGIC, RawHeader,
+    V2_HEADER_BYTES, V3_HEADER_BYTES, extension, incompatible, to_u64,
 };
 use crate::units::HostOffset;
 
@@ -19,8 +19,6 @@ use crate::units::HostOffset;
 const NEW_V3_HEADER_BYTES: usize = V3_HEADER_BYTES + 8;
 /// Compatible feature bit 0: refcounts may be written late.
 const LAZY_REFCOUNTS: u64 = 1 << 0;
-/// Auto-clear feature bit 1: the data file alone is the disk.
-const AUTOCLEAR_RAW_DATA: u64 = 1 << 1;
 /// The feature name table is written into clusters larger than this, as QEMU does.
 const NO_NAMES_UP_TO_BYTES: u64 = 4096;
 

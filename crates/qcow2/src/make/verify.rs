@@ -1,5 +1,6 @@
 //! A new image is read back before it appears.
 
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use super::chunk::CHUNK_BYTES;
@@ -9,6 +10,7 @@ use crate::chain::Chain;
 use crate::check::check;
 use crate::control::Control;
 use crate::error::{Error, Result};
+use crate::file::ImageFile;
 use crate::header::{to_u64, to_usize};
 use crate::layer::{ExtentKind, Layer};
 use crate::units::GuestOffset;
@@ -16,7 +18,7 @@ use crate::units::GuestOffset;
 /// Reads a new qcow2 image through our own reader and checks all of its tables and refcounts; leaks are
 /// errors too.
 pub(crate) fn structure(output: &Output) -> Result<()> {
-    let layer = open(output)?;
+    let layer = Layer::inspect_file(again(output)?, output.path())?;
     let report = check(&layer)?;
     let whole = !output.starts_empty() || report.used_clusters == report.file_clusters;
     if report.is_clean() && whole {
@@ -39,13 +41,10 @@ fn not_verified(output: &Output, found: String) -> Result<()> {
     })
 }
 
-/// The new image, while it is partial.
-fn open(output: &Output) -> Result<Layer> {
-    let file = output
-        .file()
-        .try_clone()
-        .map_err(|source| Error::io("open again", output.path(), source))?;
-    Layer::from_file(file, output.path())
+/// The new file, while it is partial.
+fn again(output: &Output) -> Result<File> {
+    let file = output.file().try_clone();
+    file.map_err(|source| Error::io("open again", output.path(), source))
 }
 
 /// A new image as its reader will see it.
@@ -64,10 +63,19 @@ impl<'a> Made<'a> {
         }
     }
 
-    pub fn qcow2(output: &'a Output, below: Option<&'a Chain>) -> Result<Self> {
+    pub fn qcow2(
+        output: &'a Output,
+        data: Option<&Output>,
+        below: Option<&'a Chain>,
+    ) -> Result<Self> {
+        let mut layer = Layer::inspect_file(again(output)?, output.path())?;
+        if let Some(data) = data {
+            layer = layer.with_data(ImageFile::new(again(data)?, data.path())?)?;
+        }
+        layer.require_readable()?;
         Ok(Self {
             output,
-            layer: Some(open(output)?),
+            layer: Some(layer),
             below,
         })
     }
