@@ -3,7 +3,7 @@
 //! # How
 //! All tables are walked and references counted per cluster, then held against the refcounts. Each L2
 //! table is read once, however many internal snapshots share it. Counts are kept for a window of clusters
-//! that fits [`MAX_PAGES`]; where an image needs more, the walk is made again for the next window. So
+//! that fits 64 MiB ([`crate::counts`]); where an image needs more, the walk is made again for the next window. So
 //! memory is bounded, and time grows with the file's metadata.
 //!
 //! # What it finds that `qemu-img check` does not
@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::bitmap_read::TableEntry;
+use crate::counts::{Counts, PAGE_CLUSTERS, Page, State};
 use crate::directory::{InternalSnapshot, StoredBitmap};
 use crate::entry::{L1Entry, L2Entry, SUBCLUSTERS, Standard};
 use crate::error::{Error, Result};
@@ -24,10 +25,6 @@ use crate::units::HostOffset;
 
 /// How many findings are kept in full; all are counted.
 pub const MAX_FINDINGS: usize = 1000;
-/// Clusters on a page of counts.
-const PAGE_CLUSTERS: u64 = 256;
-/// The most pages of counts in memory, about 400 MiB; enough for 4 TiB in 64 KiB clusters at a time.
-const MAX_PAGES: usize = 256 << 10;
 /// The most L2 tables of one image, with those of internal snapshots.
 const MAX_L2_TABLES: usize = 8 << 20;
 
@@ -79,13 +76,8 @@ const USES: [Use; 13] = [
 ];
 
 impl Use {
-    fn bit(self) -> u16 {
-        1 << USES.iter().take_while(|known| **known != self).count()
-    }
-
-    /// What a cluster of this use may be referenced by more than once.
-    fn shared(self) -> bool {
-        matches!(self, Self::L2Table | Self::Data | Self::Compressed)
+    const fn bit(self) -> u16 {
+        1 << self as u16
     }
 }
 
@@ -93,7 +85,9 @@ impl Use {
 const SAID_ONE: u16 = 1 << 14;
 /// The active tables say that the refcount is not one.
 const SAID_NOT_ONE: u16 = 1 << 15;
-const USE_BITS: u16 = (1 << 13) - 1;
+const USE_BITS: u16 = (1 << USES.len()) - 1;
+/// What a cluster may be referenced for more than once.
+const SHARED_BITS: u16 = Use::L2Table.bit() | Use::Data.bit() | Use::Compressed.bit();
 
 /// Something wrong in an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -551,72 +545,6 @@ impl Regions {
     }
 }
 
-/// References to some consecutive clusters.
-struct Page {
-    references: [u32; PAGE_CLUSTERS as usize],
-    marks: [u16; PAGE_CLUSTERS as usize],
-}
-
-/// References per cluster, in a window.
-struct Counts {
-    start: u64,
-    /// The first cluster that is not counted any more.
-    end: u64,
-    pages: BTreeMap<u64, Box<Page>>,
-}
-
-impl Counts {
-    fn new(start: u64) -> Self {
-        Self {
-            start,
-            end: u64::MAX,
-            pages: BTreeMap::new(),
-        }
-    }
-
-    fn add(&mut self, cluster: u64, references: u32, marks: u16) {
-        if cluster < self.start || cluster >= self.end {
-            return;
-        }
-        let page = self
-            .pages
-            .entry(cluster / PAGE_CLUSTERS)
-            .or_insert_with(|| {
-                Box::new(Page {
-                    references: [0; PAGE_CLUSTERS as usize],
-                    marks: [0; PAGE_CLUSTERS as usize],
-                })
-            });
-        let index = to_usize(cluster % PAGE_CLUSTERS);
-        page.references[index] = page.references[index].saturating_add(references);
-        page.marks[index] |= marks;
-        if self.pages.len() > MAX_PAGES
-            && let Some((last, _)) = self.pages.pop_last()
-        {
-            self.end = last * PAGE_CLUSTERS;
-        }
-    }
-
-    fn get(&self, cluster: u64) -> (u32, u16) {
-        let index = to_usize(cluster % PAGE_CLUSTERS);
-        self.pages
-            .get(&(cluster / PAGE_CLUSTERS))
-            .map_or((0, 0), |page| (page.references[index], page.marks[index]))
-    }
-
-    /// Every cluster with references, in order.
-    fn used(&self) -> impl Iterator<Item = (u64, u32, u16)> + '_ {
-        self.pages.iter().flat_map(|(page, counts)| {
-            let all = counts.references.iter().zip(&counts.marks).enumerate();
-            all.filter(|(_, (references, _))| **references > 0).map(
-                move |(index, (references, marks))| {
-                    (page * PAGE_CLUSTERS + to_u64(index), *references, *marks)
-                },
-            )
-        })
-    }
-}
-
 /// One walk over all tables.
 struct Walk<'a> {
     image: &'a Image<'a>,
@@ -652,9 +580,8 @@ impl Walk<'_> {
         if length == 0 {
             return;
         }
-        for cluster in at.0 >> bits..=(at.0 + length - 1) >> bits {
-            self.counts.add(cluster, references, marks);
-        }
+        let (first, last) = (at.0 >> bits, (at.0 + length - 1) >> bits);
+        self.counts.add(first, last - first + 1, references, marks);
     }
 
     fn report(&mut self, usage: Use, reason: impl FnOnce() -> String) {
@@ -671,15 +598,54 @@ impl Walk<'_> {
         self.count(table.at, size, table.references, Use::L2Table.bit() | marks);
         let words = to_usize(header.cluster_size.words());
         let file = self.image.layer.file();
-        let table_words = file.read_words("an L2 table", table.at, words)?;
+        let words = file.read_words("an L2 table", table.at, words)?;
         let step = if header.extended_l2 { 2 } else { 1 };
-        for (index, entry) in table_words.chunks_exact(step).enumerate() {
-            let bitmap = entry.get(1).copied().unwrap_or(0);
-            if entry[0] != 0 || bitmap != 0 {
+        let mut index = 0;
+        while index < words.len() / step {
+            let entry = &words[index * step..];
+            let run = if step == 1 {
+                self.data_run(table, entry)
+            } else {
+                0
+            };
+            let bitmap = if step == 2 { entry[1] } else { 0 };
+            if run == 0 && (entry[0] != 0 || bitmap != 0) {
                 self.l2_entry(table, to_u64(index), entry[0], bitmap);
             }
+            index += run.max(1);
         }
         Ok(())
+    }
+
+    /// Counts entries of plain data that lie one after the other in the file, all at once, and says how
+    /// many there are; 0 where the first is something else, or anything is wrong with it.
+    fn data_run(&mut self, table: &L2Table, words: &[u64]) -> usize {
+        let header = self.image.layer.header();
+        let size = header.cluster_size.bytes();
+        let Ok(L2Entry::Whole {
+            state: Standard::Data,
+            host: Some(host),
+            copied,
+        }) = L2Entry::decode(header, words[0], 0)
+        else {
+            return 0;
+        };
+        if header.external_data.is_some() || header.cluster_size.offset_in(host.0) != 0 {
+            return 0;
+        }
+        // An entry is an offset and a flag, so the next cluster's entry is larger by its size.
+        let file_end = self.image.layer.file_length();
+        let most = file_end.saturating_sub(host.0) / size;
+        let follows = |(count, word): &(u64, &u64)| {
+            *count < most && Some(**word) == words[0].checked_add(count * size)
+        };
+        let run = (0..).zip(words).take_while(follows).count();
+        if run > 0 {
+            let marks = table.active.map_or(0, |_| said(copied)) | Use::Data.bit();
+            self.count(host, to_u64(run) * size, table.references, marks);
+            self.note_guest_clusters(table, host, to_u64(run));
+        }
+        run
     }
 
     fn l2_entry(&mut self, table: &L2Table, index: u64, word: u64, bitmap: u64) {
@@ -694,7 +660,7 @@ impl Walk<'_> {
                     self.report(Use::Compressed, || format!("{}, out of the file", place()));
                     return;
                 }
-                self.note_guest_cluster(table, None);
+                self.note_compressed_cluster(table);
                 let marks = Use::Compressed.bit();
                 self.count_in_file(HostOffset(start), length, table.references, marks);
             }
@@ -734,7 +700,7 @@ impl Walk<'_> {
             });
             return;
         }
-        self.note_guest_cluster(table, Some(host));
+        self.note_guest_clusters(table, host, 1);
         let marks = table.active.map_or(0, |_| said(copied)) | Use::Data.bit();
         let size = self.image.layer.cluster_size().bytes();
         self.count(host, size, table.references, marks);
@@ -743,7 +709,7 @@ impl Walk<'_> {
     /// A cluster in the data file has no refcount; it lies where the guest sees it.
     fn external_data(&mut self, table: &L2Table, index: u64, word: u64, data: (HostOffset, u64)) {
         let (host, needed) = data;
-        self.note_guest_cluster(table, Some(host));
+        self.note_guest_clusters(table, host, 1);
         let guest = table
             .active
             .map(|active| guest_start(self.image.layer, active, index));
@@ -779,21 +745,24 @@ impl Walk<'_> {
         self.count(at, end - at.0, references, marks);
     }
 
-    /// `host` is where the cluster lies; `None` where it is compressed.
-    fn note_guest_cluster(&mut self, table: &L2Table, host: Option<HostOffset>) {
+    /// `count` clusters lie in the file from `host` on.
+    fn note_guest_clusters(&mut self, table: &L2Table, host: HostOffset, count: u64) {
         if !self.first || table.active.is_none() {
             return;
         }
-        self.report.guest_clusters += 1;
-        let Some(host) = host else {
-            self.report.compressed_clusters += 1;
-            self.report.fragmented_clusters += 1;
-            return;
-        };
+        self.report.guest_clusters += count;
         let apart = self.follows.is_some_and(|next| next != host);
         self.report.fragmented_clusters += u64::from(apart);
-        let size = self.image.layer.cluster_size().bytes();
-        self.follows = Some(HostOffset(host.0.saturating_add(size)));
+        let length = count.saturating_mul(self.image.layer.cluster_size().bytes());
+        self.follows = Some(HostOffset(host.0.saturating_add(length)));
+    }
+
+    fn note_compressed_cluster(&mut self, table: &L2Table) {
+        if self.first && table.active.is_some() {
+            self.report.guest_clusters += 1;
+            self.report.compressed_clusters += 1;
+            self.report.fragmented_clusters += 1;
+        }
     }
 
     fn bitmap(&mut self, bitmap: &StoredBitmap) -> Result<()> {
@@ -833,24 +802,60 @@ fn said(copied: bool) -> u16 {
     if copied { SAID_ONE } else { SAID_NOT_ONE }
 }
 
-/// Holds the references of a window against the refcounts.
+/// Holds the references of a window against the refcounts, page by page.
 fn compare(image: &Image<'_>, counts: &Counts, report: &mut CheckReport) -> Result<()> {
-    let bits = image.layer.cluster_size().bits();
     let mut refcounts = Refcounts::new(image.layer, image.refcount_blocks.clone());
-    for (cluster, references, marks) in counts.used() {
+    let mut at = counts.start;
+    loop {
+        let next = [counts.next_page(at), refcounts.next_block(at)];
+        let Some(next) = next.into_iter().flatten().min() else {
+            return Ok(());
+        };
+        let first = next / PAGE_CLUSTERS * PAGE_CLUSTERS;
+        if first >= counts.end {
+            return Ok(());
+        }
+        compare_page(image, first, counts.page(first), &mut refcounts, report)?;
+        at = first.saturating_add(PAGE_CLUSTERS);
+    }
+}
+
+/// One page; most are alike throughout, in references and refcounts.
+fn compare_page(
+    image: &Image<'_>,
+    first: u64,
+    page: Option<&Page>,
+    refcounts: &mut Refcounts<'_>,
+    report: &mut CheckReport,
+) -> Result<()> {
+    let bits = image.layer.cluster_size().bits();
+    let none = Page::Alike(State::default());
+    let page = page.unwrap_or(&none);
+    if let Page::Alike(state) = page
+        && refcounts.alike(first, PAGE_CLUSTERS)? == Some(u64::from(state.references))
+        && !is_wrong(*state, u64::from(state.references))
+    {
+        if state.references > 0 {
+            report.used_clusters += PAGE_CLUSTERS;
+            report.image_end = HostOffset((first + PAGE_CLUSTERS) << bits);
+        }
+        return Ok(());
+    }
+    for index in 0..PAGE_CLUSTERS {
+        let cluster = first + index;
+        let state = page.get(to_usize(index));
         let refcount = refcounts.get(cluster)?;
         let place = HostOffset(cluster << bits);
-        report.used_clusters += 1;
-        report.image_end = HostOffset((cluster + 1) << bits);
-        compare_one(report, place, refcount, u64::from(references));
-        compare_marks(report, place, refcount, references, marks);
-    }
-    let end = counts.end.min(image.file_clusters());
-    refcounts.for_each_used(counts.start, end, |cluster, refcount| {
-        if counts.get(cluster).0 == 0 {
-            compare_one(report, HostOffset(cluster << bits), refcount, 0);
+        if state.references > 0 {
+            report.used_clusters += 1;
+            report.image_end = HostOffset((cluster + 1) << bits);
+            compare_one(report, place, refcount, u64::from(state.references));
+            compare_marks(report, place, refcount, state);
+        } else if cluster < image.file_clusters() {
+            compare_one(report, place, refcount, 0);
         }
-    })
+    }
+    Ok(())
 }
 
 fn compare_one(report: &mut CheckReport, cluster: HostOffset, refcount: u64, references: u64) {
@@ -869,24 +874,33 @@ fn compare_one(report: &mut CheckReport, cluster: HostOffset, refcount: u64, ref
     }
 }
 
-fn compare_marks(
-    report: &mut CheckReport,
-    cluster: HostOffset,
-    refcount: u64,
-    references: u32,
-    marks: u16,
-) {
-    let uses: Vec<Use> = USES.into_iter().filter(|u| marks & u.bit() != 0).collect();
-    let twice = references > 1 && uses.iter().any(|usage| !usage.shared());
-    if (marks & USE_BITS).count_ones() > 1 || twice {
-        report.add(Finding::Overlap { cluster, uses });
-    }
+/// Uses that exclude each other.
+fn overlaps(state: State) -> bool {
+    let uses = state.marks & USE_BITS;
+    uses.count_ones() > 1 || (state.references > 1 && uses & !SHARED_BITS != 0)
+}
+
+/// The active tables say something else of the refcount.
+fn wrongly_said(state: State, refcount: u64) -> bool {
     let wrong = if refcount == 1 {
         SAID_NOT_ONE
     } else {
         SAID_ONE
     };
-    if marks & wrong != 0 {
+    state.marks & wrong != 0
+}
+
+fn is_wrong(state: State, refcount: u64) -> bool {
+    overlaps(state) || wrongly_said(state, refcount)
+}
+
+fn compare_marks(report: &mut CheckReport, cluster: HostOffset, refcount: u64, state: State) {
+    if overlaps(state) {
+        let used = |usage: &Use| state.marks & usage.bit() != 0;
+        let uses = USES.into_iter().filter(used).collect();
+        report.add(Finding::Overlap { cluster, uses });
+    }
+    if wrongly_said(state, refcount) {
         report.add(Finding::WrongCopiedFlag { cluster, refcount });
     }
 }
@@ -894,19 +908,6 @@ fn compare_marks(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn counts_give_up_the_highest_clusters_when_room_ends_and_say_so() {
-        let mut counts = Counts::new(0);
-        for page in (0..=MAX_PAGES as u64).rev() {
-            counts.add(page * PAGE_CLUSTERS, 1, 0);
-        }
-        assert_eq!(counts.pages.len(), MAX_PAGES);
-        assert_eq!(counts.end, MAX_PAGES as u64 * PAGE_CLUSTERS);
-        counts.add(counts.end, 1, 0);
-        assert_eq!(counts.get(counts.end), (0, 0));
-        assert_eq!(counts.used().count(), MAX_PAGES);
-    }
 
     #[test]
     fn regions_that_overlap_in_any_way_are_not_taken() {

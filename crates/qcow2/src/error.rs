@@ -214,6 +214,30 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// The caller wanted the operation to end.
+    #[error("{}: cancelled; a new file was not made, and an earlier one is as it was", path.display())]
+    Cancelled {
+        /// The file that was to be made.
+        path: PathBuf,
+    },
+    /// There is not enough room for the file, so nothing was begun.
+    #[error("the image {} needs {needed} bytes and its file system has {available}; nothing was written", path.display())]
+    NoRoom {
+        /// The file that was to be made.
+        path: PathBuf,
+        /// How many bytes it needs.
+        needed: u64,
+        /// How many bytes are free.
+        available: u64,
+    },
+    /// What was written is not what should have been written; the new file was thrown away.
+    #[error("the new image {} was read back and is not right: {found}; it was not kept, and the file system or memory may be faulty", path.display())]
+    NotVerified {
+        /// The file that was to be made.
+        path: PathBuf,
+        /// What is wrong.
+        found: String,
+    },
 }
 
 impl Error {

@@ -46,6 +46,12 @@ struct Piece {
     bytes: Vec<u8>,
 }
 
+impl Piece {
+    fn holds(&self, cluster: u64) -> bool {
+        (self.first_cluster..self.first_cluster + self.count).contains(&cluster)
+    }
+}
+
 impl<'a> Refcounts<'a> {
     /// `blocks` has the block of each table entry, without those that cannot be read.
     pub fn new(layer: &'a Layer, blocks: Vec<Option<HostOffset>>) -> Self {
@@ -78,10 +84,11 @@ impl<'a> Refcounts<'a> {
 
     /// The refcount of a cluster; 0 where there is no block. Cheap when asked in ascending order.
     pub fn get(&mut self, cluster: u64) -> Result<u64> {
-        let held = |piece: &Piece| {
-            (piece.first_cluster..piece.first_cluster + piece.count).contains(&cluster)
-        };
-        if !self.piece.as_ref().is_some_and(held) {
+        if !self
+            .piece
+            .as_ref()
+            .is_some_and(|piece| piece.holds(cluster))
+        {
             self.piece = self.read_piece(cluster)?;
         }
         let Some(piece) = &self.piece else {
@@ -92,6 +99,38 @@ impl<'a> Refcounts<'a> {
             cluster - piece.first_cluster,
             self.layer.header().refcount_order,
         ))
+    }
+
+    /// The refcount that `count` clusters from `first` on have, if they have all the same and it can be told
+    /// at a glance.
+    pub fn alike(&mut self, first: u64, count: u64) -> Result<Option<u64>> {
+        let order = self.layer.header().refcount_order;
+        let per_block = self.layer.header().refcounts_per_block();
+        if order < 3
+            || first % pieces(self.layer.header()).1 + count > pieces(self.layer.header()).1
+        {
+            return Ok(None);
+        }
+        let refcount = self.get(first)?;
+        let Some(piece) = self.piece.as_ref().filter(|piece| piece.holds(first)) else {
+            let block = usize::try_from(first / per_block).ok();
+            let none = block.is_none_or(|block| self.blocks.get(block).is_none_or(Option::is_none));
+            return Ok(none.then_some(0));
+        };
+        let width = 1_usize << (order - 3);
+        let start = to_usize(first - piece.first_cluster) * width;
+        let bytes = &piece.bytes[start..start + to_usize(count) * width];
+        // All are like the one before.
+        let alike = bytes[width..] == bytes[..bytes.len() - width];
+        Ok(alike.then_some(refcount))
+    }
+
+    /// The first cluster at or after `from` that has a refcount block.
+    pub fn next_block(&self, from: u64) -> Option<u64> {
+        let per_block = self.layer.header().refcounts_per_block();
+        let first = usize::try_from(from / per_block).ok()?;
+        let ahead = self.blocks.get(first..)?.iter().position(Option::is_some)?;
+        Some((to_u64(first + ahead) * per_block).max(from))
     }
 
     /// Calls `each` for every cluster in ascending order whose refcount is not 0, from `from` to `end`.
