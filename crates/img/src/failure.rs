@@ -36,11 +36,6 @@ impl Failure {
         Self::new(text).with_more(more)
     }
 
-    /// Everything has been printed; only the status is left to give.
-    pub fn silent(status: u8) -> Self {
-        Self::new("").with_status(status)
-    }
-
     /// Opening the image that the user calls `name` failed.
     pub fn open(name: &str, error: &Error) -> Self {
         let (text, more) = open_error::words(error);

@@ -8,6 +8,8 @@
 //! |---|---|
 //! | `getopt`, `keyval`, `size` | how a command line, `-o` lists and sizes are read |
 //! | `reference`, `format` | what a user calls an image; which formats there are |
+//! | `create_options`, `new_image`, `target`, `overwrite` | what a new image is to be, and where it goes |
+//! | `opened` | images and chains, opened under locks |
 //! | `console`, `failure`, `open_error` | where it is printed, and why a command ended |
 //! | `tree`, `json`, `progress` | reports for people and programs, and how far a command is |
 //! | `command/` | one file for each subcommand |
@@ -24,11 +26,14 @@ mod getopt;
 mod help;
 mod json;
 mod keyval;
+mod new_image;
 mod open_error;
 mod opened;
+mod overwrite;
 mod progress;
 mod reference;
 mod size;
+mod snapshot_name;
 mod snapshot_table;
 mod target;
 mod tree;

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use stead_qcow2::Target;
 use stead_sys::durable::Existing;
@@ -98,10 +98,27 @@ pub(crate) fn not_created(path: &Path, error: &io::Error) -> String {
     )
 }
 
-/// The place of an image that is there already and is written over (`-n`).
-pub(crate) fn existing(path: &Path) -> Result<PathBuf, String> {
+/// The place of a file or device that is there already and is written in place.
+///
+/// # Errors
+/// As [`place`].
+pub(crate) fn in_place(path: &Path) -> Result<Place, String> {
+    let regular = fs::metadata(path).is_ok_and(|found| found.is_file());
+    Ok(Place {
+        target: Target::InPlace {
+            path: path.to_owned(),
+        },
+        lock: if regular { Some(lock(path)?) } else { None },
+    })
+}
+
+/// There is something at `path`.
+///
+/// # Errors
+/// The reason, in qemu-img's words.
+pub(crate) fn existing(path: &Path) -> Result<(), String> {
     match fs::metadata(path) {
-        Ok(_) => Ok(path.to_owned()),
+        Ok(_) => Ok(()),
         Err(error) => Err(format!(
             "Could not open '{}': {}",
             path.display(),

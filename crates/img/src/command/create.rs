@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use stead_qcow2::{Chain, Control, Error, create};
+use stead_qcow2::{Control, create};
 
 use crate::command::Command;
 use crate::common::{self, FORMAT, OBJECT, QUIET};
@@ -13,8 +13,7 @@ use crate::failure::{Failure, Outcome};
 use crate::format::Format;
 use crate::getopt::{Opt, Parsed};
 use crate::keyval;
-use crate::open_error;
-use crate::opened::{self, Sharing};
+use crate::new_image;
 use crate::reference;
 use crate::target;
 
@@ -102,7 +101,7 @@ fn options(
         Format::by_name(&format).ok_or_else(|| format!("Unknown file format '{format}'"))?;
     let path = match name.is_empty() {
         true => PathBuf::new(),
-        false => plain_target(name)?,
+        false => reference::plain_path(name)?,
     };
     let mut given = Given::parse(format, lists)?;
     add_backing(&mut given, parsed, format)?;
@@ -139,11 +138,6 @@ fn options(
     Ok(given)
 }
 
-/// A file name. `json:` is none here, as in qemu-img.
-pub(crate) fn plain_target(name: &OsStr) -> Result<PathBuf, String> {
-    reference::plain_path(name)
-}
-
 fn add_backing(given: &mut Given, parsed: &Parsed, format: Format) -> Result<(), String> {
     for (id, option, what) in [
         ("backing", "backing_file", "Backing file"),
@@ -162,7 +156,7 @@ fn add_backing(given: &mut Given, parsed: &Parsed, format: Format) -> Result<(),
 
 /// The length of the disk below, in bytes.
 fn size_below(image: &Path, name: &str, format: Option<&str>) -> Result<u64, String> {
-    let below = below(image, name, format);
+    let below = new_image::below(image, name, format);
     let below = below.map_err(|why| format!("{why}\nCould not open backing image."))?;
     if format.is_none() {
         let detected = below.1;
@@ -173,27 +167,6 @@ fn size_below(image: &Path, name: &str, format: Option<&str>) -> Result<u64, Str
     Ok(below.0.len())
 }
 
-/// Opens the disk of that name, which starts in the image's folder.
-pub(crate) fn below(
-    image: &Path,
-    name: &str,
-    format: Option<&str>,
-) -> Result<(Chain, Format), String> {
-    let folder = image.parent().unwrap_or(Path::new(""));
-    let full = match reference::protocol(name.as_bytes()) {
-        Some(_) => PathBuf::from(name),
-        None => folder.join(name),
-    };
-    let mut reference = reference::from_name(full.as_os_str())?;
-    if let Some(format) = format {
-        let known = Format::by_name(format);
-        reference.format = Some(known.ok_or_else(|| format!("Unknown driver '{format}'"))?);
-    }
-    // Nothing of it is kept, so it may be in use meanwhile.
-    let opened = opened::chain_or_why(&reference, Sharing::Shared, &common::follow_all())?;
-    Ok((opened.chain, opened.format))
-}
-
 fn make(path: &Path, given: &Given) -> Result<(), String> {
     let format = given.new_format()?;
     let size = given.size().unwrap_or(0);
@@ -201,26 +174,5 @@ fn make(path: &Path, given: &Given) -> Result<(), String> {
     let disk = disk.ok_or("Could not resize image: Image size cannot be negative")?;
     let place = target::place(path)?;
     let made = create(&place.target, &format, disk, &Control::default());
-    made.map(drop).map_err(|error| words(&error))
-}
-
-/// Why an image was not made.
-pub(crate) fn words(error: &Error) -> String {
-    if let Error::Io {
-        action: "create",
-        path,
-        source,
-    } = error
-    {
-        return target::not_created(path, source);
-    }
-    if let Error::InvalidImage { reason, .. } = error
-        && (reason.contains("64 TiB") || reason.contains("L1 table"))
-    {
-        return format!(
-            "The image size is too large for file format 'qcow2' (try using a larger cluster size)\n{error}"
-        );
-    }
-    let (first, more) = open_error::words(error);
-    format!("{first}\n{more}")
+    made.map(drop).map_err(|error| new_image::words(&error))
 }

@@ -2,9 +2,11 @@
 
 mod check;
 mod compare;
+mod convert;
 mod create;
 mod info;
 mod map;
+mod measure;
 
 use crate::console::Console;
 use crate::failure::Outcome;
@@ -32,5 +34,7 @@ pub(crate) const COMMANDS: &[Command] = &[
     info::COMMAND,
     check::COMMAND,
     map::COMMAND,
+    measure::COMMAND,
+    convert::COMMAND,
     compare::COMMAND,
 ];

@@ -95,6 +95,34 @@ impl Bench {
         }
     }
 
+    /// As [`Bench::same_writing`], and the image `name` is described alike, has the same bytes, and is whole.
+    pub fn same_image(&self, line: &str, name: &str) {
+        let (theirs, ours) = self.both(line);
+        assert_eq!(theirs, ours, "qemu-img (left) and ours: {line}");
+        assert_eq!(ours.status, Some(0), "{line}");
+        let describe = |folder: &str| {
+            let command = format!("cd ../{folder}; qemu-img info --output=json '{name}'");
+            let json: Value = serde_json::from_str(&self.sh(&command)).expect("JSON");
+            without_disk_size(json)
+        };
+        assert_eq!(
+            describe("theirs"),
+            describe("work"),
+            "qemu-img (left) and ours: {line}"
+        );
+        let qcow2 = describe("work")["format"] == "qcow2";
+        let named = format!("../theirs/{name}");
+        let below = self
+            .sh(&format!("qemu-img info '{name}'"))
+            .contains("backing file: nope");
+        if !below && !line.contains("a b,c") {
+            self.sh(&format!("qemu-img compare '{named}' '{name}'"));
+            if qcow2 {
+                self.sh(&format!("qemu-img check -q '{name}'"));
+            }
+        }
+    }
+
     /// Both end with the same status; what they print may differ.
     pub fn same_status(&self, lines: &[&str]) {
         for line in lines {
@@ -114,6 +142,7 @@ impl Bench {
         self.copy(&before, &self.path("."));
         let theirs = said(&self.theirs(line));
         let left = self.names();
+        self.copy(&self.path("."), &self.dir.path().join("theirs"));
         self.copy(&before, &self.path("."));
         let ours = said(&self.ours(line));
         assert_eq!(
