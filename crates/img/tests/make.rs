@@ -68,7 +68,7 @@ fn empty_images_are_alike_with_every_option() {
 fn what_cannot_be_made_is_refused_in_the_same_words() {
     let bench = Bench::new();
     bench.sh("qemu-img create -q -f qcow2 base.qcow2 64M; qemu-img create -q -f raw base.raw 10M; mkdir sub");
-    bench.same_writing(&[
+    bench.same_refusal(&[
         "create",
         "create -f qcow2",
         "create -f",
@@ -209,7 +209,7 @@ fn an_image_that_is_written_over_keeps_its_options_and_holds_the_copy() {
 fn what_cannot_be_copied_is_refused_in_the_same_words() {
     let bench = Bench::new();
     bench.sh("qemu-img create -q -f qcow2 a.qcow2 8M; qemu-img create -q -f raw r.raw 8M; qemu-img create -q -f raw short.raw 1M; mkdir sub");
-    bench.same_writing(&[
+    bench.same_refusal(&[
         "convert",
         "convert -O qcow2 a.qcow2",
         "convert -O qcow2 nope x.img",

@@ -286,7 +286,8 @@ impl Job {
         let place = target::place(&path).map_err(cannot)?;
         let below = below(&given, &path, &shown)?;
         Ok(Self {
-            disk: given.size().map(|size| size.next_multiple_of(512)),
+            // As in qemu-img, a size among the options has no effect here.
+            disk: None,
             name: shown,
             kind,
             format,

@@ -1,8 +1,12 @@
 //! The same command line given to qemu-img and to ours, on copies of the same files.
 
 #![allow(dead_code, reason = "each test file uses a part of this")]
+#![allow(
+    clippy::disallowed_methods,
+    reason = "files of a test need not be durable"
+)]
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{FileExt, symlink};
 use std::path::{Path, PathBuf};
@@ -87,40 +91,72 @@ impl Bench {
         }
     }
 
-    /// Both say the same to each line, from the same files, and leave files of the same names.
-    pub fn same_writing(&self, lines: &[&str]) {
+    /// Both refuse each line in the same words; ours leaves no new file, what qemu-img leaves is removed.
+    pub fn same_refusal(&self, lines: &[&str]) {
         for line in lines {
-            let (theirs, ours) = self.both(line);
+            let before = self.names();
+            let ours = said(&self.ours(line));
+            assert_eq!(before, self.names(), "files before and after ours: {line}");
+            let theirs = said(&self.theirs(line));
             assert_eq!(theirs, ours, "qemu-img (left) and ours: {line}");
+            assert_ne!(ours.status, Some(0), "{line}");
+            for new in self.names().difference(&before) {
+                fs::remove_file(self.path(new)).expect("removed");
+            }
         }
     }
 
-    /// As [`Bench::same_writing`], and the image `name` is described alike, has the same bytes, and is whole.
+    /// Both make, or change, the image `name` by `line`: they say the same, the image is described alike, has
+    /// the same bytes and is whole. It goes back to what it was.
     pub fn same_image(&self, line: &str, name: &str) {
-        let (theirs, ours) = self.both(line);
-        assert_eq!(theirs, ours, "qemu-img (left) and ours: {line}");
-        assert_eq!(ours.status, Some(0), "{line}");
-        let describe = |folder: &str| {
-            let command = format!("cd ../{folder}; qemu-img info --output=json '{name}'");
-            let json: Value = serde_json::from_str(&self.sh(&command)).expect("JSON");
-            without_disk_size(json)
-        };
+        let image = self.path(name);
+        let [kept, theirs] = ["kept", "theirs"].map(|name| self.dir.path().join(name));
+        let there = image.exists();
+        if there {
+            copy(&image, &kept);
+        }
+        let they_said = said(&self.theirs(line));
+        let described = self.describe(name);
+        fs::rename(&image, &theirs).expect("moved");
+        if there {
+            copy(&kept, &image);
+        }
+        let we_said = said(&self.ours(line));
+        assert_eq!(they_said, we_said, "qemu-img (left) and ours: {line}");
+        assert_eq!(we_said.status, Some(0), "{line}");
         assert_eq!(
-            describe("theirs"),
-            describe("work"),
+            described,
+            self.describe(name),
             "qemu-img (left) and ours: {line}"
         );
-        let qcow2 = describe("work")["format"] == "qcow2";
-        let named = format!("../theirs/{name}");
-        let below = self
-            .sh(&format!("qemu-img info '{name}'"))
-            .contains("backing file: nope");
-        if !below && !line.contains("a b,c") {
-            self.sh(&format!("qemu-img compare '{named}' '{name}'"));
-            if qcow2 {
-                self.sh(&format!("qemu-img check -q '{name}'"));
-            }
+        self.same_bytes(&described, name);
+        if there {
+            copy(&kept, &image);
+        } else {
+            fs::remove_file(&image).expect("removed");
         }
+    }
+
+    fn describe(&self, name: &str) -> Value {
+        let json = self.sh(&format!("qemu-img info -U --output=json '{name}'"));
+        without_disk_size(serde_json::from_str(&json).expect("JSON"))
+    }
+
+    /// The image that qemu-img made and ours read the same, where the image below is there, and ours is whole.
+    fn same_bytes(&self, described: &Value, name: &str) {
+        let below = described["full-backing-filename"].as_str();
+        if below.is_some_and(|below| !self.path(below).exists()) {
+            return;
+        }
+        // Beside ours, so that the image below is found.
+        let beside = format!("{name}.theirs");
+        fs::rename(self.dir.path().join("theirs"), self.path(&beside)).expect("moved");
+        let check = match described["format"] == "qcow2" {
+            true => format!("; qemu-img check -q '{name}'"),
+            false => String::new(),
+        };
+        self.sh(&format!("qemu-img compare -q '{beside}' '{name}'{check}"));
+        fs::remove_file(self.path(&beside)).expect("removed");
     }
 
     /// Both end with the same status; what they print may differ.
@@ -134,41 +170,11 @@ impl Bench {
         }
     }
 
-    /// Both programs start from the same files; those that ours leaves stay.
-    fn both(&self, line: &str) -> (Said, Said) {
-        let before = self.dir.path().join("before");
-        // Both get a copy, so that holes are alike.
-        self.copy(&self.path("."), &before);
-        self.copy(&before, &self.path("."));
-        let theirs = said(&self.theirs(line));
-        let left = self.names();
-        self.copy(&self.path("."), &self.dir.path().join("theirs"));
-        self.copy(&before, &self.path("."));
-        let ours = said(&self.ours(line));
-        assert_eq!(
-            left,
-            self.names(),
-            "files left by qemu-img (left) and ours: {line}"
-        );
-        (theirs, ours)
-    }
-
-    fn copy(&self, from: &Path, to: &Path) {
-        let (from, to) = (from.display(), to.display());
-        // Times stay, so that what is printed of them is the same.
-        let command = format!(
-            "rm -rf {to}.new; cp -a --sparse=auto {from} {to}.new; rm -rf {to}; mv {to}.new {to}"
-        );
-        let command = command.replace("work/.", "work");
-        let copied = Command::new("sh").args(["-ec", &command]).status();
-        assert!(copied.expect("a shell").success(), "{command}");
-    }
-
-    fn names(&self) -> BTreeMap<String, ()> {
+    fn names(&self) -> BTreeSet<String> {
         let entries = fs::read_dir(self.path(".")).expect("the folder");
         let name = |entry: std::io::Result<fs::DirEntry>| {
             let name = entry.expect("an entry").file_name();
-            (name.to_string_lossy().into_owned(), ())
+            name.to_string_lossy().into_owned()
         };
         entries.map(name).collect()
     }
@@ -213,6 +219,12 @@ fn without_disk_size(json: Value) -> Value {
         Value::Array(all) => all.into_iter().map(without_disk_size).collect(),
         other @ (Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_)) => other,
     }
+}
+
+/// Holes stay holes.
+fn copy(from: &Path, to: &Path) {
+    let copied = Command::new("cp").arg("--").args([from, to]).status();
+    assert!(copied.expect("cp").success(), "{from:?}");
 }
 
 /// Overwrites bytes of a file.
