@@ -124,7 +124,7 @@ pub(crate) struct Stored {
     pub how: StoredAs,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum StoredAs {
     Zeros,
     /// As it is, from here on in this member's file. A hole there is zeros.
@@ -132,7 +132,12 @@ pub(crate) enum StoredAs {
         member: usize,
         at: HostOffset,
     },
-    Packed,
+    /// As part of a compressed cluster, this many bytes into it.
+    Packed {
+        member: usize,
+        at: HostOffset,
+        skip: u64,
+    },
 }
 
 /// A disk made of layers over a base, open for reading. Usable from several threads.
@@ -355,7 +360,11 @@ impl Chain {
                 at: HostOffset(offset),
             },
             Source::Layer(member, ExtentKind::Data(at)) => StoredAs::Plain { member, at },
-            Source::Layer(_, ExtentKind::Compressed { .. }) => StoredAs::Packed,
+            Source::Layer(member, ExtentKind::Compressed { cluster, skip }) => StoredAs::Packed {
+                member,
+                at: cluster.host,
+                skip,
+            },
             Source::Layer(_, ExtentKind::Zero | ExtentKind::Unallocated) => {
                 unreachable!("a layer is a source only of data")
             }
@@ -365,6 +374,20 @@ impl Chain {
             depth: piece.depth,
             how,
         })
+    }
+
+    /// Whether a range comes from the same places in this disk and in `other`, a view of the same files.
+    pub(crate) fn is_stored_as_in(&self, other: &Self, range: Range<u64>) -> Result<bool> {
+        let mut at = range.start;
+        while at < range.end {
+            let ours = self.stored(at, range.end)?;
+            let theirs = other.stored(at, ours.end)?;
+            if ours.how != theirs.how || theirs.end != ours.end {
+                return Ok(false);
+            }
+            at = ours.end;
+        }
+        Ok(true)
     }
 
     /// The open file of a member, and how long it is.

@@ -13,7 +13,7 @@ pub(crate) const COMPRESSED: u64 = 1 << 62;
 /// Bit 0 of an L2 entry: the cluster reads as zeros.
 pub(crate) const ZERO: u64 = 1;
 /// Bits 9 to 55: an offset in the file.
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+pub(crate) const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// Bits of an L1 entry that are neither offset nor flag.
 const L1_RESERVED: u64 = !(OFFSET | COPIED);
 /// Bits of a standard L2 entry that are neither offset nor flag.

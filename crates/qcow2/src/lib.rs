@@ -56,10 +56,10 @@ pub use info::{
 };
 pub use layer::{Extent, ExtentKind, Extents, Layer};
 pub use make::{
-    Backing, ConvertOptions, DEFAULT_SPARSE_BYTES, DataFile, Durability, ImageBuilder,
-    ImageOptions, MAX_VIRTUAL_BYTES, Measured, NewFiles, NewFormat, Preallocation, Qcow2Options,
-    Target, Verify, Version, convert, create, create_overlay, measure, measure_empty, predict,
-    write_image,
+    Backing, ConvertOptions, DD_BLOCK_BYTES, DEFAULT_SPARSE_BYTES, DataFile, DdBlocks,
+    DroppedBitmap, Durability, ImageBuilder, ImageOptions, Keep, MAX_VIRTUAL_BYTES, Measured,
+    NewFiles, NewFormat, Preallocation, Qcow2Options, Target, Verify, Version, convert, create,
+    create_overlay, dd, measure, measure_empty, predict, write_image,
 };
 pub use map::{MapEntries, MapEntry};
 pub use units::{ClusterSize, GuestOffset, HostOffset};

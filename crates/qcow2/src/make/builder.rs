@@ -8,7 +8,7 @@ use stead_sys::copy::is_zero;
 use stead_sys::durable::Existing;
 
 use super::create::{create, finish_qcow2, write_complete};
-use super::layout::{ALL_SUBCLUSTERS, Layout};
+use super::layout::{ALL_SUBCLUSTERS, Extras, Layout};
 use super::options::{Backing, Geometry, NewFormat, Qcow2Options, Target, invalid};
 use super::output::Output;
 use super::verify;
@@ -203,7 +203,7 @@ impl ImageBuilder {
     /// When writing, checking, syncing or renaming fails, or the file exists and may not be replaced; then
     /// there is no new file and an earlier one is as it was.
     pub fn finish(self) -> Result<File> {
-        finish_qcow2(self.layout, &self.options, &self.output)?;
+        finish_qcow2(self.layout, &self.options, &Extras::default(), &self.output)?;
         verify::structure(&self.output)?;
         self.output.publish()
     }

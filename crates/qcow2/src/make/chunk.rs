@@ -7,13 +7,13 @@ use stead_sys::direct::AlignedBuffer;
 use stead_sys::share::Shared;
 
 use super::compress::Compressor;
-use super::layout::{ALL_SUBCLUSTERS, Layout, Table};
-use super::options::Preallocation;
+use super::layout::{ALL_SUBCLUSTERS, Entry, Layout, SnapshotTable, Table};
+use super::options::{Geometry, Preallocation};
 use super::output::Output;
 use crate::chain::{Chain, StoredAs};
 use crate::entry::SUBCLUSTERS;
 use crate::error::Result;
-use crate::header::{Compression, to_u64, to_usize};
+use crate::header::{Compression, be_u64, to_u64, to_usize};
 
 /// How many bytes are read, placed and written at once; no less than a cluster.
 pub(crate) const CHUNK_BYTES: u64 = 2 << 20;
@@ -22,6 +22,10 @@ pub(crate) const CHUNK_BYTES: u64 = 2 << 20;
 #[derive(Debug)]
 pub(crate) struct Job<'a> {
     pub source: &'a Chain,
+    /// The bytes of the source that become the disk.
+    pub window: Range<u64>,
+    /// Views of the source that are in the new image already, the nearest first.
+    pub earlier: &'a [Earlier<'a>],
     /// Where the target's bytes are equal to these, nothing is written.
     pub below: Option<&'a Chain>,
     /// The top layers of `source` that lie above `below`, when they are of one chain.
@@ -40,6 +44,47 @@ pub(crate) struct Job<'a> {
     pub shareable: Vec<bool>,
 }
 
+impl Job<'_> {
+    /// Reads bytes of the disk to be made; behind the window are zeros.
+    fn read(&self, at: u64, bytes: &mut [u8]) -> Result<()> {
+        let from = self.window.start + at;
+        let there = self
+            .window
+            .end
+            .saturating_sub(from)
+            .min(to_u64(bytes.len()));
+        let (data, behind) = bytes.split_at_mut(to_usize(there));
+        behind.fill(0);
+        self.source.read_padded(from, data)
+    }
+}
+
+/// A view of the source that is in the new image already.
+#[derive(Debug)]
+pub(crate) struct Earlier<'a> {
+    pub chain: &'a Chain,
+    pub table: SnapshotTable,
+}
+
+impl Earlier<'_> {
+    /// The entry of the cluster at `guest`, from the tables that were written.
+    fn entry(&self, geometry: &Geometry, tables: &Output, guest: u64) -> Result<Entry> {
+        let index = to_usize(guest / geometry.l2_coverage());
+        let table = match self.table.l1.get(index) {
+            Some(0) | None => return Ok(Entry::default()),
+            Some(table) => *table,
+        };
+        let in_table = (guest >> geometry.size.bits()) % geometry.l2_entries();
+        let mut words = [0; 16];
+        let words = &mut words[..to_usize(geometry.entry_words() * 8)];
+        tables.read_back(table + in_table * to_u64(words.len()), words)?;
+        Ok(Entry {
+            word: be_u64(words),
+            subclusters: words.get(8..).filter(|w| !w.is_empty()).map_or(0, be_u64),
+        })
+    }
+}
+
 /// What was found of a unit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Found {
@@ -55,6 +100,8 @@ enum Found {
         member: usize,
         at: u64,
     },
+    /// An earlier view has it already.
+    Earlier(Entry),
 }
 
 /// Where bytes to be written come from.
@@ -118,8 +165,13 @@ impl<'a> Chunk<'a> {
         })
     }
 
-    /// Reads a piece and decides what each of its units is.
-    pub fn load(&mut self, range: Range<u64>) -> Result<()> {
+    /// Reads a piece and decides what each of its units is. `tables` has those of earlier views.
+    pub fn load(
+        &mut self,
+        range: Range<u64>,
+        geometry: Option<&Geometry>,
+        tables: &Output,
+    ) -> Result<()> {
         assert!(
             range.end - range.start <= CHUNK_BYTES && range.start.is_multiple_of(self.job.unit),
             "a piece is of whole units and fits the buffer"
@@ -129,6 +181,9 @@ impl<'a> Chunk<'a> {
         let units = (self.range.end - self.range.start).div_ceil(self.job.unit);
         self.found = vec![Found::Data(ALL_SUBCLUSTERS); to_usize(units)];
         self.leave_out_equal_layers()?;
+        if let Some(geometry) = geometry {
+            self.find_earlier(geometry, tables)?;
+        }
         self.find_shared()?;
         self.read()?;
         self.leave_out_equal_bytes();
@@ -174,6 +229,32 @@ impl<'a> Chunk<'a> {
         Ok(range.end <= self.job.source.len())
     }
 
+    /// Units that come from the same places in an earlier view.
+    fn find_earlier(&mut self, geometry: &Geometry, tables: &Output) -> Result<()> {
+        for index in 0..self.found.len() {
+            let unit = self.unit_range(index);
+            if self.found[index] == Found::Same {
+                continue;
+            }
+            for earlier in self.job.earlier {
+                if unit.end > earlier.chain.len().min(self.job.source.len())
+                    || !self
+                        .job
+                        .source
+                        .is_stored_as_in(earlier.chain, unit.clone())?
+                {
+                    continue;
+                }
+                let entry = earlier.entry(geometry, tables, unit.start)?;
+                if entry.has_bytes() {
+                    self.found[index] = Found::Earlier(entry);
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Units that lie whole in a file whose blocks can be shared.
     fn find_shared(&mut self) -> Result<()> {
         if !self.job.shareable.contains(&true) || self.job.compression.is_some() {
@@ -181,12 +262,18 @@ impl<'a> Chunk<'a> {
         }
         for index in 0..self.found.len() {
             let unit = self.unit_range(index);
-            if self.found[index] == Found::Same || unit.end - unit.start < self.job.unit {
+            let read = matches!(self.found[index], Found::Data(_));
+            if !read || unit.end - unit.start < self.job.unit {
                 continue;
             }
-            let stored = self.job.source.stored(unit.start, unit.end)?;
+            let (start, end) = (
+                self.job.window.start + unit.start,
+                self.job.window.start + unit.end,
+            );
+            let stored = self.job.source.stored(start, end)?;
             if let StoredAs::Plain { member, at } = stored.how
-                && stored.end == unit.end
+                && stored.end == end
+                && end <= self.job.window.end
                 && self.job.shareable[member]
                 && at.0.is_multiple_of(stead_sys::direct::ALIGNMENT)
                 && at.0 + self.job.unit <= self.job.source.member_file(member).1
@@ -213,7 +300,7 @@ impl<'a> Chunk<'a> {
             // Behind the end of the disk, the last unit is zeros.
             let inside = to_usize(self.range.end - start).min(bytes.len());
             let (seen, behind) = self.buffer.bytes_mut()[bytes.clone()].split_at_mut(inside);
-            self.job.source.read_padded(start, seen)?;
+            self.job.read(start, seen)?;
             behind.fill(0);
             if let Some(below) = self.job.below {
                 let (seen, behind) = self.below[bytes].split_at_mut(inside);
@@ -333,9 +420,26 @@ impl<'a> Chunk<'a> {
                     let to = layout.data(guest, ALL_SUBCLUSTERS)?;
                     self.push(to, length, From::Shared { member, at });
                 }
+                Found::Earlier(entry) => {
+                    if !layout.share(guest, entry)? {
+                        self.read_late(guest, end, index)?;
+                        let at = layout.data(guest, ALL_SUBCLUSTERS)?;
+                        self.push(at, length, From::Buffer(index * unit));
+                    }
+                }
             }
         }
         self.tables = layout.take_complete();
+        Ok(())
+    }
+
+    /// Reads a unit that was to be shared and cannot be.
+    fn read_late(&mut self, start: u64, end: u64, index: usize) -> Result<()> {
+        let bytes = self.buffer_range(index);
+        let inside = to_usize(end - start);
+        let (seen, behind) = self.buffer.bytes_mut()[bytes].split_at_mut(inside);
+        self.job.read(start, seen)?;
+        behind.fill(0);
         Ok(())
     }
 
@@ -346,8 +450,8 @@ impl<'a> Chunk<'a> {
             let unit = self.unit_range(index);
             let length = to_usize(unit.end - unit.start);
             match self.found[index].clone() {
-                Found::Same | Found::Packed(_) => {
-                    unreachable!("a raw image has no file below and no compressed clusters")
+                Found::Same | Found::Packed(_) | Found::Earlier(_) => {
+                    unreachable!("a raw image has one view, no file below, no compressed clusters")
                 }
                 Found::Zeros => self.push(unit.start, length, From::Room),
                 Found::Data(_) => {

@@ -11,8 +11,8 @@ use crate::header::{Compression, to_usize};
 const DEFLATE_WINDOW_BITS: u8 = 12;
 /// What QEMU takes for zlib.
 const DEFLATE_LEVEL: u32 = 6;
-/// Measured on file systems of programs and sources in 64 KiB clusters: level 2 takes half the time of
-/// level 3, which QEMU takes, and gives 1 to 2 % more bytes; level 1 gives more than 3 % more.
+/// Measured on 1 GiB of programs and sources in 64 KiB clusters, against level 3, which QEMU takes: level 2
+/// takes 0.65 of its time and gives 1.4 % more bytes; level 1 takes as long as level 2 and gives 3.5 % more.
 const ZSTD_LEVEL: i32 = 2;
 
 /// Compresses clusters, one after the other.

@@ -6,7 +6,7 @@ use std::ops::Range;
 use stead_sys::durable::Existing;
 
 use super::first::reserves;
-use super::layout::Layout;
+use super::layout::{Extras, Layout};
 use super::options::{
     Geometry, NewFormat, Preallocation, Qcow2Options, Target, check_disk, invalid,
 };
@@ -112,7 +112,7 @@ fn create_qcow2(
     if reserves(options) {
         reserve_clusters(&mut layout, options, &output, control)?;
     }
-    finish_qcow2(layout, options, &output)?;
+    finish_qcow2(layout, options, &Extras::default(), &output)?;
     verify::structure(&output)?;
     control.tell(1, 1);
     if let Some(data) = data {
@@ -197,9 +197,14 @@ pub(crate) fn write_complete(layout: &mut Layout, output: &Output) -> Result<()>
 }
 
 /// Writes what is left of an image; the header reaches the disk after everything it points to.
-pub(crate) fn finish_qcow2(layout: Layout, options: &Qcow2Options, output: &Output) -> Result<u64> {
+pub(crate) fn finish_qcow2(
+    layout: Layout,
+    options: &Qcow2Options,
+    extras: &Extras<'_>,
+    output: &Output,
+) -> Result<u64> {
     let mut first = Vec::new();
-    let length = layout.finish(options, |at, bytes| {
+    let length = layout.finish(options, extras, |at, bytes| {
         if at == 0 {
             first = bytes.to_vec();
             return Ok(());

@@ -14,11 +14,12 @@
 //! if that is free; else it starts in a new one.
 
 use super::counts::{Counts, RefcountPlan};
-use super::first::{Tables, first_cluster};
+use super::first::{Tables, first_cluster, narrow};
 use super::options::{Geometry, Qcow2Options};
+use crate::bitmap::{Bitmap, BitmapCluster};
 use crate::entry::{self, COPIED};
 use crate::error::Result;
-use crate::header::{MAX_REFCOUNT_TABLE_BYTES, SECTOR_BYTES, to_u64, to_usize};
+use crate::header::{BitmapsExtension, MAX_REFCOUNT_TABLE_BYTES, SECTOR_BYTES, to_u64, to_usize};
 use crate::units::HostOffset;
 
 /// Host offsets must fit the 56 bits of a table entry, and those of compressed clusters of 2 MiB 49.
@@ -28,6 +29,38 @@ pub(crate) const ALL_SUBCLUSTERS: u32 = u32::MAX;
 
 /// A table that is complete: where it goes, and its bytes.
 pub(crate) type Table = (u64, Vec<u8>);
+
+/// An L2 entry as it lies in a table.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Entry {
+    pub word: u64,
+    /// The second word of an extended entry, else 0.
+    pub subclusters: u64,
+}
+
+impl Entry {
+    /// Whether it refers to bytes in the file.
+    pub fn has_bytes(self) -> bool {
+        let plain = self.word & entry::OFFSET != 0 && self.word & entry::ZERO == 0;
+        plain || self.word & entry::COMPRESSED != 0
+    }
+}
+
+/// The L1 table of an internal snapshot.
+#[derive(Debug, Clone)]
+pub(crate) struct SnapshotTable {
+    pub at: u64,
+    pub l1: Vec<u64>,
+}
+
+/// What an image has beside its disk.
+#[derive(Debug, Default)]
+pub(crate) struct Extras<'a> {
+    /// The table of internal snapshots, as bytes, and how many it has.
+    pub snapshots: Vec<u8>,
+    pub snapshot_count: u32,
+    pub bitmaps: &'a [Bitmap],
+}
 
 /// The L2 table being filled.
 #[derive(Debug)]
@@ -40,7 +73,10 @@ struct OpenTable {
 #[derive(Debug)]
 pub(crate) struct Layout {
     geometry: Geometry,
+    /// The L1 table of the view being written.
     l1: Vec<u64>,
+    /// The view is the active one, whose entries say where a refcount is one.
+    active: bool,
     table: Option<OpenTable>,
     complete: Vec<Table>,
     counts: Counts,
@@ -54,6 +90,7 @@ impl Layout {
         counts.take(1 + geometry.size.count_for(geometry.l1_entries * 8));
         Self {
             l1: vec![0; to_usize(geometry.l1_entries)],
+            active: true,
             geometry,
             table: None,
             complete: Vec::new(),
@@ -64,6 +101,66 @@ impl Layout {
 
     pub fn geometry(&self) -> &Geometry {
         &self.geometry
+    }
+
+    /// Begins the view of an internal snapshot, with an L1 table of `entries`. Views come before the active
+    /// one, so that its entries are written when all refcounts of what it shares are known.
+    pub fn begin_snapshot(&mut self, entries: u64) {
+        assert!(self.table.is_none(), "the view before was ended");
+        assert!(
+            !self.geometry.external,
+            "an external data file has one view"
+        );
+        self.l1 = vec![0; to_usize(entries)];
+        self.active = false;
+    }
+
+    /// Ends the view of an internal snapshot: its L1 table has a place, and is to be written.
+    pub fn end_snapshot(&mut self) -> Result<SnapshotTable> {
+        assert!(!self.active, "the view is that of an internal snapshot");
+        self.close_table()?;
+        let l1 = std::mem::replace(&mut self.l1, vec![0; to_usize(self.geometry.l1_entries)]);
+        self.active = true;
+        let clusters = self.geometry.size.count_for(to_u64(l1.len()) * 8);
+        let at = self.take(clusters)? << self.geometry.size.bits();
+        self.complete.push((at, self.padded(big_endian(&l1))));
+        Ok(SnapshotTable { at, l1 })
+    }
+
+    /// Uses for the cluster at `guest` what an earlier view uses; `false` when a refcount cannot count it.
+    pub fn share(&mut self, guest: u64, entry: Entry) -> Result<bool> {
+        let clusters = self.clusters_of(entry.word);
+        let most = self.geometry.most_references();
+        if clusters
+            .clone()
+            .any(|cluster| self.counts.get(cluster) >= most)
+        {
+            return Ok(false);
+        }
+        self.open_table(guest)?;
+        for cluster in clusters {
+            self.counts.add(cluster);
+        }
+        self.set_entry(guest, entry.word & !COPIED, entry.subclusters);
+        Ok(true)
+    }
+
+    /// The clusters of the file that an entry written here refers to.
+    fn clusters_of(&self, word: u64) -> std::ops::RangeInclusive<u64> {
+        let bits = self.geometry.size.bits();
+        if word & entry::COMPRESSED == 0 {
+            let cluster = (word & entry::OFFSET) >> bits;
+            return cluster..=cluster;
+        }
+        let offset_bits = 62 - (bits - 8);
+        let host = word & ((1 << offset_bits) - 1);
+        let sectors = (word & !entry::COMPRESSED) >> offset_bits;
+        let last = host / SECTOR_BYTES + sectors;
+        host >> bits..=(last * SECTOR_BYTES) >> bits
+    }
+
+    fn copied(&self) -> u64 {
+        if self.active { COPIED } else { 0 }
     }
 
     /// The L2 tables that were completed since this was asked last; they are to be written.
@@ -93,7 +190,7 @@ impl Layout {
         } else {
             self.take(1)? << self.geometry.size.bits()
         };
-        self.set_entry(guest, host | COPIED, subclusters);
+        self.set_entry(guest, host | self.copied(), subclusters);
         Ok(host)
     }
 
@@ -201,7 +298,7 @@ impl Layout {
             return Ok(());
         };
         let host = self.take(1)? << self.geometry.size.bits();
-        self.l1[to_usize(table.index)] = host | COPIED;
+        self.l1[to_usize(table.index)] = host | self.copied();
         self.complete.push((host, big_endian(&table.words)));
         Ok(())
     }
@@ -224,8 +321,10 @@ impl Layout {
     pub fn finish(
         mut self,
         options: &Qcow2Options,
+        extras: &Extras<'_>,
         mut put: impl FnMut(u64, &[u8]) -> Result<()>,
     ) -> Result<u64> {
+        assert!(self.active, "the active view is the last");
         self.close_table()?;
         for (at, bytes) in self.take_complete() {
             put(at, &bytes)?;
@@ -236,10 +335,65 @@ impl Layout {
             tables.l1_table = HostOffset(size.bytes());
             put(size.bytes(), &self.padded(big_endian(&self.l1)))?;
         }
+        if extras.snapshot_count > 0 {
+            tables.internal_snapshots = extras.snapshot_count;
+            let table = extras.snapshots.clone();
+            tables.snapshot_table = HostOffset(self.put_new(table, &mut put)?);
+        }
+        if !extras.bitmaps.is_empty() {
+            tables.bitmaps = Some(self.put_bitmaps(extras.bitmaps, &mut put)?);
+        }
         let clusters = self.put_refcounts(&mut tables, &mut put)?;
         let first = first_cluster(&self.geometry, options, &tables)?;
         put(0, &self.padded(first))?;
         Ok(clusters << size.bits())
+    }
+
+    /// Puts bytes into new clusters; tells where.
+    fn put_new(
+        &mut self,
+        bytes: Vec<u8>,
+        put: &mut impl FnMut(u64, &[u8]) -> Result<()>,
+    ) -> Result<u64> {
+        let size = self.geometry.size;
+        let at = self.take(size.count_for(to_u64(bytes.len())))? << size.bits();
+        put(at, &self.padded(bytes))?;
+        Ok(at)
+    }
+
+    fn put_bitmaps(
+        &mut self,
+        bitmaps: &[Bitmap],
+        put: &mut impl FnMut(u64, &[u8]) -> Result<()>,
+    ) -> Result<BitmapsExtension> {
+        let size = self.geometry.size;
+        let mut directory = Vec::new();
+        for bitmap in bitmaps {
+            let mut words = Vec::new();
+            for index in 0..bitmap.table_entries(size) {
+                words.push(match bitmap.cluster(size, index) {
+                    BitmapCluster::Clear => 0,
+                    BitmapCluster::Full => 1,
+                    BitmapCluster::Mixed => {
+                        let mut bytes = vec![0; size.buffer_len()];
+                        bitmap.cluster_bytes(size, index, &mut bytes);
+                        self.put_new(bytes, put)?
+                    }
+                });
+            }
+            let table = if words.is_empty() {
+                0
+            } else {
+                self.put_new(big_endian(&words), put)?
+            };
+            directory.extend(bitmap_entry(bitmap, table, to_u64(words.len())));
+        }
+        let directory_length = to_u64(directory.len());
+        Ok(BitmapsExtension {
+            count: narrow(to_u64(bitmaps.len())),
+            directory_length,
+            directory: HostOffset(self.put_new(directory, put)?),
+        })
     }
 
     fn put_refcounts(
@@ -283,4 +437,19 @@ impl Layout {
 
 fn big_endian(words: &[u64]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_be_bytes()).collect()
+}
+
+/// A directory entry: a bitmap that is tracked when the image is next used, if it was.
+fn bitmap_entry(bitmap: &Bitmap, table: u64, table_entries: u64) -> Vec<u8> {
+    let name = bitmap.name();
+    let mut bytes = table.to_be_bytes().to_vec();
+    bytes.extend(narrow(table_entries).to_be_bytes());
+    bytes.extend((u32::from(bitmap.auto) << 1).to_be_bytes());
+    bytes.extend([1, bitmap.granularity_bits()]);
+    // A name has at most 1023 bytes, and there is no extra data.
+    bytes.extend(&narrow(to_u64(name.len())).to_be_bytes()[2..]);
+    bytes.extend(0_u32.to_be_bytes());
+    bytes.extend(name);
+    bytes.resize(bytes.len().next_multiple_of(8), 0);
+    bytes
 }

@@ -124,6 +124,11 @@ impl Output {
         self.step("write", || file.write_all_at(bytes, at))
     }
 
+    /// Reads what was written.
+    pub fn read_back(&self, at: u64, bytes: &mut [u8]) -> Result<()> {
+        self.step("read back", || self.file().read_exact_at(bytes, at))
+    }
+
     /// Shares blocks of `from`; `false` where that is not possible.
     pub fn share(&self, from: &File, range: Shared) -> Result<bool> {
         if self.is_dropped() {

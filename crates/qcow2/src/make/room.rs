@@ -4,9 +4,10 @@ use std::path::Path;
 
 use stead_sys::space;
 
-use super::convert::{ConvertOptions, Plan};
+use super::convert::{ConvertOptions, dry_run};
 use super::measure::bound;
 use super::options::Target;
+use super::plan::Plan;
 use crate::chain::Chain;
 use crate::control::Control;
 use crate::error::{Error, Result};
@@ -28,14 +29,15 @@ pub(crate) fn require(
         Target::InPlace { .. } => return Ok(()),
     };
     let available = available(path)?;
-    if bound(source, &options.format, plan.disk)? <= available {
+    // With internal snapshots the active tables are no bound.
+    if !plan.has_views() && bound(source, &options.format, plan.disk)? <= available {
         return Ok(());
     }
     let quiet = Control {
         progress: None,
         ..*control
     };
-    let exact = plan.predict(target, vec![false; source.depth()], &quiet)?;
+    let exact = dry_run(plan, target, &vec![false; source.depth()], &quiet)?;
     let needed = exact.allocated_bytes;
     if needed <= available {
         return Ok(());
