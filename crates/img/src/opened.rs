@@ -1,6 +1,7 @@
 //! Opening what a reference names, under the locks that keep writers away.
 
 use std::io;
+use std::ops::Range;
 use std::path::Path;
 
 use stead_qcow2::{Chain, Error, Layer, LayerFile, OpenPolicy, probe_format};
@@ -119,10 +120,34 @@ pub(crate) fn chain_or_why(
     sharing: Sharing,
     policy: &OpenPolicy,
 ) -> Result<OpenedChain, String> {
-    let format = format_or_why(reference)?;
     if reference.window.is_some() {
-        return Err("a part of a file (offset, size) is described by info, but not read".into());
+        return Err("a part of a file (offset, size) is known to info, convert and dd only".into());
     }
+    open_chain(reference, sharing, policy)
+}
+
+/// As [`chain`], and the part of the disk that the reference names, if it is not all of it.
+pub(crate) fn part(
+    reference: &Reference,
+    sharing: Sharing,
+    policy: &OpenPolicy,
+) -> Outcome<(OpenedChain, Option<Range<u64>>)> {
+    let cannot = |why: String| not_open(reference, &why);
+    let opened = open_chain(reference, sharing, policy).map_err(cannot)?;
+    let Some(window) = reference.window else {
+        return Ok((opened, None));
+    };
+    let size = window.bytes_of(opened.chain.len()).map_err(cannot)?;
+    let part = window.offset..window.offset + size;
+    Ok((opened, Some(part)))
+}
+
+fn open_chain(
+    reference: &Reference,
+    sharing: Sharing,
+    policy: &OpenPolicy,
+) -> Result<OpenedChain, String> {
+    let format = format_or_why(reference)?;
     let mut locks = vec![lock_for_reading(&reference.path, sharing)?];
     let top = LayerFile {
         path: reference.path.clone(),

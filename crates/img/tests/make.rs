@@ -1,8 +1,13 @@
-//! `create`, `measure` and `convert` make what qemu-img makes, and say what it says.
+//! `create`, `measure`, `convert` and `dd` make what qemu-img makes, and say what it says.
+
+#![allow(
+    clippy::disallowed_methods,
+    reason = "files of a test need not be durable"
+)]
 
 mod both;
 
-use both::Bench;
+use both::{Bench, put};
 
 #[test]
 fn empty_images_are_alike_with_every_option() {
@@ -377,4 +382,78 @@ fn a_report_says_what_was_made_and_a_dry_run_makes_nothing() {
         .expect("the copy")
         .len();
     assert_eq!(made["file-bytes"], length);
+}
+
+#[test]
+fn parts_of_disks_are_copied_alike() {
+    let bench = Bench::new();
+    bench.sh("qemu-img create -q -f qcow2 a.qcow2 8M; qemu-io -c 'write -P 1 0 1M' -c 'write -P 2 2M 1M' a.qcow2; qemu-img create -q -f raw r.raw 3M; qemu-io -f raw -c 'write -P 5 1M 1M' r.raw; mkdir sub");
+    for line in [
+        "if=a.qcow2 of=x.img",
+        "if=a.qcow2 of=x.img bs=1M count=2",
+        "-O qcow2 if=a.qcow2 of=x.img bs=1M count=3 skip=1",
+        "if=a.qcow2 of=x.img bs=1000 count=3 skip=1",
+        "-f raw if=r.raw of=x.img bs=64k skip=20",
+        "bs=1M count=0 if=a.qcow2 of=x.img",
+        "if=a.qcow2 of=x.img skip=1G bs=1M",
+        "--image-opts if=driver=qcow2,file.filename=a.qcow2 of=x.img bs=1k count=2k",
+    ] {
+        bench.same_image(&format!("dd {line}"), "x.img");
+    }
+    let part = "driver=raw,offset=1M,size=1M,file.filename=r.raw";
+    bench.same_image(&format!("convert --image-opts {part} x.img"), "x.img");
+    bench.same_image(
+        &format!("convert -O qcow2 --image-opts {part} x.img"),
+        "x.img",
+    );
+    bench.same_image(
+        &format!("dd --image-opts bs=1k skip=3 if={part} of=x.img"),
+        "x.img",
+    );
+    bench.same_refusal(&[
+        "dd",
+        "dd foo",
+        "dd if=a.qcow2",
+        "dd of=x.img",
+        "dd if=nope of=x.img",
+        "dd if=a.qcow2 of=x.img bs=0",
+        "dd if=a.qcow2 of=x.img bs=3G",
+        "dd if=a.qcow2 of=x.img bs=x",
+        "dd if=a.qcow2 of=x.img count=x",
+        "dd if=a.qcow2 of=x.img count=-1",
+        "dd if=a.qcow2 of=x.img skip=x",
+        "dd if=a.qcow2 of=x.img foo=x",
+        "dd -O bogus if=a.qcow2 of=x.img",
+        "dd -f bogus if=a.qcow2 of=x.img",
+        "dd if=a.qcow2 of=nodir/x",
+        "dd if=a.qcow2 of=sub",
+        "dd if=foo:a of=x.img",
+        "dd if=a.qcow2 of=foo:x",
+        "dd -n if=a.qcow2 of=x.img",
+    ]);
+}
+
+#[test]
+fn a_copy_keeps_bitmaps_and_snapshots_when_asked_and_says_which_it_cannot_keep() {
+    let bench = Bench::new();
+    bench.sh("qemu-img create -q -f qcow2 a.qcow2 8M; qemu-img snapshot -c s1 a.qcow2; qemu-io -c 'write -P 1 0 1M' a.qcow2; qemu-img bitmap --add a.qcow2 b0; qemu-img bitmap --add --disable -g 128k a.qcow2 b1");
+    bench.same_image("convert --bitmaps -O qcow2 a.qcow2 x.img", "x.img");
+    let kept = bench.ours("convert --json --bitmaps --snapshots -O qcow2 a.qcow2 x.img");
+    let report: serde_json::Value = serde_json::from_slice(&kept.stdout).expect("JSON");
+    assert_eq!(report["snapshots"], 1);
+    assert_eq!(report["bitmaps"], serde_json::json!(["b0", "b1"]));
+    bench.sh("qemu-img snapshot -l x.img | grep -q s1; qemu-img check -q x.img; qemu-img compare -q a.qcow2 x.img; rm x.img");
+    // The flags of the first bitmap are 12 bytes into the directory, which the header extension names.
+    let bytes = std::fs::read(bench.path("a.qcow2")).expect("the image");
+    let extension = bytes
+        .windows(4)
+        .position(|four| four == [0x23, 0x85, 0x28, 0x75])
+        .expect("bitmaps");
+    let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
+    put(&bench.path("a.qcow2"), word(extension + 24) + 15, &[3]);
+    bench.same_refusal(&["convert --bitmaps -O qcow2 a.qcow2 x.img"]);
+    bench.same_image(
+        "convert --bitmaps --skip-broken-bitmaps -O qcow2 a.qcow2 x.img",
+        "x.img",
+    );
 }

@@ -59,7 +59,7 @@ pub use make::{
     Backing, ConvertOptions, DD_BLOCK_BYTES, DEFAULT_SPARSE_BYTES, DataFile, DdBlocks,
     DroppedBitmap, Durability, ImageBuilder, ImageOptions, Keep, MAX_VIRTUAL_BYTES, Measured,
     NewFiles, NewFormat, Preallocation, Qcow2Options, Target, Verify, Version, convert, create,
-    create_overlay, dd, measure, measure_empty, predict, write_image,
+    create_overlay, dd, lost_bitmaps, measure, measure_empty, predict, write_image,
 };
 pub use map::{MapEntries, MapEntry};
 pub use units::{ClusterSize, GuestOffset, HostOffset};

@@ -2,13 +2,14 @@
 
 use std::ffi::{OsStr, OsString};
 use std::num::NonZero;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
 use stead_qcow2::{
-    Chain, Control, ConvertOptions, Durability, NewFiles, NewFormat, Preallocation, Verify,
+    Chain, Control, ConvertOptions, Durability, Keep, NewFiles, NewFormat, Preallocation, Verify,
 };
-use stead_qcow2::{convert, predict};
+use stead_qcow2::{convert, lost_bitmaps, predict};
 
 use crate::command::Command;
 use crate::common::{self, FORCE_SHARE, IMAGE_OPTS, NO_FOLLOW, OBJECT, PROGRESS, QUIET};
@@ -40,6 +41,9 @@ pub(crate) const COMMAND: Command = Command {
            \x20 -F, --backing-format FMT   its format\n\
            \x20 -c, --compress             compress clusters\n\
            \x20 -l, --snapshot NAME        copy the internal snapshot of that id or name\n\
+           \x20     --bitmaps              keep its bitmaps, joined with those of the images below\n\
+           \x20     --skip-broken-bitmaps  leave out those that say nothing, instead of ending\n\
+           \x20     --snapshots            keep its internal snapshots\n\
            \x20 -n, --no-create            NEW is there: a device is written in place, an image keeps its options\n\
            \x20 -S, --sparse-size SIZE     zeros of this size are left out (4k); 0: nothing is left out\n\
            \x20 -m, --parallel N           work with N threads\n\
@@ -74,6 +78,7 @@ pub(crate) const COMMAND: Command = Command {
         Opt::flag("target-image-opts", "", &["target-image-opts"]),
         Opt::flag("bitmaps", "", &["bitmaps"]),
         Opt::flag("skip-broken-bitmaps", "", &["skip-broken-bitmaps"]),
+        Opt::flag("snapshots", "", &["snapshots"]),
         Opt::flag("salvage", "", &["salvage"]),
         Opt::value("verify", "", &["verify"]),
         Opt::flag("dry-run", "", &["dry-run"]),
@@ -108,8 +113,9 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
     }
     let (source_name, target_name) = operands(parsed)?;
     let source = source(parsed, source_name)?;
-    let job = Job::plan(parsed, &lists, &source.chain, target_name)?;
-    job.run(parsed, &source.chain, &how, console)
+    let job = Job::plan(parsed, &lists, &source, target_name)?;
+    warn_of_bitmaps(parsed, &source.opened.chain, console)?;
+    job.run(parsed, &source, &how, console)
 }
 
 fn operands(parsed: &Parsed) -> Outcome<(&OsString, &OsString)> {
@@ -225,6 +231,10 @@ fn check_combinations(parsed: &Parsed, lists: &[String]) -> Outcome<()> {
             "Cannot enable copy offloading when -c is used",
         ),
         (
+            has("snapshots") && has("snapshot"),
+            "--snapshots cannot be used together with -l",
+        ),
+        (
             has("salvage"),
             "--salvage is not supported: a copy with parts missing is no success",
         ),
@@ -246,13 +256,20 @@ fn refuse_two_ways(parsed: &Parsed) -> Outcome<()> {
     }
 }
 
-fn source(parsed: &Parsed, name: &OsStr) -> Outcome<OpenedChain> {
+/// What is copied.
+struct Source {
+    opened: OpenedChain,
+    part: Option<Range<u64>>,
+}
+
+fn source(parsed: &Parsed, name: &OsStr) -> Outcome<Source> {
     let image = common::image(parsed, name, "format")?;
-    let mut opened = opened::chain(&image, Sharing::of(parsed), common::policy(parsed))?;
+    let policy = common::policy(parsed);
+    let (mut opened, part) = opened::part(&image, Sharing::of(parsed), &policy)?;
     if let Some(wanted) = common::text(parsed, "snapshot") {
         opened.chain = snapshot_name::view(&opened.chain, &wanted)?;
     }
-    Ok(opened)
+    Ok(Source { opened, part })
 }
 
 /// What is to be made, and where.
@@ -267,11 +284,11 @@ struct Job {
 }
 
 impl Job {
-    fn plan(parsed: &Parsed, lists: &[String], source: &Chain, name: &OsStr) -> Outcome<Self> {
+    fn plan(parsed: &Parsed, lists: &[String], source: &Source, name: &OsStr) -> Outcome<Self> {
         let kind = target_format(parsed)?;
         let path = target_path(parsed, name)?;
         if parsed.has("bitmaps") {
-            return Err(no_bitmaps(kind, source));
+            require_bitmaps(kind, &source.opened)?;
         }
         if parsed.has("no-create") {
             return Self::over(parsed, kind, &path, source, name);
@@ -301,11 +318,15 @@ impl Job {
         parsed: &Parsed,
         kind: Format,
         path: &Path,
-        source: &Chain,
+        source: &Source,
         name: &OsStr,
     ) -> Outcome<Self> {
         let shown = name.to_string_lossy().into_owned();
-        let there = overwrite::existing(path, kind, source.len());
+        let needed = match &source.part {
+            Some(part) => part.end - part.start,
+            None => source.opened.chain.len(),
+        };
+        let there = overwrite::existing(path, kind, needed);
         let there = there.map_err(|why| overwrite::failure(&shown, why))?;
         if parsed.has("compress") && kind == Format::Raw {
             return Err(Failure::new(NO_COMPRESSION));
@@ -323,13 +344,18 @@ impl Job {
     fn run(
         &self,
         parsed: &Parsed,
-        source: &Chain,
+        source: &Source,
         how: &How,
         console: &mut Console,
     ) -> Outcome<u8> {
         let options = ConvertOptions {
             format: self.format.clone(),
             disk: self.disk,
+            window: source.part.clone(),
+            keep: Keep {
+                snapshots: parsed.has("snapshots"),
+                bitmaps: parsed.has("bitmaps"),
+            },
             below: self.below.as_ref(),
             sparse_bytes: how.sparse_bytes,
             compressed: parsed.has("compress"),
@@ -345,9 +371,10 @@ impl Job {
             progress: Some(&tell),
         };
         let dry_run = parsed.has("dry-run");
+        let chain = &source.opened.chain;
         let done = match dry_run {
-            true => predict(source, &self.place.target, &options, &control),
-            false => convert(source, &self.place.target, &options, &control),
+            true => predict(chain, &self.place.target, &options, &control),
+            false => convert(chain, &self.place.target, &options, &control),
         };
         let made =
             done.map_err(|error| not_converted(&self.name, self.kind, &new_image::words(&error)))?;
@@ -369,6 +396,12 @@ impl Job {
             Verify::Structure => "structure",
             Verify::Content => "content",
         };
+        let lossy = |name: &[u8]| String::from_utf8_lossy(name).into_owned();
+        let dropped: Vec<_> = made
+            .dropped_bitmaps
+            .iter()
+            .map(|lost| json!({ "name": lossy(&lost.name), "reason": lost.reason }))
+            .collect();
         json!({
             "filename": self.name,
             "format": self.kind.name(),
@@ -377,6 +410,9 @@ impl Job {
             "file-bytes": made.file_bytes,
             "allocated-bytes": made.allocated_bytes,
             "data-file-bytes": made.data_file_bytes,
+            "snapshots": made.kept_snapshots,
+            "bitmaps": made.kept_bitmaps.iter().map(|name| lossy(name)).collect::<Vec<_>>(),
+            "dropped-bitmaps": dropped,
         })
     }
 }
@@ -388,15 +424,45 @@ fn not_converted(name: &str, kind: Format, why: &str) -> Failure {
     Failure::new(format!("{name}: error while converting {kind}: {first}")).with_more(more)
 }
 
-/// The engine does not carry bitmaps over yet, so nothing is converted without them when they are wanted.
-fn no_bitmaps(kind: Format, source: &Chain) -> Failure {
-    if kind == Format::Raw {
-        return Failure::new("Format driver 'raw' does not support bitmaps");
+/// Bitmaps can be kept from such a source in such a target.
+fn require_bitmaps(kind: Format, source: &OpenedChain) -> Outcome<()> {
+    match (kind, source.format) {
+        (Format::Raw, _) => Err(Failure::new("Format driver 'raw' does not support bitmaps")),
+        (Format::Qcow2, Format::Raw) => Err(Failure::new("Source lacks bitmap support")),
+        (Format::Qcow2, Format::Qcow2) => Ok(()),
     }
-    if source.layer(0).is_none() {
-        return Failure::new("Source lacks bitmap support");
+}
+
+/// A bitmap of the top image that cannot be kept is an error, or with `--skip-broken-bitmaps` a warning.
+fn warn_of_bitmaps(parsed: &Parsed, source: &Chain, console: &mut Console) -> Outcome<()> {
+    let Some(top) = source.layer(0).filter(|_| parsed.has("bitmaps")) else {
+        return Ok(());
+    };
+    let stored = top.stored_bitmaps()?;
+    for lost in lost_bitmaps(source)? {
+        let Some(bitmap) = stored.iter().find(|bitmap| bitmap.name == lost.name) else {
+            continue;
+        };
+        let name = String::from_utf8_lossy(&lost.name);
+        let kind = if bitmap.in_use {
+            "inconsistent bitmap"
+        } else {
+            "bitmap"
+        };
+        if !parsed.has("skip-broken-bitmaps") {
+            let program = console.program();
+            return Err(Failure::new(format!("Cannot copy {kind} '{name}'")).with_more(format!(
+                "Try --skip-broken-bitmaps, or use '{program} bitmap --remove' to delete it\n{}",
+                lost.reason
+            )));
+        }
+        let program = console.program().to_owned();
+        let reason = lost.reason;
+        console.error_line(&format!(
+            "{program}: warning: Skipping {kind} '{name}'\n{reason}"
+        ))?;
     }
-    Failure::new("--bitmaps is not supported yet; nothing was written")
+    Ok(())
 }
 
 fn target_path(parsed: &Parsed, name: &OsStr) -> Outcome<PathBuf> {

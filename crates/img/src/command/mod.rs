@@ -4,6 +4,7 @@ mod check;
 mod compare;
 mod convert;
 mod create;
+mod dd;
 mod info;
 mod map;
 mod measure;
@@ -37,4 +38,5 @@ pub(crate) const COMMANDS: &[Command] = &[
     measure::COMMAND,
     convert::COMMAND,
     compare::COMMAND,
+    dd::COMMAND,
 ];

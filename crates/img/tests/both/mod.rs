@@ -162,7 +162,7 @@ impl Bench {
     /// Both end with the same status; what they print may differ.
     pub fn same_status(&self, lines: &[&str]) {
         for line in lines {
-            let (theirs, ours) = self.both(line);
+            let (theirs, ours) = (said(&self.theirs(line)), said(&self.ours(line)));
             assert_eq!(
                 theirs.status, ours.status,
                 "qemu-img (left) and ours: {line}: {ours:?}"

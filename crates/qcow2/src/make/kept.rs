@@ -35,6 +35,20 @@ pub struct DroppedBitmap {
     pub reason: String,
 }
 
+/// The bitmaps of `source` that a copy cannot have, and why: what [`NewFiles::dropped_bitmaps`] will say.
+///
+/// [`NewFiles::dropped_bitmaps`]: super::NewFiles::dropped_bitmaps
+///
+/// # Errors
+/// When a bitmap directory of the chain cannot be read.
+pub fn lost_bitmaps(source: &Chain) -> Result<Vec<DroppedBitmap>> {
+    let keep = Keep {
+        snapshots: false,
+        bitmaps: true,
+    };
+    Ok(Kept::read(source, keep)?.dropped)
+}
+
 /// An internal snapshot, and the disk as it was then.
 #[derive(Debug)]
 pub(crate) struct View {
