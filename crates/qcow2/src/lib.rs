@@ -23,6 +23,7 @@ mod cache;
 mod chain;
 mod check;
 mod compare;
+mod consistency;
 mod counts;
 mod decompress;
 mod directory;
@@ -42,6 +43,7 @@ pub use build::{Backing, ImageBuilder, ImageOptions, create_overlay, write_image
 pub use chain::{Chain, LayerFile, LayerFormat, MAX_LAYERS};
 pub use check::{CheckReport, Finding, MAX_FINDINGS, Use, check};
 pub use compare::{Comparison, Difference, compare};
+pub use consistency::Note;
 pub use directory::{InternalSnapshot, StoredBitmap};
 pub use entry::CompressedCluster;
 pub use error::{Error, Result};
