@@ -270,6 +270,10 @@ fn look_around(image: &Image<'_>, report: &mut CheckReport) -> Result<()> {
     for reason in consistency::bitmaps(layer, &image.bitmaps, &mut report.notes)? {
         unusable(report, Use::BitmapTable, reason);
     }
+    for snapshot in &image.snapshots {
+        // What can be said of it as a whole: its length, and that it has no table twice.
+        usable(report, Use::SnapshotL1Table, layer.view_of(snapshot))?;
+    }
     let tables = image.l2_tables.len();
     consistency::hollowed(layer, &image.snapshots, tables, &mut report.notes)
 }

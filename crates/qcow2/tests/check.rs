@@ -464,6 +464,55 @@ fn hollowed(dir: &Path, options: &str, before: &[&str], after: &[&str]) -> std::
     top
 }
 
+/// Runs of clusters are counted at once, and pages that are alike are held against refcounts at a glance:
+/// that must give what counting one by one gives.
+#[test]
+fn a_large_preallocated_image_is_counted_exactly_and_one_wrong_refcount_in_it_is_found() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    for options in [
+        "cluster_size=64k",
+        "cluster_size=2M,refcount_bits=64",
+        "cluster_size=16k,refcount_bits=1",
+    ] {
+        let path = dir.path().join(options.replace([',', '='], "-"));
+        let name = path.display();
+        images::sh(&format!(
+            "qemu-img create -q -f qcow2 -o preallocation=metadata,{options} {name} 3G"
+        ));
+        let ours = our_check(&path).expect("a good image");
+        assert!(ours.is_clean(), "{:?}", ours.findings);
+        let theirs = qemu_check(&path).expect("a good image");
+        assert_eq!(ours.guest_clusters, number(&theirs, "allocated-clusters"));
+        assert_eq!(ours.image_end.0, number(&theirs, "image-end-offset"));
+        assert_eq!(ours.used_clusters, ours.file_clusters);
+        let layer = Layer::open(&path).expect("open");
+        let mut table = [0; 8];
+        let file = std::fs::File::open(&path).expect("open");
+        file.read_exact_at(&mut table, layer.header().refcount_table.0)
+            .expect("read");
+        put(&path, u64::from_be_bytes(table) + 300, &[0x55]);
+        let wrong = our_check(&path).expect("a readable image");
+        assert!(!wrong.is_safe() || wrong.leaks > 0, "{options}");
+        assert!(wrong.findings.len() <= 16, "{:?}", wrong.findings);
+    }
+}
+
+#[test]
+fn an_internal_snapshot_whose_table_is_too_short_for_its_disk_is_found() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let path = simple(dir.path());
+    images::sh(&format!("qemu-img snapshot -c s {}", path.display()));
+    assert_eq!(notes(&path), []);
+    let table = Anatomy::of(&path).word(64);
+    put(&path, table + 48, &(1_u64 << 40).to_be_bytes());
+    let report = our_check(&path).expect("a readable image");
+    let [Finding::Unusable { usage, reason }] = &report.findings[..] else {
+        panic!("{:?}", report.findings)
+    };
+    assert_eq!(*usage, Use::SnapshotL1Table);
+    assert!(reason.contains("at least"), "{reason}");
+}
+
 /// The internal snapshot reads zeros where it read data of the base, and QEMU's check is content.
 #[test]
 fn an_internal_snapshot_hollowed_by_a_flatten_is_told_as_a_possible_loss() {
