@@ -117,6 +117,14 @@ impl Chain {
         Ok(Self { members })
     }
 
+    /// A chain of one layer that is open already, as if nothing lay below it.
+    #[must_use]
+    pub fn of(layer: Layer) -> Self {
+        Self {
+            members: vec![Member::Qcow2(Box::new(layer))],
+        }
+    }
+
     /// The disk's length in bytes: that of its top layer.
     #[must_use]
     pub fn len(&self) -> u64 {
@@ -310,7 +318,10 @@ impl Chain {
             Source::Layer(..) => Ok(Some(at..piece.end)),
             Source::Raw(index) => {
                 let file = self.raw(index);
-                let data = copy::next_data(file.file(), at)
+                let Some(raw) = file.file() else {
+                    unreachable!("a raw member is opened from a file");
+                };
+                let data = copy::next_data(raw, at)
                     .map_err(|source| Error::io("find the holes of", file.path(), source))?;
                 Ok(data
                     .map(|data| data.start.max(at)..data.end.min(piece.end))

@@ -7,12 +7,15 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use stead_sys::storage::Storage;
+
 use crate::cache::{SLICE_BYTES, Slice, SliceCache};
 use crate::decompress::decompress;
+use crate::directory::InternalSnapshot;
 use crate::entry::{CompressedCluster, L1Entry, L2Entry, SUBCLUSTERS, Standard};
 use crate::error::{Error, Result};
 use crate::file::ImageFile;
-use crate::header::{Header, V3_HEADER_BYTES, to_u64, to_usize};
+use crate::header::{Header, SECTOR_BYTES, V3_HEADER_BYTES, to_u64, to_usize};
 use crate::units::{ClusterSize, GuestOffset, HostOffset};
 
 /// What one layer says about a range of the virtual disk.
@@ -95,8 +98,44 @@ impl Layer {
         Self::from_image_file(ImageFile::new(file, path)?)
     }
 
+    /// As [`Layer::open`], from a storage; `path` is only for texts.
+    ///
+    /// # Errors
+    /// As [`Layer::open`].
+    pub fn from_storage(storage: Arc<dyn Storage>, path: &Path) -> Result<Self> {
+        Self::from_image_file(ImageFile::on(storage, path)?)
+    }
+
+    /// The disk as an internal snapshot of this image keeps it.
+    ///
+    /// # Errors
+    /// When the snapshot's L1 table cannot be read or is not valid.
+    pub fn at_snapshot(&self, snapshot: &InternalSnapshot) -> Result<Self> {
+        let mut header = self.header.clone();
+        header.l1_table = snapshot.l1_table;
+        header.l1_entries = snapshot.l1_entries;
+        header.virtual_size = snapshot.virtual_size.unwrap_or(header.virtual_size);
+        let entries = u64::from(header.l1_entries);
+        let needed = header.virtual_size.div_ceil(header.l2_coverage());
+        let sectors = header.virtual_size.is_multiple_of(SECTOR_BYTES);
+        if entries < needed || !sectors || header.virtual_size > i64::MAX.unsigned_abs() {
+            return Err(Error::InvalidField {
+                path: self.path().to_owned(),
+                field: "snapshot l1_size",
+                found: entries,
+                expected: format!("at least {needed}, for a disk of whole sectors below 2^63"),
+            });
+        }
+        Self::with_header(self.file.clone(), header)
+    }
+
     fn from_image_file(file: ImageFile) -> Result<Self> {
         let header = read_header(&file)?;
+        Self::with_header(file, header)
+    }
+
+    /// Opens the image in `file` as if `header` stood at its start.
+    pub(crate) fn with_header(file: ImageFile, header: Header) -> Result<Self> {
         check_refcount_table(&file, &header)?;
         let entries = to_usize(u64::from(header.l1_entries));
         let l1 = file.read_words("the L1 table", header.l1_table, entries)?;

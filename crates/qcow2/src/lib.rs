@@ -22,11 +22,13 @@ mod chain;
 mod check;
 mod decompress;
 mod directory;
+pub mod edit;
 mod entry;
 mod error;
 mod file;
 mod header;
 mod layer;
+pub mod ops;
 mod refcounts;
 mod units;
 
