@@ -123,7 +123,7 @@ impl Chain {
     }
 
     /// A chain of what was opened and found to fit.
-    pub(crate) fn of(members: Vec<Member>) -> Self {
+    pub(crate) fn from_members(members: Vec<Member>) -> Self {
         assert!(!members.is_empty(), "a chain has a top");
         let members = members.into_iter().map(Arc::new).collect();
         Self { members }
@@ -155,6 +155,14 @@ impl Chain {
 
     pub(crate) fn members(&self) -> &[Arc<Member>] {
         &self.members
+    }
+
+    /// A chain of one layer that is open already, as if nothing lay below it.
+    #[must_use]
+    pub fn of(layer: Layer) -> Self {
+        Self {
+            members: vec![Arc::new(Member::Qcow2(Box::new(layer)))],
+        }
     }
 
     /// The disk's length in bytes: that of its top layer.
@@ -350,7 +358,10 @@ impl Chain {
             Source::Layer(..) => Ok(Some(at..piece.end)),
             Source::Raw(index) => {
                 let file = self.raw(index);
-                let data = copy::next_data(file.file(), at)
+                let Some(raw) = file.file() else {
+                    unreachable!("a raw member is opened from a file");
+                };
+                let data = copy::next_data(raw, at)
                     .map_err(|source| Error::io("find the holes of", file.path(), source))?;
                 Ok(data
                     .map(|data| data.start.max(at)..data.end.min(piece.end))

@@ -27,6 +27,7 @@ mod consistency;
 mod counts;
 mod decompress;
 mod directory;
+pub mod edit;
 mod entry;
 mod error;
 mod file;
@@ -35,6 +36,7 @@ mod header;
 mod info;
 mod layer;
 mod map;
+pub mod ops;
 mod refcounts;
 mod units;
 
