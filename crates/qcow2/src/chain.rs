@@ -80,9 +80,11 @@ impl Member {
     /// Whether both are one file, and see the same disk in it.
     fn is_same(&self, other: &Self) -> bool {
         let one_file = |ours: &ImageFile, theirs: &ImageFile| {
-            let [ours, theirs] = [ours, theirs]
-                .map(|file| file.file().metadata().map(|stat| (stat.dev(), stat.ino())));
-            matches!((ours, theirs), (Ok(ours), Ok(theirs)) if ours == theirs)
+            let [ours, theirs] = [ours, theirs].map(|file| {
+                let stat = file.file()?.metadata().ok()?;
+                Some((stat.dev(), stat.ino()))
+            });
+            ours.is_some() && ours == theirs
         };
         match (self, other) {
             (Self::Raw(ours), Self::Raw(theirs)) => one_file(ours, theirs),
@@ -172,7 +174,7 @@ impl Chain {
     }
 
     /// A chain of what was opened and found to fit.
-    pub(crate) fn of(members: Vec<Member>) -> Self {
+    pub(crate) fn from_members(members: Vec<Member>) -> Self {
         assert!(!members.is_empty(), "a chain has a top");
         let members = members.into_iter().map(Arc::new).collect();
         Self { members }
@@ -204,6 +206,14 @@ impl Chain {
 
     pub(crate) fn members(&self) -> &[Arc<Member>] {
         &self.members
+    }
+
+    /// A chain of one layer that is open already, as if nothing lay below it.
+    #[must_use]
+    pub fn of(layer: Layer) -> Self {
+        Self {
+            members: vec![Arc::new(Member::Qcow2(Box::new(layer)))],
+        }
     }
 
     /// The disk's length in bytes: that of its top layer.
@@ -390,8 +400,8 @@ impl Chain {
         Ok(true)
     }
 
-    /// The open file of a member, and how long it is.
-    pub(crate) fn member_file(&self, member: usize) -> (&File, u64) {
+    /// The open file of a member, where it is one, and how long it is.
+    pub(crate) fn member_file(&self, member: usize) -> (Option<&File>, u64) {
         let file = match &*self.members[member] {
             Member::Raw(file) => file,
             Member::Qcow2(layer) => layer.data(),
@@ -514,7 +524,10 @@ impl Chain {
             Source::Layer(..) => Ok(Some(at..piece.end)),
             Source::Raw(index) => {
                 let file = self.raw(index);
-                let data = copy::next_data(file.file(), at)
+                let Some(raw) = file.file() else {
+                    unreachable!("a raw member is opened from a file");
+                };
+                let data = copy::next_data(raw, at)
                     .map_err(|source| Error::io("find the holes of", file.path(), source))?;
                 Ok(data
                     .map(|data| data.start.max(at)..data.end.min(piece.end))

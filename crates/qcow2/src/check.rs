@@ -8,12 +8,16 @@
 //!
 //! # What it finds that `qemu-img check` does not
 //! Overlaps that the refcounts agree with (an L2 table that is also guest data, with refcount 2), and
-//! guest data that is cut off by the end of the file.
+//! guest data that is cut off by the end of the file; bitmaps that do not fit the disk; and what
+//! [`crate::consistency`] looks for.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
+use serde::Serialize;
+
 use crate::bitmap_read::TableEntry;
+use crate::consistency::{self, Note};
 use crate::counts::{Counts, PAGE_CLUSTERS, Page, State};
 use crate::directory::{InternalSnapshot, StoredBitmap};
 use crate::entry::{L1Entry, L2Entry, SUBCLUSTERS, Standard};
@@ -29,7 +33,8 @@ pub const MAX_FINDINGS: usize = 1000;
 const MAX_L2_TABLES: usize = 8 << 20;
 
 /// What a cluster is used for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Use {
     /// The header.
     Header,
@@ -90,7 +95,12 @@ const USE_BITS: u16 = (1 << USES.len()) - 1;
 const SHARED_BITS: u16 = Use::L2Table.bit() | Use::Data.bit() | Use::Compressed.bit();
 
 /// Something wrong in an image.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(
+    tag = "finding",
+    rename_all = "kebab-case",
+    rename_all_fields = "kebab-case"
+)]
 #[non_exhaustive]
 pub enum Finding {
     /// The refcount is higher than the references: the room is lost, no data is.
@@ -165,8 +175,9 @@ impl fmt::Display for Finding {
     }
 }
 
-/// What a check found.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// What a check found; as JSON, too.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct CheckReport {
     /// How many findings besides leaks there are.
     pub corruptions: u64,
@@ -174,6 +185,8 @@ pub struct CheckReport {
     pub leaks: u64,
     /// The first [`MAX_FINDINGS`] findings.
     pub findings: Vec<Finding>,
+    /// What no refcount shows and no reader stumbles over; see [`Note`].
+    pub notes: Vec<Note>,
     /// Whether the image is marked dirty: its refcounts were not written when it was last used.
     pub marked_dirty: bool,
     /// Whether the image is marked corrupt.
@@ -234,6 +247,7 @@ pub fn check(layer: &Layer) -> Result<CheckReport> {
         ..CheckReport::default()
     };
     let image = Image::read(layer, &mut report)?;
+    look_around(&image, &mut report)?;
     let mut start = 0;
     loop {
         let mut walk = Walk {
@@ -251,6 +265,21 @@ pub fn check(layer: &Layer) -> Result<CheckReport> {
             return Ok(report);
         }
     }
+}
+
+/// What no refcount shows.
+fn look_around(image: &Image<'_>, report: &mut CheckReport) -> Result<()> {
+    let layer = image.layer;
+    consistency::flags(layer, &mut report.notes);
+    for reason in consistency::bitmaps(layer, &image.bitmaps, &mut report.notes)? {
+        unusable(report, Use::BitmapTable, reason);
+    }
+    for snapshot in &image.snapshots {
+        // What can be said of it as a whole: its length, and that it has no table twice.
+        usable(report, Use::SnapshotL1Table, layer.view_of(snapshot))?;
+    }
+    let tables = image.l2_tables.len();
+    consistency::hollowed(layer, &image.snapshots, tables, &mut report.notes)
 }
 
 /// The parts of an image that are small enough to keep, without what cannot be walked.

@@ -171,6 +171,11 @@ impl SubclusterBitmap {
         Ok(bitmap)
     }
 
+    /// The subclusters with data and those of zeros, a bit each, the first in bit 0.
+    pub fn parts(self) -> (u32, u32) {
+        (self.data, self.zero)
+    }
+
     /// How many subclusters there are up to the last one with data.
     pub fn data_end(self) -> u64 {
         u64::from(u32::BITS - self.data.leading_zeros())

@@ -206,6 +206,94 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// A change of the image was interrupted while its first cluster was being replaced.
+    #[error("{}: a change of this image was interrupted; run `stead img recover` on it, which finishes the change (nobody else can open the image before)", path.display())]
+    InProgress {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Another process has the image open.
+    #[error("{}: the image is in use by {holders}; nothing was changed", path.display())]
+    InUse {
+        /// The file.
+        path: PathBuf,
+        /// Who has it open.
+        holders: String,
+    },
+    /// The image is marked dirty, so its refcounts may be wrong.
+    #[error("{}: the image is marked dirty (its refcounts were not written when it was last used); repair it first; nothing was changed", path.display())]
+    MarkedDirty {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The image is damaged, and a change could make that worse.
+    #[error("{}: the image is damaged ({corruptions} findings, the first: {first}); repair it first; nothing was changed", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// How many findings besides leaks a check has.
+        corruptions: u64,
+        /// The first of them.
+        first: String,
+    },
+    /// What was asked for cannot be done with this image.
+    #[error("{}: {operation}: {reason}; nothing was changed", path.display())]
+    Refused {
+        /// The file.
+        path: PathBuf,
+        /// What was to be done.
+        operation: &'static str,
+        /// Why not.
+        reason: String,
+    },
+    /// A refcount would become larger than its width allows.
+    #[error("{}: the refcount of the cluster at {cluster} would become larger than {most}, the most that refcounts of {bits} bits can say; nothing was changed", path.display())]
+    RefcountOverflow {
+        /// The file.
+        path: PathBuf,
+        /// The cluster.
+        cluster: HostOffset,
+        /// The largest refcount.
+        most: u64,
+        /// The width of a refcount.
+        bits: u32,
+    },
+    /// There is not enough room for a change, or for a new file.
+    #[error("{}: {needed} bytes are needed, {available} are there; nothing was changed", path.display())]
+    NoRoom {
+        /// The file.
+        path: PathBuf,
+        /// The bytes that the change takes at its peak beyond what the file occupies, or that a new file needs.
+        needed: u64,
+        /// The bytes that are there.
+        available: u64,
+    },
+    /// The new state was written beside the old one and did not stand its proof.
+    #[error("{}: the new state is not whole ({reason}); it was not switched to, and the image is as it was", path.display())]
+    NotProven {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The system failed while the new state was being switched to.
+    #[error("{}: {action} failed while the new state was being switched to: {source}; the image is whole, as it was or as it was to be, or it says that it is in progress and `stead img recover` finishes it", path.display())]
+    Switch {
+        /// The file.
+        path: PathBuf,
+        /// What failed.
+        action: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A change in progress cannot be finished.
+    #[error("{}: the change in progress cannot be finished: {reason}; the image stays in progress", path.display())]
+    Unrecoverable {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+    },
     /// The image to be made cannot be expressed in the format.
     #[error("the image {} cannot be made: {reason}; nothing was written under its name", path.display())]
     InvalidImage {
@@ -219,16 +307,6 @@ pub enum Error {
     Cancelled {
         /// The file that was to be made.
         path: PathBuf,
-    },
-    /// There is not enough room for the file, so nothing was begun.
-    #[error("the image {} needs {needed} bytes and its file system has {available}; nothing was written", path.display())]
-    NoRoom {
-        /// The file that was to be made.
-        path: PathBuf,
-        /// How many bytes it needs.
-        needed: u64,
-        /// How many bytes are free.
-        available: u64,
     },
     /// What was written is not what should have been written; the new file was thrown away.
     #[error("the new image {} was read back and is not right: {found}; it was not kept, and the file system or memory may be faulty", path.display())]

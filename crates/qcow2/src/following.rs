@@ -236,7 +236,7 @@ impl Chain {
         while let Some(file) = next {
             next = opened.add(&file, policy)?;
         }
-        Ok(Self::of(opened.members))
+        Ok(Self::from_members(opened.members))
     }
 }
 
@@ -258,8 +258,11 @@ impl Seen {
     /// Takes a file that was not there yet.
     pub fn accept(&mut self, image: &ImageFile) -> Result<()> {
         let path = image.path();
-        let identity = readable::identity(image.file())
-            .map_err(|source| Error::io("identify", path, source))?;
+        let Some(file) = image.file() else {
+            unreachable!("what is named is opened as a file");
+        };
+        let identity =
+            readable::identity(file).map_err(|source| Error::io("identify", path, source))?;
         let invalid = |reason: String| Err(Error::InvalidChain { reason });
         if self.identities.contains(&identity) {
             return invalid(format!("{} comes up twice in it", path.display()));

@@ -44,6 +44,8 @@ pub(crate) mod extension {
     pub const ENCRYPTION: u32 = 0x0537_be77;
     /// External data file name string.
     pub const EXTERNAL_DATA: u32 = 0x4441_5441;
+    /// Where the journal of a change in progress is; ours ("STJL").
+    pub const JOURNAL: u32 = 0x5354_4a4c;
 }
 
 /// Incompatible feature bits: a reader that does not know a set bit must not open the image.
@@ -58,6 +60,8 @@ pub(crate) mod incompatible {
     pub const COMPRESSION: u64 = 1 << 3;
     /// L2 entries have 16 bytes, and clusters 32 subclusters.
     pub const EXTENDED_L2: u64 = 1 << 4;
+    /// A change is in progress; ours, and only with the extension that says where its journal is.
+    pub const IN_PROGRESS: u64 = 1 << 63;
     /// All that are known here.
     pub const KNOWN: u64 = DIRTY | CORRUPT | EXTERNAL_DATA | COMPRESSION | EXTENDED_L2;
 }
@@ -497,12 +501,16 @@ impl Decoder<'_> {
             return Ok(());
         }
         let bit = unknown.trailing_zeros();
-        // The table of names is read for the text only: whatever the unknown feature changes, the
-        // worst that can come of it is a wrong name.
-        let names = match self.extensions() {
-            Ok(extensions) => extensions.feature_names.unwrap_or_default(),
-            Err(_unreadable) => Vec::new(),
-        };
+        // The extensions are read for the text only: whatever the unknown feature changes, the worst
+        // that can come of it is a wrong name.
+        let extensions = self.extensions().unwrap_or_default();
+        let journal = |extension: &UnknownExtension| extension.kind == extension::JOURNAL;
+        if unknown == incompatible::IN_PROGRESS && extensions.unknown.iter().any(journal) {
+            return Err(Error::InProgress {
+                path: self.path.to_owned(),
+            });
+        }
+        let names = extensions.feature_names.unwrap_or_default();
         let name = names
             .into_iter()
             .find(|name| name.kind == 0 && u32::from(name.bit) == bit)

@@ -7,6 +7,8 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use stead_sys::storage::Storage;
+
 use crate::cache::{SLICE_BYTES, Slice, SliceCache};
 use crate::decompress::decompress;
 use crate::directory::InternalSnapshot;
@@ -158,6 +160,14 @@ impl Layer {
         Self::new(ImageFile::new(file, path)?)
     }
 
+    /// As [`Layer::open`], from a storage; `path` is only for texts.
+    ///
+    /// # Errors
+    /// As [`Layer::open`].
+    pub fn from_storage(storage: Arc<dyn Storage>, path: &Path) -> Result<Self> {
+        Self::from_image_file(ImageFile::on(storage, path)?)
+    }
+
     fn from_image_file(file: ImageFile) -> Result<Self> {
         let layer = Self::new(file)?;
         layer.require_readable()?;
@@ -166,6 +176,11 @@ impl Layer {
 
     fn new(file: ImageFile) -> Result<Self> {
         let header = read_header(&file)?;
+        Self::with_header(file, header)
+    }
+
+    /// Opens the image in `file` as if `header` stood at its start.
+    pub(crate) fn with_header(file: ImageFile, header: Header) -> Result<Self> {
         check_refcount_table(&file, &header)?;
         let entries = to_usize(u64::from(header.l1_entries));
         let l1 = file.read_words("the L1 table", header.l1_table, entries)?;
@@ -335,10 +350,13 @@ impl Layer {
     /// The file that [`ExtentKind::Data`] points into: the image itself, or its external data file.
     ///
     /// # Errors
-    /// When guest data is encrypted or in a file that was not opened.
+    /// When guest data is encrypted or in a file that was not opened, or lies in another storage than a file.
     pub fn data_file(&self) -> Result<&File> {
         self.require_readable()?;
-        Ok(self.data().file())
+        self.data().file().ok_or_else(|| {
+            let source = std::io::ErrorKind::Unsupported.into();
+            Error::io("use as a file", self.data().path(), source)
+        })
     }
 
     /// The path of [`Layer::data_file`], as it was given.

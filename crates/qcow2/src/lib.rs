@@ -22,10 +22,12 @@ mod cache;
 mod chain;
 mod check;
 mod compare;
+mod consistency;
 mod control;
 mod counts;
 mod decompress;
 mod directory;
+pub mod edit;
 mod entry;
 mod error;
 mod file;
@@ -35,6 +37,7 @@ mod info;
 mod layer;
 mod make;
 mod map;
+pub mod ops;
 mod refcounts;
 mod units;
 
@@ -42,6 +45,7 @@ pub use bitmap::{Bitmap, BitmapCluster, GRANULARITY_BITS, MAX_BITMAP_BITS, MAX_B
 pub use chain::{Chain, LayerFile, LayerFormat, MAX_LAYERS};
 pub use check::{CheckReport, Finding, MAX_FINDINGS, Use, check};
 pub use compare::{Comparison, Difference, compare};
+pub use consistency::Note;
 pub use control::{Control, Progress};
 pub use directory::{InternalSnapshot, StoredBitmap};
 pub use entry::CompressedCluster;

@@ -198,9 +198,13 @@ fn raw_entry(file: &ImageFile, at: u64, end: u64) -> Result<MapEntry<'_>> {
     })
 }
 
-/// Whether there is a hole at `at`, and how many of `length` bytes are alike. Behind the end is a hole.
+/// Whether there is a hole at `at`, and how many of `length` bytes are alike. Behind the end is a hole; a
+/// storage that is no file has none.
 fn hole_at(file: &ImageFile, at: u64, length: u64) -> Result<(bool, u64)> {
-    let data = copy::next_data(file.file(), at)
+    let Some(system_file) = file.file() else {
+        return Ok((false, length));
+    };
+    let data = copy::next_data(system_file, at)
         .map_err(|source| Error::io("find the holes of", file.path(), source))?;
     Ok(match data {
         None => (true, length),

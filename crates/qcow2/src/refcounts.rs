@@ -190,13 +190,13 @@ impl<'a> Refcounts<'a> {
 }
 
 /// Bytes and refcounts of a piece.
-fn pieces(header: &Header) -> (u64, u64) {
+pub(crate) fn pieces(header: &Header) -> (u64, u64) {
     let bytes = PIECE_BYTES.min(header.cluster_size.bytes());
     (bytes, (bytes * 8) >> header.refcount_order)
 }
 
 /// Refcount `index` of a block; below a byte, the lowest bits come first.
-fn read_refcount(block: &[u8], index: u64, order: u32) -> u64 {
+pub(crate) fn read_refcount(block: &[u8], index: u64, order: u32) -> u64 {
     if order < 3 {
         let bit = index << order;
         let byte = u64::from(block[to_usize(bit / 8)]);
@@ -209,9 +209,55 @@ fn read_refcount(block: &[u8], index: u64, order: u32) -> u64 {
     block[at..at + width].iter().fold(0, be)
 }
 
+/// Sets refcount `index` of a block; `value` fits the width.
+pub(crate) fn write_refcount(block: &mut [u8], index: u64, order: u32, value: u64) {
+    assert!(value <= most_references(order), "a refcount that fits");
+    if order < 3 {
+        let bit = index << order;
+        let shift = bit % 8;
+        let byte = &mut block[to_usize(bit / 8)];
+        let mask = most_references(order) << shift;
+        let [kept, new] = [u64::from(*byte) & !mask, value << shift];
+        *byte = (kept | new).to_le_bytes()[0];
+        return;
+    }
+    let width = 1_usize << (order - 3);
+    let at = to_usize(index) * width;
+    block[at..at + width].copy_from_slice(&value.to_be_bytes()[8 - width..]);
+}
+
+/// The largest refcount of `1 << order` bits.
+pub(crate) fn most_references(order: u32) -> u64 {
+    u64::MAX >> (64 - (1_u32 << order))
+}
+
 #[cfg(test)]
 mod tests {
-    use super::read_refcount;
+    use super::{most_references, read_refcount, write_refcount};
+
+    #[test]
+    fn a_refcount_of_every_width_is_read_back_as_written_and_its_neighbours_stay() {
+        for order in 0..=6 {
+            let count = (64 * 8) >> order;
+            for index in [0, 1, count / 2, count - 1] {
+                for filling in [0, 0xff] {
+                    let mut block = [filling; 64];
+                    for value in [most_references(order), 1, 0] {
+                        write_refcount(&mut block, index, order, value);
+                        assert_eq!(read_refcount(&block, index, order), value);
+                        for other in (0..count).filter(|other| *other != index) {
+                            let expected = if filling == 0 {
+                                0
+                            } else {
+                                most_references(order)
+                            };
+                            assert_eq!(read_refcount(&block, other, order), expected);
+                        }
+                    }
+                }
+            }
+        }
+    }
 
     #[test]
     fn refcounts_of_every_width_are_read_as_the_format_lays_them_out() {

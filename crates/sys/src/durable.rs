@@ -147,6 +147,20 @@ pub fn create_scratch(path: &Path, mode: u32) -> io::Result<File> {
         .open(path)
 }
 
+/// An empty file without a name in the folder for temporary files; it is gone when it is closed.
+///
+/// # Errors
+/// When the folder does not allow it.
+pub fn nameless() -> io::Result<File> {
+    let flags = rustix::fs::OFlags::TMPFILE.bits().cast_signed();
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(flags)
+        .mode(0o600)
+        .open(std::env::temp_dir())
+}
+
 /// Creates `path` and its missing parents, new ones with the permission bits `mode`.
 ///
 /// # Errors

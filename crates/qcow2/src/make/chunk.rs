@@ -526,7 +526,9 @@ impl<'a> Chunk<'a> {
             to: write.at,
             length: to_u64(write.length),
         };
-        if data.share(file, range)? {
+        if let Some(file) = file
+            && data.share(file, range)?
+        {
             return Ok(());
         }
         let bytes = &mut self.buffer.bytes_mut()[..write.length];

@@ -223,7 +223,10 @@ fn shareable(source: &Chain, output: &Output, plan: &Plan<'_>) -> Result<Vec<boo
             to: 0,
             length: ALIGNMENT,
         };
-        found.push(possible && length >= ALIGNMENT && output.share(file, range)?);
+        found.push(match file {
+            Some(file) if possible && length >= ALIGNMENT => output.share(file, range)?,
+            Some(_) | None => false,
+        });
     }
     output.set_length(0)?;
     Ok(found)
