@@ -9,9 +9,10 @@
 //! | `getopt`, `keyval`, `size` | how a command line, `-o` lists and sizes are read |
 //! | `reference`, `format` | what a user calls an image; which formats there are |
 //! | `create_options`, `new_image`, `target`, `overwrite` | what a new image is to be, and where it goes |
+//! | `editing`, `raw_length` | images opened to be changed in place |
 //! | `opened` | images and chains, opened under locks |
 //! | `console`, `failure`, `open_error` | where it is printed, and why a command ended |
-//! | `tree`, `json`, `progress` | reports for people and programs, and how far a command is |
+//! | `tree`, `json`, `report`, `progress` | reports for people and programs, and how far a command is |
 //! | `command/` | one file for each subcommand |
 
 #![forbid(unsafe_code)]
@@ -20,6 +21,7 @@ mod command;
 mod common;
 mod console;
 mod create_options;
+mod editing;
 mod failure;
 mod format;
 mod getopt;
@@ -31,7 +33,9 @@ mod open_error;
 mod opened;
 mod overwrite;
 mod progress;
+mod raw_length;
 mod reference;
+mod report;
 mod size;
 mod snapshot_name;
 mod snapshot_table;
@@ -42,7 +46,7 @@ use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::process::ExitCode;
 
-use command::COMMANDS;
+use command::{COMMANDS, Command};
 use console::Console;
 use failure::{Failure, Outcome};
 use getopt::{Opt, Until};
@@ -112,7 +116,27 @@ fn dispatch(args: &[OsString], console: &mut Console) -> Outcome<u8> {
             format!("Command not found: {name}"),
         ));
     };
-    let parsed = getopt::parse(rest, command.opts, Until::End).map_err(wrong)?;
+    run_command(command, rest, console)
+}
+
+fn run_command(command: &Command, args: &[OsString], console: &mut Console) -> Outcome<u8> {
+    let program = console.program().to_owned();
+    let asks = args.iter().any(|arg| arg == "--help" || arg == "-h");
+    let (args, last) = match args.split_last() {
+        Some((last, rest)) if command.last_is_operand && !asks => {
+            if rest.is_empty() {
+                return Err(Failure::usage(&program, "Not enough arguments"));
+            }
+            (rest, Some(last))
+        }
+        None if command.last_is_operand => {
+            return Err(Failure::usage(&program, "Not enough arguments"));
+        }
+        Some(_) | None => (args, None),
+    };
+    let parsed = getopt::parse(args, command.opts, Until::End);
+    let mut parsed = parsed.map_err(|wrong| Failure::usage(&program, wrong.text()))?;
+    parsed.operands.extend(last.cloned());
     if parsed.has("help") {
         console.print(&help::of(command, &program))?;
         return Ok(0);

@@ -8,9 +8,14 @@ use crate::failure::system_words;
 
 /// The text on the first line, and what we can add to it (which may be nothing).
 pub(crate) fn words(error: &Error) -> (String, String) {
-    let Some(first) = known(error) else {
+    let Some(known) = known(error) else {
         return (error.to_string(), String::new());
     };
+    let (first, rest) = known.split_once('\n').unwrap_or((&known, ""));
+    let first = first.to_owned();
+    if !rest.is_empty() {
+        return (first, format!("{rest}\n{error}"));
+    }
     let more = if matches!(error, Error::Io { .. } | Error::NotQcow2 { .. }) {
         String::new()
     } else {
@@ -53,6 +58,12 @@ fn known(error: &Error) -> Option<String> {
             named => named.to_owned(),
         };
         return Some(format!("Unsupported qcow2 feature(s): {name}"));
+    }
+    if let Error::InUse { path, .. } = error {
+        let path = path.display();
+        return Some(format!(
+            "Failed to get \"write\" lock\nIs another process using the image [{path}]?"
+        ));
     }
     if let Error::InvalidField { field, found, .. } = error {
         return field_words(field, *found);

@@ -37,6 +37,7 @@ pub(crate) const COMMAND: Command = Command {
         Opt::value("cache", "T", &["cache", "source-cache"]),
     ],
     run,
+    last_is_operand: false,
 };
 
 /// The format has no check.
@@ -85,6 +86,9 @@ fn say_findings(layer: &Layer, report: &CheckReport, console: &mut Console) -> O
     let all = report.corruptions.saturating_add(report.leaks);
     if all > told {
         console.error_line(&format!("and {} more of these", all - told))?;
+    }
+    for note in &report.notes {
+        console.error_line(&format!("Note: {note}"))?;
     }
     if report.marked_corrupt {
         console.error_line("The image is marked corrupt: somebody found it damaged before.")?;
@@ -177,6 +181,26 @@ fn json(image: &Reference, layer: &Layer, report: &CheckReport) -> Tree {
         if count > 0 {
             parts.push((name, count.into()));
         }
+    }
+    if !report.findings.is_empty() || !report.notes.is_empty() {
+        let told = |text: String| Tree::from(text);
+        let findings = report
+            .findings
+            .iter()
+            .map(|f| told(f.to_string()))
+            .collect();
+        let notes = report
+            .notes
+            .iter()
+            .map(|note| told(note.to_string()))
+            .collect();
+        let more = Tree::Map(vec![
+            ("findings", Tree::List(findings)),
+            ("notes", Tree::List(notes)),
+            ("marked-dirty", report.marked_dirty.into()),
+            ("marked-corrupt", report.marked_corrupt.into()),
+        ]);
+        parts.push(("stead", more));
     }
     Tree::Map(parts)
 }

@@ -40,6 +40,7 @@ pub(crate) const COMMAND: Command = Command {
         Opt::value("cache", "T", &["cache", "source-cache"]),
     ],
     run,
+    last_is_operand: false,
 };
 
 /// An image cannot be opened.

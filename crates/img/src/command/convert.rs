@@ -91,6 +91,7 @@ pub(crate) const COMMAND: Command = Command {
         FORCE_SHARE,
     ],
     run,
+    last_is_operand: false,
 };
 
 /// The largest piece of zeros that can be asked for, in bytes.

@@ -40,6 +40,7 @@ pub(crate) const COMMAND: Command = Command {
         QUIET,
     ],
     run,
+    last_is_operand: false,
 };
 
 fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {

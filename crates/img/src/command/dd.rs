@@ -42,6 +42,7 @@ pub(crate) const COMMAND: Command = Command {
         FORCE_SHARE,
     ],
     run,
+    last_is_operand: false,
 };
 
 /// The largest block, in bytes.

@@ -38,6 +38,7 @@ pub(crate) const COMMAND: Command = Command {
         Opt::flag("limits", "", &["limits"]),
     ],
     run,
+    last_is_operand: false,
 };
 
 /// The most images of a chain that are listed.

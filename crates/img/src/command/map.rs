@@ -33,6 +33,7 @@ pub(crate) const COMMAND: Command = Command {
         Opt::value("length", "l", &["max-length"]),
     ],
     run,
+    last_is_operand: false,
 };
 
 fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {

@@ -47,6 +47,7 @@ pub(crate) const COMMAND: Command = Command {
         Opt::flag("exact", "", &["exact"]),
     ],
     run,
+    last_is_operand: false,
 };
 
 fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {

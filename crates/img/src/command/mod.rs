@@ -8,6 +8,9 @@ mod dd;
 mod info;
 mod map;
 mod measure;
+mod recover;
+mod resize;
+mod snapshot;
 
 use crate::console::Console;
 use crate::failure::Outcome;
@@ -25,6 +28,8 @@ pub(crate) struct Command {
     pub help: &'static str,
     /// Its options.
     pub opts: &'static [Opt],
+    /// The last argument is an operand even if it looks like an option (a size may be `-1G`).
+    pub last_is_operand: bool,
     /// Does it; the exit status, when it ended as it should.
     pub run: fn(&Parsed, &mut Console) -> Outcome<u8>,
 }
@@ -39,4 +44,7 @@ pub(crate) const COMMANDS: &[Command] = &[
     convert::COMMAND,
     compare::COMMAND,
     dd::COMMAND,
+    resize::COMMAND,
+    snapshot::COMMAND,
+    recover::COMMAND,
 ];
