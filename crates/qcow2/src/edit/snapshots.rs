@@ -1,5 +1,6 @@
 //! Internal snapshots of the new state.
 
+use crate::entry::COPIED;
 use crate::error::Result;
 use crate::header::{MAX_INTERNAL_SNAPSHOTS, to_u64, to_usize};
 
@@ -30,11 +31,7 @@ impl Edit {
         }
         let id = self.next_id().to_string().into_bytes();
         self.clear_copied(View::Active)?;
-        let words: Vec<u64> = self
-            .active
-            .iter()
-            .map(|word| word & !crate::entry::COPIED)
-            .collect();
+        let words: Vec<u64> = self.active.iter().map(|word| word & !COPIED).collect();
         self.count_view(&words, 1)?;
         let at = self.place_words(&words)?;
         let mut record = SnapshotRecord::new(&id, called, self.virtual_size());
@@ -84,7 +81,9 @@ impl Edit {
         self.resize_bitmaps(before, after)?;
         self.mark_differences(View::Active, view)?;
         self.clear_copied(view)?;
-        let words = self.l1(view)?[..to_usize(needed)].to_vec();
+        // QEMU leaves the flags in a snapshot's L1 table as they were in the active one.
+        let words = &self.l1(view)?[..to_usize(needed)];
+        let words: Vec<u64> = words.iter().map(|word| word & !COPIED).collect();
         self.count_view(&words, 1)?;
         let old = self.active.clone();
         self.count_view(&old, -1)?;
