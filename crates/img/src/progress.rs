@@ -1,7 +1,11 @@
-//! How far a command is, as qemu-img shows it with `-p`: a percentage that replaces itself.
+//! How far a command is, as qemu-img shows it: with `-p` a percentage that replaces itself, without it a line
+//! for each SIGUSR1.
 
 use std::io::{self, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
+
+use stead_sys::signal;
 
 /// The least step that is shown, in percent.
 const STEP: f64 = 1.0;
@@ -11,6 +15,8 @@ const STEP: f64 = 1.0;
 pub(crate) struct Progress {
     /// `None` where nothing is shown.
     shown: Option<Mutex<f64>>,
+    /// Set by SIGUSR1, which asks once; `None` where that is shown anyway.
+    asked: Option<&'static AtomicBool>,
 }
 
 impl Progress {
@@ -21,13 +27,25 @@ impl Progress {
         }
         Self {
             shown: show.then_some(Mutex::new(0.0)),
+            // Without the note the signal ends the process, as for any program.
+            asked: if show {
+                None
+            } else {
+                signal::note_report().ok()
+            },
         }
     }
 
     /// Tells how far the command is, from 0.0 to 1.0.
     pub fn tell(&self, fraction: f64) {
-        let Some(shown) = &self.shown else { return };
         let percent = (fraction * 100.0).clamp(0.0, 100.0);
+        if self
+            .asked
+            .is_some_and(|asked| asked.swap(false, Ordering::Relaxed))
+        {
+            drop(writeln!(io::stderr().lock(), "    ({percent:.2}/100%)"));
+        }
+        let Some(shown) = &self.shown else { return };
         let mut shown = shown.lock().unwrap_or_else(PoisonError::into_inner);
         if percent - *shown >= STEP {
             *shown = percent;

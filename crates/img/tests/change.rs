@@ -58,6 +58,15 @@ fn snapshots_are_listed_made_applied_and_removed_alike() {
 }
 
 #[test]
+fn a_check_tells_of_a_possible_loss_in_one_line_and_in_full_when_asked() {
+    let bench = image();
+    let text = |line: &str| String::from_utf8_lossy(&bench.ours(line).stderr).into_owned();
+    assert_eq!(text("check a.qcow2").lines().count(), 1);
+    assert!(text("check --notes a.qcow2").contains("(s2)"));
+    bench.same(&["check a.qcow2", "check --output=json a.qcow2"]);
+}
+
+#[test]
 fn every_view_of_an_image_has_the_same_bytes_after_a_snapshot_was_removed() {
     let bench = image();
     bench.sh("cp a.qcow2 theirs.qcow2; qemu-img snapshot -d s2 theirs.qcow2");

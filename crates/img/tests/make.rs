@@ -457,3 +457,38 @@ fn a_copy_keeps_bitmaps_and_snapshots_when_asked_and_says_which_it_cannot_keep()
         "x.img",
     );
 }
+
+#[test]
+fn a_copy_tells_how_far_it_is_when_signalled_and_leaves_nothing_when_it_is_ended() {
+    let bench = Bench::new();
+    bench.sh("qemu-img create -q -f raw r.raw 2G; mkdir out");
+    // Nothing is left out, so it takes a while.
+    let command = "sh -c 'exec ../bin/qemu-img convert -O qcow2 -c -S 0 r.raw out/x.img'";
+    let child = std::process::Command::new("sh")
+        .args(["-c", &format!("exec {command}")])
+        .current_dir(bench.path("."))
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .expect("ours");
+    let signal = |name: &str| bench.sh(&format!("kill -{name} {}", child.id()));
+    let begun = || {
+        std::fs::read_dir(bench.path("out"))
+            .expect("the folder")
+            .count()
+            > 0
+    };
+    while !begun() {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    signal("USR1");
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    signal("TERM");
+    let output = child.wait_with_output().expect("ended");
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(
+        text.contains("/100%)") && text.contains("cancelled"),
+        "{text}"
+    );
+    assert!(!begun(), "an unfinished file stays");
+}

@@ -1,6 +1,6 @@
 //! `check`: whether an image is whole.
 
-use stead_qcow2::{CheckReport, Finding, HostOffset, Layer, check};
+use stead_qcow2::{CheckReport, Finding, HostOffset, Layer, Note, check};
 
 use crate::command::Command;
 use crate::common::{self, FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, Output, QUIET};
@@ -21,6 +21,7 @@ pub(crate) const COMMAND: Command = Command {
            \x20 -f, --format FMT      the format (raw has no check); else the file's first bytes tell\n\
            \x20     --image-opts      FILE is an option string\n\
            \x20     --output FORMAT   human or json\n\
+           \x20     --notes           all that is no damage but worth knowing (as JSON always)\n\
            \x20 -q, --quiet           only what is wrong\n\
            \x20 -U, --force-share     also while another process writes the image\n\
            \x20 -T, --cache CACHE     accepted for scripts\n\n\
@@ -34,6 +35,7 @@ pub(crate) const COMMAND: Command = Command {
         OUTPUT,
         FORCE_SHARE,
         QUIET,
+        Opt::flag("notes", "", &["notes"]),
         Opt::value("cache", "T", &["cache", "source-cache"]),
     ],
     run,
@@ -60,6 +62,7 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
     let layer = opened::inspect(&image)?;
     let report = check(&layer).map_err(|error| Failure::new(format!("Check failed: {error}")))?;
     say_findings(&layer, &report, console)?;
+    say_notes(&report, parsed.has("notes"), console)?;
     match output {
         Output::Json => console.line(&json(&image, &layer, &report).json())?,
         Output::Human if parsed.has("quiet") => {}
@@ -87,11 +90,25 @@ fn say_findings(layer: &Layer, report: &CheckReport, console: &mut Console) -> O
     if all > told {
         console.error_line(&format!("and {} more of these", all - told))?;
     }
-    for note in &report.notes {
-        console.error_line(&format!("Note: {note}"))?;
-    }
     if report.marked_corrupt {
         console.error_line("The image is marked corrupt: somebody found it damaged before.")?;
+    }
+    Ok(())
+}
+
+/// Notes in full when asked for. A possible loss is seen in every image whose disk was written since a snapshot
+/// was made, so by itself it is only counted.
+fn say_notes(report: &CheckReport, all: bool, console: &mut Console) -> Outcome<()> {
+    let possible = |note: &&Note| matches!(note, Note::PossibleLoss { .. });
+    for note in report.notes.iter().filter(|note| all || !possible(note)) {
+        console.error_line(&format!("Note: {note}"))?;
+    }
+    let hidden = report.notes.iter().filter(possible).count();
+    if hidden > 0 && !all {
+        console.error_line(&format!(
+            "Note: {hidden} internal snapshots have no data where the active disk has some; if the image was \
+             flattened with `rebase -b \"\"`, see --notes"
+        ))?;
     }
     Ok(())
 }

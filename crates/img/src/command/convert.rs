@@ -11,6 +11,8 @@ use stead_qcow2::{
 };
 use stead_qcow2::{convert, lost_bitmaps, predict};
 
+use stead_sys::signal;
+
 use crate::command::Command;
 use crate::common::{self, FORCE_SHARE, IMAGE_OPTS, NO_FOLLOW, OBJECT, PROGRESS, QUIET};
 use crate::console::Console;
@@ -368,7 +370,7 @@ impl Job {
         let progress = Progress::start(parsed.has("progress") && !quiet);
         let tell = |fraction| progress.tell(fraction);
         let control = Control {
-            cancel: None,
+            cancel: signal::note_stop().ok(),
             progress: Some(&tell),
         };
         let dry_run = parsed.has("dry-run");

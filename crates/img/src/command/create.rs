@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use stead_qcow2::{Control, create};
 
+use stead_sys::signal;
+
 use crate::command::Command;
 use crate::common::{self, FORMAT, OBJECT, QUIET};
 use crate::console::Console;
@@ -174,6 +176,10 @@ fn make(path: &Path, given: &Given) -> Result<(), String> {
     let disk = size.checked_next_multiple_of(512);
     let disk = disk.ok_or("Could not resize image: Image size cannot be negative")?;
     let place = target::place(path)?;
-    let made = create(&place.target, &format, disk, &Control::default());
+    let control = Control {
+        cancel: signal::note_stop().ok(),
+        progress: None,
+    };
+    let made = create(&place.target, &format, disk, &control);
     made.map(drop).map_err(|error| new_image::words(&error))
 }

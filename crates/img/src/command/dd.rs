@@ -6,6 +6,8 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use stead_qcow2::{Control, ConvertOptions, DD_BLOCK_BYTES, DdBlocks, NewFormat, Preallocation};
 use stead_qcow2::{Qcow2Options, convert};
 
+use stead_sys::signal;
+
 use crate::command::Command;
 use crate::common::{self, FORCE_SHARE, FORMAT, IMAGE_OPTS, NO_FOLLOW, OBJECT};
 use crate::console::Console;
@@ -82,7 +84,11 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
     let path = reference::plain_path(to).map_err(Failure::new)?;
     let cannot = |why: String| not_made(to, &why);
     let place = target::place(&path).map_err(cannot)?;
-    let made = convert(&opened.chain, &place.target, &options, &Control::default());
+    let control = Control {
+        cancel: signal::note_stop().ok(),
+        progress: None,
+    };
+    let made = convert(&opened.chain, &place.target, &options, &control);
     made.map_err(|error| cannot(new_image::words(&error)))?;
     Ok(0)
 }
