@@ -183,6 +183,53 @@ fn an_applied_snapshot_of_a_copy_can_be_written_and_stays_clean() {
     sh(&format!("qemu-img check -q {}", path.display()));
 }
 
+/// There is no VM here, so the end of a disk is made to be state: the internal snapshot is told that its disk
+/// was smaller.
+#[test]
+fn vm_state_and_a_disk_of_another_length_come_along() {
+    use std::os::unix::fs::FileExt;
+    let dir = tempfile::tempdir().expect("temp dir");
+    let (path, copy) = (dir.path().join("disk"), dir.path().join("copy"));
+    // One L2 table describes 64 * 512 bytes.
+    sh(&format!(
+        "qemu-img create -q -f qcow2 -o cluster_size=512 {} 200k",
+        path.display()
+    ));
+    io(&path, &["write -P 7 0 150k", "write -P 8 150k 50k"]);
+    sh(&format!("qemu-img snapshot -c state {}", path.display()));
+    let image = Layer::open(&path).expect("open");
+    let table = image.header().snapshot_table.0;
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(&path)
+        .expect("open");
+    file.write_all_at(&70_000_u64.to_be_bytes(), table + 40)
+        .expect("state size");
+    file.write_all_at(&131_072_u64.to_be_bytes(), table + 48)
+        .expect("disk size");
+    let chain = Chain::open(&[images::layer(&path, LayerFormat::Qcow2)]).expect("open");
+    for bits in [9, 12, 16] {
+        let options = options(Qcow2Options {
+            cluster_size: ClusterSize::from_bits(bits).expect("valid"),
+            ..Qcow2Options::default()
+        });
+        convert(&chain, &new_file(&copy), &options, &Control::default()).expect("convert");
+        sh(&format!("qemu-img check -q {}", copy.display()));
+        let made = Layer::open(&copy).expect("open");
+        let snapshots = made.internal_snapshots().expect("a good table");
+        let view = made.view_of(&snapshots[0]).expect("a view");
+        assert_eq!(
+            (view.virtual_size(), view.vm_state_bytes()),
+            (131_072, 70_000)
+        );
+        let mut state = vec![0; 70_000];
+        view.read_vm_state(0, &mut state).expect("read");
+        assert!(state[..22_528].iter().all(|byte| *byte == 7), "{bits}");
+        assert!(state[22_528..].iter().all(|byte| *byte == 8), "{bits}");
+        std::fs::remove_file(&copy).expect("remove");
+    }
+}
+
 #[test]
 fn bitmaps_of_layers_are_joined_and_one_with_a_hole_is_dropped_with_the_reason() {
     let dir = tempfile::tempdir().expect("temp dir");
@@ -234,6 +281,62 @@ fn bitmaps_of_layers_are_joined_and_one_with_a_hole_is_dropped_with_the_reason()
     sh(&format!("qemu-img check -q {}", copy.display()));
 }
 
+/// A process that is killed at any moment of a copy leaves the earlier file, whole, and at most a hidden one.
+#[test]
+fn a_killed_copy_leaves_the_earlier_file_as_it_was() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let target = dir.path().join("target");
+    if let Ok(place) = std::env::var("STEAD_KILLED_COPY") {
+        // This is the child: it copies until it is killed.
+        let source = place.clone() + ".source";
+        let files = [("top", LayerFormat::Qcow2), ("base", LayerFormat::Raw)];
+        let files =
+            files.map(|(name, format)| images::layer(Path::new(&source).join(name), format));
+        let chain = Chain::open(&files).expect("open");
+        let target = Target::New {
+            path: place.into(),
+            mode: 0o600,
+            existing: Existing::Replace,
+        };
+        loop {
+            let options = options(Qcow2Options::default());
+            convert(&chain, &target, &options, &Control::default()).expect("convert");
+        }
+    }
+    let source = dir.path().join("target.source");
+    std::fs::create_dir(&source).expect("folder");
+    drop(rich_disk(&source));
+    sh(&format!(
+        "qemu-img create -q -f qcow2 {} 1M",
+        target.display()
+    ));
+    for step in 0..8_u64 {
+        let mut child = std::process::Command::new(std::env::current_exe().expect("this program"))
+            .args(["--exact", "a_killed_copy_leaves_the_earlier_file_as_it_was"])
+            .env("STEAD_KILLED_COPY", &target)
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .expect("start");
+        std::thread::sleep(std::time::Duration::from_millis(20 + step * 37));
+        child.kill().expect("kill");
+        child.wait().expect("wait");
+        // Either the empty image or a whole copy, never a piece of one.
+        let layer = Layer::open(&target).expect("a whole image");
+        let report = check(&layer).expect("check");
+        assert!(report.is_clean(), "{:?}", report.findings);
+        let snapshots = layer.internal_snapshots().expect("read").len();
+        assert!(snapshots == 0 || snapshots == 3, "{snapshots}");
+        let names = std::fs::read_dir(dir.path()).expect("list");
+        for name in names.map(|entry| entry.expect("list").file_name()) {
+            let name = name.to_string_lossy().into_owned();
+            assert!(
+                name.starts_with("target") || name.starts_with(".partial-"),
+                "{name}"
+            );
+        }
+    }
+}
+
 #[test]
 fn a_part_of_a_disk_is_what_qemu_img_dd_takes() {
     let dir = tempfile::tempdir().expect("temp dir");
@@ -277,6 +380,7 @@ fn a_part_of_a_disk_is_what_qemu_img_dd_takes() {
             let options = ConvertOptions {
                 format,
                 verify: Verify::Content,
+                durability: Durability::Cached,
                 ..ConvertOptions::default()
             };
             dd(

@@ -134,6 +134,13 @@ pub(crate) struct Taken {
     pub reserved: u64,
 }
 
+impl Taken {
+    pub fn add(&mut self, more: Self) {
+        self.written += more.written;
+        self.reserved += more.reserved;
+    }
+}
+
 /// Memory for one piece.
 #[derive(Debug)]
 pub(crate) struct Chunk<'a> {
@@ -475,6 +482,11 @@ impl<'a> Chunk<'a> {
             return;
         }
         self.writes.push(Write { at, length, from });
+    }
+
+    /// Where the piece ends on the disk.
+    pub fn end(&self) -> u64 {
+        self.range.end
     }
 
     /// What the writes of this piece take.

@@ -4,7 +4,7 @@
 //! is known what they share. A view uses the clusters of an earlier one where both come from the same places
 //! of the source.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use super::chunk::{CHUNK_BYTES, Chunk, Earlier, Job, Taken};
 use super::convert::{NewFiles, threads};
@@ -15,13 +15,16 @@ use super::layout::{ALL_SUBCLUSTERS, Extras, Layout, SnapshotTable};
 use super::options::Preallocation;
 use super::output::{Output, require_length};
 use super::plan::Plan;
-use super::queue::{InTurn, Queue};
+use super::queue::{Pipeline, Queue, Task};
 use crate::control::Control;
 use crate::error::Result;
 use crate::header::{to_u64, to_usize};
 
 /// With how many views before it, the nearest, a view is compared.
 const MOST_EARLIER_VIEWS: usize = 16;
+
+/// How many pieces are on their way for each thread; a piece takes up to 4 MiB of memory.
+const BUFFERS_PER_THREAD: usize = 3;
 
 /// Where the bytes go.
 #[derive(Debug, Clone, Copy)]
@@ -168,7 +171,7 @@ impl Copy<'_> {
         let mut cluster = vec![0; size.buffer_len()];
         let mut at = 0;
         while at < length {
-            self.control.go_on(self.files.image.path())?;
+            self.control.go_on(self.image().path())?;
             let there = size.bytes().min(length - at);
             let (state, behind) = cluster.split_at_mut(to_usize(there));
             top.read_vm_state(at, state)?;
@@ -184,47 +187,65 @@ impl Copy<'_> {
     /// One disk of `disk` bytes.
     fn run(&mut self, job: &Job<'_>, layout: Option<Layout>, disk: u64) -> Result<Option<Layout>> {
         let queue = Queue::new(disk, CHUNK_BYTES, |at| self.find(job, disk, at));
-        let order = InTurn::new(layout);
-        let (written, reserved) = (AtomicU64::new(0), AtomicU64::new(0));
-        let work = || {
-            let _guard = order.guard();
-            let mut chunk = Chunk::new(job, self.files.image.path())?;
-            while !order.is_stopped() {
-                self.control.go_on(self.files.image.path())?;
-                let Some(piece) = queue.take()? else { break };
-                let end = piece.range.end;
-                chunk.load(piece.range, self.plan.geometry.as_ref(), self.files.tables)?;
-                let placed = order.take_turn(piece.turn, |layout| match layout {
-                    Some(layout) => chunk.place(layout),
-                    None => {
-                        chunk.place_raw();
-                        Ok(())
-                    }
-                })?;
-                if placed.is_none() {
-                    break;
-                }
-                let taken = chunk.taken();
-                written.fetch_add(taken.written, Ordering::Relaxed);
-                reserved.fetch_add(taken.reserved, Ordering::Relaxed);
-                chunk.write(self.files.guest(), self.files.tables)?;
-                self.control.tell(self.done + end, self.all());
-            }
-            Ok(())
-        };
+        let threads = threads(self.plan.options.threads);
+        let buffers =
+            (0..threads * BUFFERS_PER_THREAD).map(|_| Chunk::new(job, self.image().path()));
+        let pipeline = Pipeline::new(layout, buffers.collect::<Result<_>>()?);
+        let taken = Mutex::new(Taken::default());
         std::thread::scope(|scope| {
-            for _ in 0..threads(self.plan.options.threads) {
+            for _ in 0..threads {
                 scope.spawn(|| {
-                    if let Err(error) = work() {
-                        order.stop(error);
+                    let _guard = pipeline.guard();
+                    if let Err(error) = self.work(&queue, &pipeline, &taken) {
+                        pipeline.stop(error);
                     }
                 });
             }
         });
-        self.taken.written += written.into_inner();
-        self.taken.reserved += reserved.into_inner();
+        let taken = taken.into_inner().unwrap_or_else(PoisonError::into_inner);
+        self.taken.add(taken);
         self.done += disk;
-        order.finish()
+        pipeline.finish()
+    }
+
+    /// What each thread does.
+    fn work(
+        &self,
+        queue: &Queue<impl Fn(u64) -> Result<Option<u64>>>,
+        pipeline: &Pipeline<Option<Layout>, Chunk<'_>>,
+        taken: &Mutex<Taken>,
+    ) -> Result<()> {
+        loop {
+            self.control.go_on(self.image().path())?;
+            match pipeline.next() {
+                Task::Done => return Ok(()),
+                Task::Write(mut chunk) => {
+                    chunk.write(self.files.guest(), self.files.tables)?;
+                    self.control.tell(self.done + chunk.end(), self.all());
+                    pipeline.written(chunk);
+                }
+                Task::Load(mut chunk) => {
+                    let Some(piece) = queue.take()? else {
+                        pipeline.drained(chunk);
+                        continue;
+                    };
+                    chunk.load(piece.range, self.plan.geometry.as_ref(), self.files.tables)?;
+                    pipeline.loaded(piece.turn, chunk, |layout, chunk| {
+                        match layout {
+                            Some(layout) => chunk.place(layout)?,
+                            None => chunk.place_raw(),
+                        }
+                        let mut taken = taken.lock().unwrap_or_else(PoisonError::into_inner);
+                        taken.add(chunk.taken());
+                        Ok(())
+                    })?;
+                }
+            }
+        }
+    }
+
+    fn image(&self) -> &Output {
+        self.files.image
     }
 
     /// The bytes of all disks.

@@ -10,13 +10,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub(crate) enum Kind {
     /// The call fails with this error number.
     Errno(i32),
+    /// If it is a write, its first byte reaches the file with one bit flipped.
+    Flip,
 }
 
-/// Counts calls; the one with the number planned fails, and all behind it.
+/// Counts calls; the one with the number planned fails, and all behind it, or is the one that is spoiled.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Fault {
     planned: Option<(u64, Kind)>,
     calls: Arc<AtomicU64>,
+    writes: Arc<AtomicU64>,
 }
 
 thread_local! {
@@ -37,12 +40,25 @@ impl Fault {
         Self {
             planned: PLANNED.get(),
             calls: Arc::default(),
+            writes: Arc::default(),
         }
+    }
+
+    /// What reaches the file in the place of `bytes`, when this write is to be spoiled.
+    pub fn spoiled(&self, bytes: &[u8]) -> Option<Vec<u8>> {
+        let Some((at, Kind::Flip)) = self.planned else {
+            return None;
+        };
+        let write = self.writes.fetch_add(1, Ordering::SeqCst);
+        let mut spoiled = (write == at).then(|| bytes.to_vec())?;
+        spoiled[0] ^= 1;
+        Some(spoiled)
     }
 
     pub fn before(&self) -> io::Result<()> {
         let call = self.calls.fetch_add(1, Ordering::SeqCst);
         match self.planned {
+            Some((_, Kind::Flip)) => Ok(()),
             Some((at, Kind::Errno(number))) if call >= at => {
                 Err(io::Error::from_raw_os_error(number))
             }
@@ -62,7 +78,8 @@ mod tests {
     use crate::control::Control;
     use crate::header::Compression;
     use crate::make::{
-        ConvertOptions, NewFormat, Preallocation, Qcow2Options, Target, convert, create,
+        ConvertOptions, Durability, NewFormat, Preallocation, Qcow2Options, Target, Verify,
+        convert, create,
     };
 
     const NO_SPACE: i32 = 28;
@@ -158,6 +175,58 @@ mod tests {
             });
             assert!(failed > 3, "{failed}");
         }
+    }
+
+    /// Spoils write 0, 1, 2, … of a copy; says how many spoiled ones were kept, and how many there were.
+    fn spoil_everywhere(path: &Path, source: &Chain, options: &ConvertOptions<'_>) -> (u64, u64) {
+        let mut kept = 0;
+        for write in 0.. {
+            Fault::plan(write, Kind::Flip);
+            let made = convert(source, &new_file(path), options, &Control::default());
+            Fault::clear();
+            if made.is_ok() {
+                let found = std::fs::read(path).expect("read");
+                convert(source, &new_file(path), options, &Control::default()).expect("convert");
+                if found == std::fs::read(path).expect("read") {
+                    return (kept, write);
+                }
+                kept += 1;
+            }
+        }
+        unreachable!("the loop ends when no write is spoiled")
+    }
+
+    #[test]
+    fn no_spoiled_write_of_a_copy_is_kept_when_the_content_is_verified() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let chain = source(dir.path());
+        let path = dir.path().join("copy");
+        for compressed in [false, true] {
+            let options = ConvertOptions {
+                compressed,
+                verify: Verify::Content,
+                durability: Durability::Cached,
+                ..ConvertOptions::default()
+            };
+            let (kept, writes) = spoil_everywhere(&path, &chain, &options);
+            assert_eq!(kept, 0, "of {writes}");
+            assert!(writes > 6, "{writes}");
+        }
+    }
+
+    /// The twin: tables alone do not show a flipped bit of the guest's.
+    #[test]
+    fn spoiled_guest_data_is_kept_when_only_the_structure_is_verified() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let chain = source(dir.path());
+        let path = dir.path().join("copy");
+        let options = ConvertOptions {
+            verify: Verify::Structure,
+            durability: Durability::Cached,
+            ..ConvertOptions::default()
+        };
+        let (kept, writes) = spoil_everywhere(&path, &chain, &options);
+        assert!(kept > 0 && kept < writes, "{kept} of {writes}");
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! Work in order: pieces of a disk are handed out to several threads, and placed in the order in which
 //! they were handed out, so that the result does not depend on who was faster.
 //!
-//! A thread has one piece at a time and takes the next only when it is done, so the piece whose turn it is
-//! is always being worked on: nobody waits for ever.
+//! The piece whose turn it is always has a buffer and a thread that works on it: nobody waits for ever.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -46,6 +46,11 @@ impl<F: Fn(u64) -> Result<Option<u64>>> Queue<F> {
         }
     }
 
+    /// No further piece is handed out.
+    pub fn stop(&self) {
+        lock(&self.next).at = self.end;
+    }
+
     pub fn take(&self) -> Result<Option<Piece>> {
         let mut next = lock(&self.next);
         if next.at >= self.end {
@@ -67,97 +72,165 @@ impl<F: Fn(u64) -> Result<Option<u64>>> Queue<F> {
     }
 }
 
+/// What a thread is to do next.
 #[derive(Debug)]
-struct Shared<T> {
-    turn: u64,
-    value: T,
-    failed: Option<Error>,
-    stopped: bool,
+pub(crate) enum Task<C> {
+    /// Take a piece and load it.
+    Load(C),
+    /// Write what was placed.
+    Write(C),
+    /// Nothing is left.
+    Done,
 }
 
-/// A value that is changed by one thread after the other, in turn.
 #[derive(Debug)]
-pub(crate) struct InTurn<T> {
-    shared: Mutex<Shared<T>>,
+struct State<T, C> {
+    value: T,
+    /// Whose turn it is.
+    turn: u64,
+    free: Vec<C>,
+    /// Loaded, and not yet placed.
+    loaded: BTreeMap<u64, C>,
+    /// Placed, and not yet written.
+    placed: Vec<C>,
+    /// How many are being loaded or written.
+    busy: usize,
+    /// No piece is left to be loaded.
+    drained: bool,
+    stopped: bool,
+    failed: Option<Error>,
+}
+
+/// A number of buffers, each loaded by one thread, placed in turn, and written by one thread.
+///
+/// ```text
+/// free ──▶ being loaded ──▶ loaded ──(its turn)──▶ placed ──▶ being written ──▶ free
+/// ```
+/// A thread that is slow, or that the system lets wait, keeps back only its own piece: the others load ahead
+/// until all buffers are in use.
+#[derive(Debug)]
+pub(crate) struct Pipeline<T, C> {
+    state: Mutex<State<T, C>>,
     moved: Condvar,
 }
 
-impl<T> InTurn<T> {
-    pub fn new(value: T) -> Self {
+impl<T, C> Pipeline<T, C> {
+    /// `value` is what pieces are placed into.
+    pub fn new(value: T, buffers: Vec<C>) -> Self {
+        assert!(!buffers.is_empty(), "work needs a buffer");
         Self {
-            shared: Mutex::new(Shared {
-                turn: 0,
+            state: Mutex::new(State {
                 value,
-                failed: None,
+                turn: 0,
+                free: buffers,
+                loaded: BTreeMap::new(),
+                placed: Vec::new(),
+                busy: 0,
+                drained: false,
                 stopped: false,
+                failed: None,
             }),
             moved: Condvar::new(),
         }
     }
 
-    /// Waits for `turn` and changes the value; `None` when the work was stopped by an error elsewhere.
-    pub fn take_turn<R>(
-        &self,
-        turn: u64,
-        change: impl FnOnce(&mut T) -> Result<R>,
-    ) -> Result<Option<R>> {
-        let mut shared = lock(&self.shared);
-        while shared.turn != turn && !shared.stopped {
-            shared = self
+    /// Waits until there is something to do. What is placed is written before more is loaded.
+    pub fn next(&self) -> Task<C> {
+        let mut state = lock(&self.state);
+        loop {
+            if state.stopped {
+                return Task::Done;
+            }
+            let task = match state.placed.pop() {
+                Some(buffer) => Some(Task::Write(buffer)),
+                None if state.drained => None,
+                None => state.free.pop().map(Task::Load),
+            };
+            if let Some(task) = task {
+                state.busy += 1;
+                return task;
+            }
+            if state.drained && state.busy == 0 {
+                assert!(state.loaded.is_empty(), "every piece had its turn");
+                return Task::Done;
+            }
+            state = self
                 .moved
-                .wait(shared)
+                .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
         }
-        if shared.stopped {
-            return Ok(None);
+    }
+
+    /// A piece is loaded; it and those behind it are placed as far as it is their turn.
+    pub fn loaded(
+        &self,
+        turn: u64,
+        buffer: C,
+        mut place: impl FnMut(&mut T, &mut C) -> Result<()>,
+    ) -> Result<()> {
+        let mut state = lock(&self.state);
+        let state = &mut *state;
+        state.busy -= 1;
+        state.loaded.insert(turn, buffer);
+        while let Some(mut buffer) = state.loaded.remove(&state.turn) {
+            place(&mut state.value, &mut buffer)?;
+            state.turn += 1;
+            state.placed.push(buffer);
         }
-        let result = change(&mut shared.value)?;
-        shared.turn += 1;
         self.moved.notify_all();
-        Ok(Some(result))
+        Ok(())
+    }
+
+    /// A buffer was written.
+    pub fn written(&self, buffer: C) {
+        let mut state = lock(&self.state);
+        state.busy -= 1;
+        state.free.push(buffer);
+        self.moved.notify_all();
+    }
+
+    /// There was no piece left for a buffer.
+    pub fn drained(&self, buffer: C) {
+        lock(&self.state).drained = true;
+        self.written(buffer);
     }
 
     /// Ends the work of all threads; the first error is kept.
     pub fn stop(&self, error: Error) {
-        let mut shared = lock(&self.shared);
-        shared.stopped = true;
-        shared.failed.get_or_insert(error);
+        let mut state = lock(&self.state);
+        state.stopped = true;
+        state.failed.get_or_insert(error);
         self.moved.notify_all();
     }
 
     /// While this lives in a thread, a panic there ends the waiting of the others.
-    pub fn guard(&self) -> Guard<'_, T> {
-        Guard { order: self }
-    }
-
-    /// Whether the work was stopped.
-    pub fn is_stopped(&self) -> bool {
-        lock(&self.shared).stopped
+    pub fn guard(&self) -> Guard<'_, T, C> {
+        Guard { pipeline: self }
     }
 
     /// The value at the end, or the first error.
     pub fn finish(self) -> Result<T> {
-        let shared = self
-            .shared
+        let state = self
+            .state
             .into_inner()
             .unwrap_or_else(PoisonError::into_inner);
-        match shared.failed {
+        match state.failed {
             Some(error) => Err(error),
-            None => Ok(shared.value),
+            None => Ok(state.value),
         }
     }
 }
 
-/// See [`InTurn::guard`].
-pub(crate) struct Guard<'a, T> {
-    order: &'a InTurn<T>,
+/// See [`Pipeline::guard`].
+pub(crate) struct Guard<'a, T, C> {
+    pipeline: &'a Pipeline<T, C>,
 }
 
-impl<T> Drop for Guard<'_, T> {
+impl<T, C> Drop for Guard<'_, T, C> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            lock(&self.order.shared).stopped = true;
-            self.order.moved.notify_all();
+            lock(&self.pipeline.state).stopped = true;
+            self.pipeline.moved.notify_all();
         }
     }
 }
@@ -184,54 +257,64 @@ mod tests {
         assert_eq!(found, (0..).zip(expected).collect::<Vec<_>>());
     }
 
-    #[test]
-    fn turns_are_taken_in_order_by_any_number_of_threads() {
-        let order = InTurn::new(Vec::new());
+    /// Works off `pieces` pieces with as many threads as there are buffers in all; what was placed, in order.
+    fn work_off(pieces: u64, buffers: usize, fail_at: Option<u64>) -> Result<Vec<u64>> {
+        let queue = Queue::new(pieces * 8, 8, |at| Ok(Some(at)));
+        let pipeline = Pipeline::new(Vec::new(), vec![0_u64; buffers]);
+        let work = || -> Result<()> {
+            let _guard = pipeline.guard();
+            loop {
+                match pipeline.next() {
+                    Task::Done => return Ok(()),
+                    Task::Write(buffer) => pipeline.written(buffer),
+                    Task::Load(mut buffer) => {
+                        let Some(piece) = queue.take()? else {
+                            pipeline.drained(buffer);
+                            continue;
+                        };
+                        buffer = piece.range.start / 8;
+                        assert!(fail_at != Some(buffer + 1000), "on purpose");
+                        pipeline.loaded(piece.turn, buffer, |all, buffer| {
+                            if fail_at == Some(*buffer) {
+                                let reason = "on purpose".into();
+                                return Err(Error::InvalidChain { reason });
+                            }
+                            all.push(*buffer);
+                            Ok(())
+                        })?;
+                    }
+                }
+            }
+        };
         std::thread::scope(|scope| {
-            for thread in 0..4 {
-                let order = &order;
-                scope.spawn(move || {
-                    for turn in (thread..100).step_by(4) {
-                        order
-                            .take_turn(turn, |all: &mut Vec<u64>| {
-                                all.push(turn);
-                                Ok(())
-                            })
-                            .expect("no error");
+            for _ in 0..buffers {
+                scope.spawn(|| {
+                    if let Err(error) = work() {
+                        pipeline.stop(error);
                     }
                 });
             }
         });
-        assert_eq!(
-            order.finish().expect("no error"),
-            (0..100).collect::<Vec<_>>()
-        );
+        pipeline.finish()
     }
 
     #[test]
-    fn a_panic_ends_the_waiting_of_all() {
-        let order = InTurn::new(());
-        let panicked = std::thread::scope(|scope| {
-            let panics = scope.spawn(|| {
-                let _guard = order.guard();
-                assert!(order.is_stopped(), "on purpose");
-            });
-            assert_eq!(order.take_turn(1, |()| Ok(1)).expect("stopped"), None);
-            panics.join().is_err()
-        });
-        assert!(panicked);
+    fn pieces_are_placed_in_order_by_any_number_of_threads() {
+        for buffers in [1, 2, 7] {
+            let placed = work_off(500, buffers, None).expect("no error");
+            assert_eq!(placed, (0..500).collect::<Vec<_>>());
+        }
     }
 
     #[test]
     fn an_error_ends_the_waiting_of_all() {
-        let order = InTurn::new(());
-        std::thread::scope(|scope| {
-            scope.spawn(|| assert_eq!(order.take_turn(5, |()| Ok(1)).expect("stopped"), None));
-            order.stop(Error::InvalidChain {
-                reason: "test".into(),
-            });
-        });
-        assert!(order.is_stopped());
-        assert!(matches!(order.finish(), Err(Error::InvalidChain { .. })));
+        let error = work_off(500, 4, Some(77)).expect_err("failed");
+        assert!(matches!(error, Error::InvalidChain { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_panic_ends_the_waiting_of_all() {
+        let work = std::panic::catch_unwind(|| work_off(500, 4, Some(1077)));
+        assert!(work.is_err(), "the scope raises it again");
     }
 }

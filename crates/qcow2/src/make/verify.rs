@@ -3,13 +3,14 @@
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::sync::{Mutex, PoisonError};
 
 use super::chunk::CHUNK_BYTES;
 use super::convert::threads;
 use super::kept::View;
 use super::output::Output;
 use super::plan::Plan;
-use super::queue::{InTurn, Queue};
+use super::queue::Queue;
 use crate::chain::Chain;
 use crate::check::check;
 use crate::control::Control;
@@ -216,32 +217,44 @@ fn content(
     control: &Control<'_>,
 ) -> Result<()> {
     let queue = Queue::new(source.disk, CHUNK_BYTES, |at| Ok(Some(at)));
-    let order = InTurn::new(());
-    let work = || {
-        let length = to_usize(CHUNK_BYTES);
-        let (mut wanted, mut found) = (vec![0; length], vec![0; length]);
-        while !order.is_stopped() {
-            control.go_on(made.output.path())?;
-            let Some(piece) = queue.take()? else { break };
-            let length = to_usize(piece.range.end - piece.range.start);
-            let (wanted, found) = (&mut wanted[..length], &mut found[..length]);
-            source.read(piece.range.start, wanted)?;
-            made.read(piece.range.start, found)?;
-            if let Some(at) = wanted.iter().zip(&*found).position(|(a, b)| a != b) {
-                let at = GuestOffset(piece.range.start + to_u64(at));
-                return not_verified(made.output, format!("{at} differs from the source"));
-            }
-        }
-        Ok(())
-    };
+    let failed = Mutex::new(None);
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
-                if let Err(error) = work() {
-                    order.stop(error);
+                if let Err(error) = compare_pieces(source, made, &queue, control) {
+                    queue.stop();
+                    let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
+                    failed.get_or_insert(error);
                 }
             });
         }
     });
-    order.finish()
+    match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(error) => Err(error),
+        None => Ok(()),
+    }
+}
+
+fn compare_pieces(
+    source: &Wanted<'_>,
+    made: &Made<'_>,
+    queue: &Queue<impl Fn(u64) -> Result<Option<u64>>>,
+    control: &Control<'_>,
+) -> Result<()> {
+    let length = to_usize(CHUNK_BYTES);
+    let (mut wanted, mut found) = (vec![0; length], vec![0; length]);
+    while let Some(piece) = queue.take()? {
+        control.go_on(made.output.path())?;
+        let length = to_usize(piece.range.end - piece.range.start);
+        let (wanted, found) = (&mut wanted[..length], &mut found[..length]);
+        source.read(piece.range.start, wanted)?;
+        made.read(piece.range.start, found)?;
+        if wanted != found
+            && let Some(at) = wanted.iter().zip(&*found).position(|(a, b)| a != b)
+        {
+            let at = GuestOffset(piece.range.start + to_u64(at));
+            return not_verified(made.output, format!("{at} differs from the source"));
+        }
+    }
+    Ok(())
 }
