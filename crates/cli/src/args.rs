@@ -109,6 +109,20 @@ pub enum Command {
     /// Start a hibernated sandbox where it was
     #[command(after_help = "Example:\n  stead wake web")]
     Wake(One),
+    /// Disk images: create, examine, convert and repair them, with the options of qemu-img
+    #[command(
+        disable_help_flag = true,
+        after_help = "Example:\n  stead img info --output=json disk.qcow2\n\nUnder the name qemu-img this program is `stead img`."
+    )]
+    Img {
+        /// See `stead img --help`
+        #[arg(
+            trailing_var_arg = true,
+            allow_hyphen_values = true,
+            value_name = "COMMAND"
+        )]
+        args: Vec<std::ffi::OsString>,
+    },
     /// Set up a store, or rebuild its index
     #[command(
         subcommand,

@@ -21,6 +21,9 @@ pub async fn run(cli: Cli) -> u8 {
     if let Command::Completion { shell } = &cli.command {
         return completion(*shell);
     }
+    if let Command::Img { args } = &cli.command {
+        return stead_img::run(args, "stead img").0;
+    }
     if let Command::Man(args) = &cli.command {
         return manual::run(args);
     }
@@ -77,7 +80,11 @@ async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
         Command::Store(command) => store(&engine, command, global).await,
         Command::Verify => verify_store(&engine, global).await,
         Command::Gc(args) => gc(&engine, &args, global).await,
-        Command::Demo(_) | Command::Doctor | Command::Completion { .. } | Command::Man(_) => {
+        Command::Demo(_)
+        | Command::Doctor
+        | Command::Completion { .. }
+        | Command::Man(_)
+        | Command::Img { .. } => {
             unreachable!("handled before a worker is opened")
         }
     }

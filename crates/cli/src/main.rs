@@ -17,6 +17,9 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
+    if let Some(status) = image_command() {
+        return status;
+    }
     let cli = match args::Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return ExitCode::from(print::command_line(&error)),
@@ -37,4 +40,17 @@ fn main() -> ExitCode {
     // A read of standard input may still block a thread; nothing waits for it.
     runtime.shutdown_background();
     ExitCode::from(code)
+}
+
+/// `stead img …`, and everything under the name `qemu-img`: it has a command line of its own, and needs
+/// neither engine nor runtime.
+fn image_command() -> Option<ExitCode> {
+    let mut args = std::env::args_os();
+    let program = stead_img::program_name(&args.next()?);
+    let mut args: Vec<_> = args.collect();
+    if program != "qemu-img" {
+        args.first().filter(|first| *first == "img")?;
+        args.remove(0);
+    }
+    Some(stead_img::run(&args, program).into())
 }

@@ -1,17 +1,21 @@
 //! Layers over a base: the disk as the guest sees it, and what each layer changed.
 //!
-//! The caller says which files make the chain. The backing name in a header is never followed: it is
-//! a path on the machine where the image was made.
+//! The caller says which files make the chain. The backing name in a header is a path on the machine
+//! where the image was made; only [`Chain::open_following`] follows it, as far as it is allowed to.
 //!
 //! # Disks of different lengths
 //! As in QEMU: the chain is as long as its top layer. A layer that ends early is zeros from there on
 //! for the layers above it, and what lies below it there is not seen.
 
+use std::fs::File;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use stead_sys::copy;
 
+use crate::directory::InternalSnapshot;
 use crate::error::{Error, Result};
 use crate::file::ImageFile;
 use crate::header::{SECTOR_BYTES, to_u64, to_usize};
@@ -39,8 +43,9 @@ pub struct LayerFile {
     pub format: LayerFormat,
 }
 
+/// A file of a chain, opened.
 #[derive(Debug)]
-enum Member {
+pub(crate) enum Member {
     Raw(ImageFile),
     Qcow2(Box<Layer>),
 }
@@ -49,23 +54,47 @@ impl Member {
     fn open(file: &LayerFile) -> Result<Self> {
         match file.format {
             LayerFormat::Raw => Ok(Self::Raw(ImageFile::open(&file.path)?)),
-            LayerFormat::Qcow2 => {
-                let layer = Layer::open(&file.path)?;
-                if layer.header().corrupt {
-                    return Err(Error::MarkedCorrupt {
-                        path: file.path.clone(),
-                    });
-                }
-                Ok(Self::Qcow2(Box::new(layer)))
-            }
+            LayerFormat::Qcow2 => Self::from_layer(Layer::open(&file.path)?),
         }
     }
 
+    pub fn from_layer(layer: Layer) -> Result<Self> {
+        layer.require_readable()?;
+        if layer.header().corrupt {
+            let path = layer.path().to_owned();
+            return Err(Error::MarkedCorrupt { path });
+        }
+        Ok(Self::Qcow2(Box::new(layer)))
+    }
+
     /// The disk's length in bytes. A raw file is filled up with zeros to a whole sector.
-    fn length(&self) -> u64 {
+    pub fn length(&self) -> u64 {
         match self {
             Self::Raw(file) => file.length().next_multiple_of(SECTOR_BYTES),
             Self::Qcow2(layer) => layer.virtual_size(),
+        }
+    }
+}
+
+impl Member {
+    /// Whether both are one file, and see the same disk in it.
+    fn is_same(&self, other: &Self) -> bool {
+        let one_file = |ours: &ImageFile, theirs: &ImageFile| {
+            let [ours, theirs] = [ours, theirs].map(|file| {
+                let stat = file.file()?.metadata().ok()?;
+                Some((stat.dev(), stat.ino()))
+            });
+            ours.is_some() && ours == theirs
+        };
+        match (self, other) {
+            (Self::Raw(ours), Self::Raw(theirs)) => one_file(ours, theirs),
+            (Self::Qcow2(ours), Self::Qcow2(theirs)) => {
+                one_file(ours.file(), theirs.file())
+                    && one_file(ours.data(), theirs.data())
+                    && ours.virtual_size() == theirs.virtual_size()
+                    && ours.l1() == theirs.l1()
+            }
+            (Self::Raw(_), Self::Qcow2(_)) | (Self::Qcow2(_), Self::Raw(_)) => false,
         }
     }
 }
@@ -87,10 +116,36 @@ struct Piece {
     depth: usize,
 }
 
+/// How a range of the disk is stored.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Stored {
+    /// Where the range ends.
+    pub end: u64,
+    /// The member that defines it, or the number of members when none does.
+    pub depth: usize,
+    pub how: StoredAs,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum StoredAs {
+    Zeros,
+    /// As it is, from here on in this member's file. A hole there is zeros.
+    Plain {
+        member: usize,
+        at: HostOffset,
+    },
+    /// As part of a compressed cluster, this many bytes into it.
+    Packed {
+        member: usize,
+        at: HostOffset,
+        skip: u64,
+    },
+}
+
 /// A disk made of layers over a base, open for reading. Usable from several threads.
 #[derive(Debug)]
 pub struct Chain {
-    members: Vec<Member>,
+    members: Vec<Arc<Member>>,
 }
 
 impl Chain {
@@ -113,8 +168,52 @@ impl Chain {
                 "{path} is raw and not the base, so all below it would be hidden"
             ));
         }
-        let members = files.iter().map(Member::open).collect::<Result<_>>()?;
+        let open = |file| Member::open(file).map(Arc::new);
+        let members = files.iter().map(open).collect::<Result<_>>()?;
         Ok(Self { members })
+    }
+
+    /// A chain of what was opened and found to fit.
+    pub(crate) fn from_members(members: Vec<Member>) -> Self {
+        assert!(!members.is_empty(), "a chain has a top");
+        let members = members.into_iter().map(Arc::new).collect();
+        Self { members }
+    }
+
+    /// The disk as it was when `snapshot` of the top layer was made, over the same layers below.
+    ///
+    /// # Errors
+    /// When the top is raw, or as [`Layer::view_of`].
+    pub fn view_of(&self, snapshot: &InternalSnapshot) -> Result<Self> {
+        let Member::Qcow2(top) = &*self.members[0] else {
+            let reason = "its top is raw, which has no internal snapshots".into();
+            return Err(Error::InvalidChain { reason });
+        };
+        let view = Member::Qcow2(Box::new(top.view_of(snapshot)?));
+        let mut members = self.members.clone();
+        members[0] = Arc::new(view);
+        Ok(Self { members })
+    }
+
+    /// The path and format of the file at `index`, 0 being the top.
+    #[must_use]
+    pub fn file(&self, index: usize) -> Option<(&Path, LayerFormat)> {
+        Some(match &**self.members.get(index)? {
+            Member::Raw(file) => (file.path(), LayerFormat::Raw),
+            Member::Qcow2(layer) => (layer.path(), LayerFormat::Qcow2),
+        })
+    }
+
+    pub(crate) fn members(&self) -> &[Arc<Member>] {
+        &self.members
+    }
+
+    /// A chain of one layer that is open already, as if nothing lay below it.
+    #[must_use]
+    pub fn of(layer: Layer) -> Self {
+        Self {
+            members: vec![Arc::new(Member::Qcow2(Box::new(layer)))],
+        }
     }
 
     /// The disk's length in bytes: that of its top layer.
@@ -138,7 +237,7 @@ impl Chain {
     /// The qcow2 layer at `index`, 0 being the top; `None` for a raw base or behind it.
     #[must_use]
     pub fn layer(&self, index: usize) -> Option<&Layer> {
-        match self.members.get(index)? {
+        match &**self.members.get(index)? {
             Member::Raw(_) => None,
             Member::Qcow2(layer) => Some(layer),
         }
@@ -167,6 +266,17 @@ impl Chain {
             (at, rest) = (piece.end, behind);
         }
         Ok(())
+    }
+
+    /// As [`Chain::read_at`]; what lies behind the end of the disk reads as zeros.
+    pub(crate) fn read_padded(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
+        let there = self.len().saturating_sub(offset).min(to_u64(bytes.len()));
+        let (data, behind) = bytes.split_at_mut(to_usize(there));
+        behind.fill(0);
+        if data.is_empty() {
+            return Ok(());
+        }
+        self.read_at(offset, data)
     }
 
     /// The next range at or after `offset` that may hold something other than zeros; `None` when
@@ -215,6 +325,110 @@ impl Chain {
         Ok(found)
     }
 
+    /// The first byte at or after `offset` that may be other than zero. Unlike [`Chain::next_data`] it does
+    /// not look for the range's end, which may be far.
+    pub(crate) fn first_data(&self, offset: u64) -> Result<Option<u64>> {
+        let mut at = offset;
+        while at < self.len() {
+            let piece = self.piece(at, self.len())?;
+            if let Some(data) = self.data_in(&piece, at)? {
+                return Ok(Some(data.start));
+            }
+            at = piece.end;
+        }
+        Ok(None)
+    }
+
+    /// The first byte at or after `offset` that the top `layers` files define; see
+    /// [`Chain::next_allocated`].
+    pub(crate) fn first_allocated(&self, layers: usize, offset: u64) -> Result<Option<u64>> {
+        let mut at = offset;
+        while at < self.len() {
+            let piece = self.piece_in(at, self.len(), layers)?;
+            if piece.depth < layers.min(self.depth()) {
+                return Ok(Some(at));
+            }
+            at = piece.end;
+        }
+        Ok(None)
+    }
+
+    /// How the bytes from `offset` on, up to `end` at most, are stored.
+    pub(crate) fn stored(&self, offset: u64, end: u64) -> Result<Stored> {
+        if offset >= self.len() {
+            return Ok(Stored {
+                end,
+                depth: self.depth(),
+                how: StoredAs::Zeros,
+            });
+        }
+        let piece = self.piece(offset, end.min(self.len()))?;
+        let how = match piece.source {
+            Source::Zero => StoredAs::Zeros,
+            Source::Raw(member) => StoredAs::Plain {
+                member,
+                at: HostOffset(offset),
+            },
+            Source::Layer(member, ExtentKind::Data(at)) => StoredAs::Plain { member, at },
+            Source::Layer(member, ExtentKind::Compressed { cluster, skip }) => StoredAs::Packed {
+                member,
+                at: cluster.host,
+                skip,
+            },
+            Source::Layer(_, ExtentKind::Zero | ExtentKind::Unallocated) => {
+                unreachable!("a layer is a source only of data")
+            }
+        };
+        Ok(Stored {
+            end: piece.end,
+            depth: piece.depth,
+            how,
+        })
+    }
+
+    /// Whether a range comes from the same places in this disk and in `other`, a view of the same files.
+    pub(crate) fn is_stored_as_in(&self, other: &Self, range: Range<u64>) -> Result<bool> {
+        let mut at = range.start;
+        while at < range.end {
+            let ours = self.stored(at, range.end)?;
+            let theirs = other.stored(at, ours.end)?;
+            if ours.how != theirs.how || theirs.end != ours.end {
+                return Ok(false);
+            }
+            at = ours.end;
+        }
+        Ok(true)
+    }
+
+    /// The open file of a member, where it is one, and how long it is.
+    pub(crate) fn member_file(&self, member: usize) -> (Option<&File>, u64) {
+        let file = match &*self.members[member] {
+            Member::Raw(file) => file,
+            Member::Qcow2(layer) => layer.data(),
+        };
+        (file.file(), file.length())
+    }
+
+    /// Reads bytes of a member's file.
+    pub(crate) fn read_member(&self, member: usize, at: u64, bytes: &mut [u8]) -> Result<()> {
+        let file = match &*self.members[member] {
+            Member::Raw(file) => file,
+            Member::Qcow2(layer) => layer.data(),
+        };
+        file.read("guest data", HostOffset(at), bytes)
+    }
+
+    /// How many top layers this chain has above `below`, when `below` is its lower part: the same files, in the
+    /// same views.
+    pub(crate) fn layers_above(&self, below: &Self) -> Option<usize> {
+        let above = self.depth().checked_sub(below.depth())?;
+        let lower = &self.members[above..];
+        let mut pairs = lower.iter().zip(&below.members);
+        pairs
+            .all(|(ours, theirs)| ours.is_same(theirs))
+            .then_some(above)
+    }
+
     /// All ranges that the top `layers` files define, in order; see [`Chain::next_allocated`].
     ///
     /// After an error the iterator ends.
@@ -261,7 +475,7 @@ impl Chain {
                 });
             }
             end = end.min(length);
-            let source = match member {
+            let source = match &**member {
                 Member::Raw(_) => Source::Raw(depth),
                 Member::Qcow2(layer) => {
                     let extent = layer.extent_at(GuestOffset(at))?;
@@ -310,7 +524,10 @@ impl Chain {
             Source::Layer(..) => Ok(Some(at..piece.end)),
             Source::Raw(index) => {
                 let file = self.raw(index);
-                let data = copy::next_data(file.file(), at)
+                let Some(raw) = file.file() else {
+                    unreachable!("a raw member is opened from a file");
+                };
+                let data = copy::next_data(raw, at)
                     .map_err(|source| Error::io("find the holes of", file.path(), source))?;
                 Ok(data
                     .map(|data| data.start.max(at)..data.end.min(piece.end))
@@ -320,14 +537,14 @@ impl Chain {
     }
 
     fn raw(&self, index: usize) -> &ImageFile {
-        match &self.members[index] {
+        match &*self.members[index] {
             Member::Raw(file) => file,
             Member::Qcow2(_) => unreachable!("the piece was found in a raw file"),
         }
     }
 
     fn qcow2(&self, index: usize) -> &Layer {
-        match &self.members[index] {
+        match &*self.members[index] {
             Member::Qcow2(layer) => layer,
             Member::Raw(_) => unreachable!("the piece was found in a layer"),
         }

@@ -3,39 +3,38 @@
 //! # How
 //! All tables are walked and references counted per cluster, then held against the refcounts. Each L2
 //! table is read once, however many internal snapshots share it. Counts are kept for a window of clusters
-//! that fits [`MAX_PAGES`]; where an image needs more, the walk is made again for the next window. So
+//! that fits 64 MiB ([`crate::counts`]); where an image needs more, the walk is made again for the next window. So
 //! memory is bounded, and time grows with the file's metadata.
 //!
 //! # What it finds that `qemu-img check` does not
 //! Overlaps that the refcounts agree with (an L2 table that is also guest data, with refcount 2), and
-//! guest data that is cut off by the end of the file.
+//! guest data that is cut off by the end of the file; bitmaps that do not fit the disk; and what
+//! [`crate::consistency`] looks for.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
+use serde::Serialize;
+
+use crate::bitmap_read::TableEntry;
+use crate::consistency::{self, Note};
+use crate::counts::{Counts, PAGE_CLUSTERS, Page, State};
 use crate::directory::{InternalSnapshot, StoredBitmap};
 use crate::entry::{L1Entry, L2Entry, SUBCLUSTERS, Standard};
 use crate::error::{Error, Result};
-use crate::header::{to_u64, to_usize};
+use crate::header::{Encryption, to_u64, to_usize};
 use crate::layer::Layer;
-use crate::refcounts::{Refcounts, TableEntry};
+use crate::refcounts::{self, Refcounts};
 use crate::units::HostOffset;
 
 /// How many findings are kept in full; all are counted.
 pub const MAX_FINDINGS: usize = 1000;
-/// Clusters on a page of counts.
-const PAGE_CLUSTERS: u64 = 256;
-/// The most pages of counts in memory, about 400 MiB; enough for 4 TiB in 64 KiB clusters at a time.
-const MAX_PAGES: usize = 256 << 10;
 /// The most L2 tables of one image, with those of internal snapshots.
 const MAX_L2_TABLES: usize = 8 << 20;
-/// Words of a bitmap table that are read at a time.
-const STEP_WORDS: u64 = 64 << 10;
-/// Bits 9 to 55 of a bitmap table entry.
-const BITMAP_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
 /// What a cluster is used for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Use {
     /// The header.
     Header,
@@ -61,9 +60,11 @@ pub enum Use {
     BitmapTable,
     /// The bits of a bitmap.
     BitmapData,
+    /// The header of an encryption, with its keys.
+    EncryptionHeader,
 }
 
-const USES: [Use; 12] = [
+const USES: [Use; 13] = [
     Use::Header,
     Use::L1Table,
     Use::SnapshotL1Table,
@@ -76,16 +77,12 @@ const USES: [Use; 12] = [
     Use::BitmapDirectory,
     Use::BitmapTable,
     Use::BitmapData,
+    Use::EncryptionHeader,
 ];
 
 impl Use {
-    fn bit(self) -> u16 {
-        1 << USES.iter().take_while(|known| **known != self).count()
-    }
-
-    /// What a cluster of this use may be referenced by more than once.
-    fn shared(self) -> bool {
-        matches!(self, Self::L2Table | Self::Data | Self::Compressed)
+    const fn bit(self) -> u16 {
+        1 << self as u16
     }
 }
 
@@ -93,10 +90,17 @@ impl Use {
 const SAID_ONE: u16 = 1 << 14;
 /// The active tables say that the refcount is not one.
 const SAID_NOT_ONE: u16 = 1 << 15;
-const USE_BITS: u16 = (1 << 12) - 1;
+const USE_BITS: u16 = (1 << USES.len()) - 1;
+/// What a cluster may be referenced for more than once.
+const SHARED_BITS: u16 = Use::L2Table.bit() | Use::Data.bit() | Use::Compressed.bit();
 
 /// Something wrong in an image.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(
+    tag = "finding",
+    rename_all = "kebab-case",
+    rename_all_fields = "kebab-case"
+)]
 #[non_exhaustive]
 pub enum Finding {
     /// The refcount is higher than the references: the room is lost, no data is.
@@ -171,8 +175,9 @@ impl fmt::Display for Finding {
     }
 }
 
-/// What a check found.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// What a check found; as JSON, too.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct CheckReport {
     /// How many findings besides leaks there are.
     pub corruptions: u64,
@@ -180,6 +185,8 @@ pub struct CheckReport {
     pub leaks: u64,
     /// The first [`MAX_FINDINGS`] findings.
     pub findings: Vec<Finding>,
+    /// What no refcount shows and no reader stumbles over; see [`Note`].
+    pub notes: Vec<Note>,
     /// Whether the image is marked dirty: its refcounts were not written when it was last used.
     pub marked_dirty: bool,
     /// Whether the image is marked corrupt.
@@ -192,6 +199,9 @@ pub struct CheckReport {
     pub guest_clusters: u64,
     /// Those of them that are compressed.
     pub compressed_clusters: u64,
+    /// Those of the guest clusters that are compressed, or do not follow in the file on the cluster before
+    /// them in their L2 table: what `qemu-img check` calls fragmented.
+    pub fragmented_clusters: u64,
     /// Where the last used cluster ends.
     pub image_end: HostOffset,
 }
@@ -237,6 +247,7 @@ pub fn check(layer: &Layer) -> Result<CheckReport> {
         ..CheckReport::default()
     };
     let image = Image::read(layer, &mut report)?;
+    look_around(&image, &mut report)?;
     let mut start = 0;
     loop {
         let mut walk = Walk {
@@ -244,6 +255,7 @@ pub fn check(layer: &Layer) -> Result<CheckReport> {
             counts: Counts::new(start),
             report: &mut report,
             first: start == 0,
+            follows: None,
         };
         walk.all()?;
         let counts = walk.counts;
@@ -253,6 +265,21 @@ pub fn check(layer: &Layer) -> Result<CheckReport> {
             return Ok(report);
         }
     }
+}
+
+/// What no refcount shows.
+fn look_around(image: &Image<'_>, report: &mut CheckReport) -> Result<()> {
+    let layer = image.layer;
+    consistency::flags(layer, &mut report.notes);
+    for reason in consistency::bitmaps(layer, &image.bitmaps, &mut report.notes)? {
+        unusable(report, Use::BitmapTable, reason);
+    }
+    for snapshot in &image.snapshots {
+        // What can be said of it as a whole: its length, and that it has no table twice.
+        usable(report, Use::SnapshotL1Table, layer.view_of(snapshot))?;
+    }
+    let tables = image.l2_tables.len();
+    consistency::hollowed(layer, &image.snapshots, tables, &mut report.notes)
 }
 
 /// The parts of an image that are small enough to keep, without what cannot be walked.
@@ -302,6 +329,7 @@ impl<'a> Image<'a> {
                 (header.refcount_table, table_bytes, Use::RefcountTable),
             ],
         };
+        image.read_encryption(report);
         image.read_refcount_table(report)?;
         image.read_directories(report)?;
         image.drop_overlapping_tables(report);
@@ -313,6 +341,22 @@ impl<'a> Image<'a> {
         self.layer
             .cluster_size()
             .count_for(self.layer.file_length())
+    }
+
+    fn read_encryption(&mut self, report: &mut CheckReport) {
+        let Some(Encryption::Luks {
+            header,
+            header_bytes,
+        }) = self.layer.header().encryption
+        else {
+            return;
+        };
+        match self.place("the encryption header", header, header_bytes) {
+            Ok(()) => self
+                .regions
+                .push((header, header_bytes, Use::EncryptionHeader)),
+            Err(error) => unusable(report, Use::EncryptionHeader, error.to_string()),
+        }
     }
 
     /// The last cluster of the table may be cut off by the end of the file; then zeros follow.
@@ -329,13 +373,13 @@ impl<'a> Image<'a> {
         self.refcount_blocks = vec![None; table.len()];
         let mut known = BTreeMap::new();
         for (index, word) in table.into_iter().enumerate() {
-            match TableEntry::decode(word) {
-                TableEntry::None => {}
-                TableEntry::Reserved => {
+            match refcounts::TableEntry::decode(word) {
+                refcounts::TableEntry::None => {}
+                refcounts::TableEntry::Reserved => {
                     let reason = format!("entry {index} of the refcount table is {word:#x}");
                     unusable(report, Use::RefcountBlock, reason);
                 }
-                TableEntry::Block(at) => {
+                refcounts::TableEntry::Block(at) => {
                     let place = self.place("a refcount block", at, header.cluster_size.bytes());
                     if let Err(error) = place {
                         unusable(report, Use::RefcountBlock, error.to_string());
@@ -410,7 +454,7 @@ impl<'a> Image<'a> {
 
     fn read_l1_tables(&mut self, report: &mut CheckReport) -> Result<()> {
         let mut tables: Vec<L2Table> = Vec::new();
-        let active = self.layer.l1().iter().enumerate();
+        let active = self.layer.active_l1().iter().enumerate();
         for (index, word) in active {
             // The layer was opened, so its own entries are valid.
             if let Ok(Some(entry)) = L1Entry::decode(*word) {
@@ -530,72 +574,6 @@ impl Regions {
     }
 }
 
-/// References to some consecutive clusters.
-struct Page {
-    references: [u32; PAGE_CLUSTERS as usize],
-    marks: [u16; PAGE_CLUSTERS as usize],
-}
-
-/// References per cluster, in a window.
-struct Counts {
-    start: u64,
-    /// The first cluster that is not counted any more.
-    end: u64,
-    pages: BTreeMap<u64, Box<Page>>,
-}
-
-impl Counts {
-    fn new(start: u64) -> Self {
-        Self {
-            start,
-            end: u64::MAX,
-            pages: BTreeMap::new(),
-        }
-    }
-
-    fn add(&mut self, cluster: u64, references: u32, marks: u16) {
-        if cluster < self.start || cluster >= self.end {
-            return;
-        }
-        let page = self
-            .pages
-            .entry(cluster / PAGE_CLUSTERS)
-            .or_insert_with(|| {
-                Box::new(Page {
-                    references: [0; PAGE_CLUSTERS as usize],
-                    marks: [0; PAGE_CLUSTERS as usize],
-                })
-            });
-        let index = to_usize(cluster % PAGE_CLUSTERS);
-        page.references[index] = page.references[index].saturating_add(references);
-        page.marks[index] |= marks;
-        if self.pages.len() > MAX_PAGES
-            && let Some((last, _)) = self.pages.pop_last()
-        {
-            self.end = last * PAGE_CLUSTERS;
-        }
-    }
-
-    fn get(&self, cluster: u64) -> (u32, u16) {
-        let index = to_usize(cluster % PAGE_CLUSTERS);
-        self.pages
-            .get(&(cluster / PAGE_CLUSTERS))
-            .map_or((0, 0), |page| (page.references[index], page.marks[index]))
-    }
-
-    /// Every cluster with references, in order.
-    fn used(&self) -> impl Iterator<Item = (u64, u32, u16)> + '_ {
-        self.pages.iter().flat_map(|(page, counts)| {
-            let all = counts.references.iter().zip(&counts.marks).enumerate();
-            all.filter(|(_, (references, _))| **references > 0).map(
-                move |(index, (references, marks))| {
-                    (page * PAGE_CLUSTERS + to_u64(index), *references, *marks)
-                },
-            )
-        })
-    }
-}
-
 /// One walk over all tables.
 struct Walk<'a> {
     image: &'a Image<'a>,
@@ -603,6 +581,8 @@ struct Walk<'a> {
     report: &'a mut CheckReport,
     /// Only the first walk reports and counts what it sees on its way.
     first: bool,
+    /// Where the next cluster of the L2 table lies if it follows on the one before.
+    follows: Option<HostOffset>,
 }
 
 impl Walk<'_> {
@@ -629,9 +609,8 @@ impl Walk<'_> {
         if length == 0 {
             return;
         }
-        for cluster in at.0 >> bits..=(at.0 + length - 1) >> bits {
-            self.counts.add(cluster, references, marks);
-        }
+        let (first, last) = (at.0 >> bits, (at.0 + length - 1) >> bits);
+        self.counts.add(first, last - first + 1, references, marks);
     }
 
     fn report(&mut self, usage: Use, reason: impl FnOnce() -> String) {
@@ -643,19 +622,59 @@ impl Walk<'_> {
     fn l2_table(&mut self, table: &L2Table) -> Result<()> {
         let header = self.image.layer.header();
         let marks = table.active.map_or(0, |active| said(active.copied));
+        self.follows = None;
         let size = header.cluster_size.bytes();
         self.count(table.at, size, table.references, Use::L2Table.bit() | marks);
         let words = to_usize(header.cluster_size.words());
         let file = self.image.layer.file();
-        let table_words = file.read_words("an L2 table", table.at, words)?;
+        let words = file.read_words("an L2 table", table.at, words)?;
         let step = if header.extended_l2 { 2 } else { 1 };
-        for (index, entry) in table_words.chunks_exact(step).enumerate() {
-            let bitmap = entry.get(1).copied().unwrap_or(0);
-            if entry[0] != 0 || bitmap != 0 {
+        let mut index = 0;
+        while index < words.len() / step {
+            let entry = &words[index * step..];
+            let run = if step == 1 {
+                self.data_run(table, entry)
+            } else {
+                0
+            };
+            let bitmap = if step == 2 { entry[1] } else { 0 };
+            if run == 0 && (entry[0] != 0 || bitmap != 0) {
                 self.l2_entry(table, to_u64(index), entry[0], bitmap);
             }
+            index += run.max(1);
         }
         Ok(())
+    }
+
+    /// Counts entries of plain data that lie one after the other in the file, all at once, and says how
+    /// many there are; 0 where the first is something else, or anything is wrong with it.
+    fn data_run(&mut self, table: &L2Table, words: &[u64]) -> usize {
+        let header = self.image.layer.header();
+        let size = header.cluster_size.bytes();
+        let Ok(L2Entry::Whole {
+            state: Standard::Data,
+            host: Some(host),
+            copied,
+        }) = L2Entry::decode(header, words[0], 0)
+        else {
+            return 0;
+        };
+        if header.external_data.is_some() || header.cluster_size.offset_in(host.0) != 0 {
+            return 0;
+        }
+        // An entry is an offset and a flag, so the next cluster's entry is larger by its size.
+        let file_end = self.image.layer.file_length();
+        let most = file_end.saturating_sub(host.0) / size;
+        let follows = |(count, word): &(u64, &u64)| {
+            *count < most && Some(**word) == words[0].checked_add(count * size)
+        };
+        let run = (0..).zip(words).take_while(follows).count();
+        if run > 0 {
+            let marks = table.active.map_or(0, |_| said(copied)) | Use::Data.bit();
+            self.count(host, to_u64(run) * size, table.references, marks);
+            self.note_guest_clusters(table, host, to_u64(run));
+        }
+        run
     }
 
     fn l2_entry(&mut self, table: &L2Table, index: u64, word: u64, bitmap: u64) {
@@ -670,7 +689,7 @@ impl Walk<'_> {
                     self.report(Use::Compressed, || format!("{}, out of the file", place()));
                     return;
                 }
-                self.note_guest_cluster(table, true);
+                self.note_compressed_cluster(table);
                 let marks = Use::Compressed.bit();
                 self.count_in_file(HostOffset(start), length, table.references, marks);
             }
@@ -698,6 +717,9 @@ impl Walk<'_> {
 
     fn data(&mut self, table: &L2Table, index: u64, word: u64, data: (HostOffset, bool, u64)) {
         let (host, copied, needed) = data;
+        if self.image.layer.header().external_data.is_some() {
+            return self.external_data(table, index, word, (host, needed));
+        }
         let needed = needed.min(self.guest_bytes(table, index)).max(1);
         let placed = require_place(self.image.layer, "guest data", host, needed);
         if let Err(error) = placed {
@@ -707,19 +729,40 @@ impl Walk<'_> {
             });
             return;
         }
-        self.note_guest_cluster(table, false);
+        self.note_guest_clusters(table, host, 1);
         let marks = table.active.map_or(0, |_| said(copied)) | Use::Data.bit();
         let size = self.image.layer.cluster_size().bytes();
         self.count(host, size, table.references, marks);
+    }
+
+    /// A cluster in the data file has no refcount; it lies where the guest sees it.
+    fn external_data(&mut self, table: &L2Table, index: u64, word: u64, data: (HostOffset, u64)) {
+        let (host, needed) = data;
+        self.note_guest_clusters(table, host, 1);
+        let guest = table
+            .active
+            .map(|active| guest_start(self.image.layer, active, index));
+        let problem = if guest.is_some_and(|guest| guest != host.0) {
+            Some("it does not lie where the guest sees it".to_owned())
+        } else {
+            let needed = needed.min(self.guest_bytes(table, index));
+            let file = self.image.layer.external_data();
+            file.and_then(|file| file.require("guest data", host, needed).err())
+                .map(|error| error.to_string())
+        };
+        if let Some(problem) = problem {
+            self.report(Use::Data, || {
+                let at = table.at;
+                format!("entry {index} of the L2 table at {at} is {word:#x}: {problem}")
+            });
+        }
     }
 
     /// How many bytes of the cluster the guest can see; 0 where that is not known.
     fn guest_bytes(&self, table: &L2Table, index: u64) -> u64 {
         let header = self.image.layer.header();
         let Some(active) = table.active else { return 0 };
-        let start = u64::from(active.index)
-            .saturating_mul(header.l2_coverage())
-            .saturating_add(index << header.cluster_size.bits());
+        let start = guest_start(self.image.layer, active, index);
         header.virtual_size.saturating_sub(start)
     }
 
@@ -731,65 +774,117 @@ impl Walk<'_> {
         self.count(at, end - at.0, references, marks);
     }
 
-    fn note_guest_cluster(&mut self, table: &L2Table, compressed: bool) {
+    /// `count` clusters lie in the file from `host` on.
+    fn note_guest_clusters(&mut self, table: &L2Table, host: HostOffset, count: u64) {
+        if !self.first || table.active.is_none() {
+            return;
+        }
+        self.report.guest_clusters += count;
+        let apart = self.follows.is_some_and(|next| next != host);
+        self.report.fragmented_clusters += u64::from(apart);
+        let length = count.saturating_mul(self.image.layer.cluster_size().bytes());
+        self.follows = Some(HostOffset(host.0.saturating_add(length)));
+    }
+
+    fn note_compressed_cluster(&mut self, table: &L2Table) {
         if self.first && table.active.is_some() {
             self.report.guest_clusters += 1;
-            self.report.compressed_clusters += u64::from(compressed);
+            self.report.compressed_clusters += 1;
+            self.report.fragmented_clusters += 1;
         }
     }
 
     fn bitmap(&mut self, bitmap: &StoredBitmap) -> Result<()> {
-        let mut done = 0;
-        while done < u64::from(bitmap.table_entries) {
-            let count = STEP_WORDS.min(u64::from(bitmap.table_entries) - done);
-            let at = HostOffset(bitmap.table.0 + done * 8);
-            let file = self.image.layer.file();
-            for word in file.read_words("the table of a bitmap", at, to_usize(count))? {
-                self.bitmap_entry(word);
-            }
-            done += count;
-        }
-        Ok(())
+        let layer = self.image.layer;
+        layer.for_each_entry(bitmap, |_, word| {
+            self.bitmap_entry(word);
+            Ok(())
+        })
     }
 
     fn bitmap_entry(&mut self, word: u64) {
         let size = self.image.layer.cluster_size().bytes();
-        let at = HostOffset(word & BITMAP_OFFSET);
-        if word == at.0 && at.0 != 0 {
-            match require_place(self.image.layer, "the bits of a bitmap", at, 1) {
-                Ok(()) => self.count(at, size, 1, Use::BitmapData.bit()),
-                Err(error) => self.report(Use::BitmapData, || error.to_string()),
+        match TableEntry::decode(word) {
+            Some(TableEntry::Clear | TableEntry::Full) => {}
+            Some(TableEntry::Stored(at)) => {
+                match require_place(self.image.layer, "the bits of a bitmap", at, 1) {
+                    Ok(()) => self.count(at, size, 1, Use::BitmapData.bit()),
+                    Err(error) => self.report(Use::BitmapData, || error.to_string()),
+                }
             }
-        } else if word > 1 {
-            self.report(Use::BitmapData, || {
+            None => self.report(Use::BitmapData, || {
                 format!("a bitmap table entry is {word:#x}")
-            });
+            }),
         }
     }
+}
+
+/// Where the guest sees entry `index` of an active L2 table.
+fn guest_start(layer: &Layer, table: ActiveTable, index: u64) -> u64 {
+    let header = layer.header();
+    u64::from(table.index)
+        .saturating_mul(header.l2_coverage())
+        .saturating_add(index << header.cluster_size.bits())
 }
 
 fn said(copied: bool) -> u16 {
     if copied { SAID_ONE } else { SAID_NOT_ONE }
 }
 
-/// Holds the references of a window against the refcounts.
+/// Holds the references of a window against the refcounts, page by page.
 fn compare(image: &Image<'_>, counts: &Counts, report: &mut CheckReport) -> Result<()> {
-    let bits = image.layer.cluster_size().bits();
     let mut refcounts = Refcounts::new(image.layer, image.refcount_blocks.clone());
-    for (cluster, references, marks) in counts.used() {
+    let mut at = counts.start;
+    loop {
+        let next = [counts.next_page(at), refcounts.next_block(at)];
+        let Some(next) = next.into_iter().flatten().min() else {
+            return Ok(());
+        };
+        let first = next / PAGE_CLUSTERS * PAGE_CLUSTERS;
+        if first >= counts.end {
+            return Ok(());
+        }
+        compare_page(image, first, counts.page(first), &mut refcounts, report)?;
+        at = first.saturating_add(PAGE_CLUSTERS);
+    }
+}
+
+/// One page; most are alike throughout, in references and refcounts.
+fn compare_page(
+    image: &Image<'_>,
+    first: u64,
+    page: Option<&Page>,
+    refcounts: &mut Refcounts<'_>,
+    report: &mut CheckReport,
+) -> Result<()> {
+    let bits = image.layer.cluster_size().bits();
+    let none = Page::Alike(State::default());
+    let page = page.unwrap_or(&none);
+    if let Page::Alike(state) = page
+        && refcounts.alike(first, PAGE_CLUSTERS)? == Some(u64::from(state.references))
+        && !is_wrong(*state, u64::from(state.references))
+    {
+        if state.references > 0 {
+            report.used_clusters += PAGE_CLUSTERS;
+            report.image_end = HostOffset((first + PAGE_CLUSTERS) << bits);
+        }
+        return Ok(());
+    }
+    for index in 0..PAGE_CLUSTERS {
+        let cluster = first + index;
+        let state = page.get(to_usize(index));
         let refcount = refcounts.get(cluster)?;
         let place = HostOffset(cluster << bits);
-        report.used_clusters += 1;
-        report.image_end = HostOffset((cluster + 1) << bits);
-        compare_one(report, place, refcount, u64::from(references));
-        compare_marks(report, place, refcount, references, marks);
-    }
-    let end = counts.end.min(image.file_clusters());
-    refcounts.for_each_used(counts.start, end, |cluster, refcount| {
-        if counts.get(cluster).0 == 0 {
-            compare_one(report, HostOffset(cluster << bits), refcount, 0);
+        if state.references > 0 {
+            report.used_clusters += 1;
+            report.image_end = HostOffset((cluster + 1) << bits);
+            compare_one(report, place, refcount, u64::from(state.references));
+            compare_marks(report, place, refcount, state);
+        } else if cluster < image.file_clusters() {
+            compare_one(report, place, refcount, 0);
         }
-    })
+    }
+    Ok(())
 }
 
 fn compare_one(report: &mut CheckReport, cluster: HostOffset, refcount: u64, references: u64) {
@@ -808,24 +903,33 @@ fn compare_one(report: &mut CheckReport, cluster: HostOffset, refcount: u64, ref
     }
 }
 
-fn compare_marks(
-    report: &mut CheckReport,
-    cluster: HostOffset,
-    refcount: u64,
-    references: u32,
-    marks: u16,
-) {
-    let uses: Vec<Use> = USES.into_iter().filter(|u| marks & u.bit() != 0).collect();
-    let twice = references > 1 && uses.iter().any(|usage| !usage.shared());
-    if (marks & USE_BITS).count_ones() > 1 || twice {
-        report.add(Finding::Overlap { cluster, uses });
-    }
+/// Uses that exclude each other.
+fn overlaps(state: State) -> bool {
+    let uses = state.marks & USE_BITS;
+    uses.count_ones() > 1 || (state.references > 1 && uses & !SHARED_BITS != 0)
+}
+
+/// The active tables say something else of the refcount.
+fn wrongly_said(state: State, refcount: u64) -> bool {
     let wrong = if refcount == 1 {
         SAID_NOT_ONE
     } else {
         SAID_ONE
     };
-    if marks & wrong != 0 {
+    state.marks & wrong != 0
+}
+
+fn is_wrong(state: State, refcount: u64) -> bool {
+    overlaps(state) || wrongly_said(state, refcount)
+}
+
+fn compare_marks(report: &mut CheckReport, cluster: HostOffset, refcount: u64, state: State) {
+    if overlaps(state) {
+        let used = |usage: &Use| state.marks & usage.bit() != 0;
+        let uses = USES.into_iter().filter(used).collect();
+        report.add(Finding::Overlap { cluster, uses });
+    }
+    if wrongly_said(state, refcount) {
         report.add(Finding::WrongCopiedFlag { cluster, refcount });
     }
 }
@@ -833,19 +937,6 @@ fn compare_marks(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn counts_give_up_the_highest_clusters_when_room_ends_and_say_so() {
-        let mut counts = Counts::new(0);
-        for page in (0..=MAX_PAGES as u64).rev() {
-            counts.add(page * PAGE_CLUSTERS, 1, 0);
-        }
-        assert_eq!(counts.pages.len(), MAX_PAGES);
-        assert_eq!(counts.end, MAX_PAGES as u64 * PAGE_CLUSTERS);
-        counts.add(counts.end, 1, 0);
-        assert_eq!(counts.get(counts.end), (0, 0));
-        assert_eq!(counts.used().count(), MAX_PAGES);
-    }
 
     #[test]
     fn regions_that_overlap_in_any_way_are_not_taken() {

@@ -16,6 +16,12 @@ const MAX_SNAPSHOT_EXTRA_BYTES: u32 = 1024;
 const MAX_BITMAP_DIRECTORY_BYTES: u64 = 64 << 20;
 /// The most bitmaps.
 const MAX_BITMAPS: u32 = 65_535;
+/// The only type of bitmap there is.
+const DIRTY_BITMAP: u8 = 1;
+/// Bitmap flag: extra data that is not known may be ignored.
+const EXTRA_DATA_COMPATIBLE: u32 = 1 << 2;
+/// Bitmap flags that are known: in use, auto, extra data compatible.
+const BITMAP_FLAGS: u32 = 0b111;
 /// The most entries of a bitmap table.
 const MAX_BITMAP_TABLE_ENTRIES: u32 = 0x0800_0000;
 
@@ -34,6 +40,16 @@ pub struct InternalSnapshot {
     pub vm_state_bytes: u64,
     /// The virtual disk's length then, in bytes; `None` in old images, where it is the image's own.
     pub virtual_size: Option<u64>,
+    /// When it was made: seconds since 1970, UTC.
+    pub date_seconds: u32,
+    /// When it was made: nanoseconds within the second.
+    pub date_nanoseconds: u32,
+    /// How long the VM had run, in nanoseconds.
+    pub vm_clock_nanoseconds: u64,
+    /// How many instructions the VM had run, where that was kept.
+    pub icount: Option<u64>,
+    /// All extra data as it lies in the table, with what is not known here.
+    pub extra: Vec<u8>,
 }
 
 /// A persistent dirty bitmap.
@@ -51,6 +67,22 @@ pub struct StoredBitmap {
     pub auto: bool,
     /// One bit stands for `1 << granularity_bits` bytes.
     pub granularity_bits: u8,
+    /// All flags as they lie in the directory.
+    pub flags: u32,
+    /// The type: 1 is a dirty bitmap.
+    pub kind: u8,
+    /// Extra data as it lies in the directory; none is known today.
+    pub extra: Vec<u8>,
+}
+
+impl StoredBitmap {
+    /// Whether a program that does not know everything in the entry may still use the bitmap.
+    #[must_use]
+    pub fn is_known(&self) -> bool {
+        let known = self.flags & !BITMAP_FLAGS == 0;
+        let extra = self.extra.is_empty() || self.flags & EXTRA_DATA_COMPATIBLE != 0;
+        self.kind == DIRTY_BITMAP && known && extra
+    }
 }
 
 /// Entries of variable length, read one after the other.
@@ -199,6 +231,11 @@ fn snapshot(entries: &mut Entries<'_>) -> Result<InternalSnapshot> {
         name,
         vm_state_bytes: field(0).unwrap_or(u64::from(be_u32(&fixed[32..]))),
         virtual_size: field(8),
+        date_seconds: be_u32(&fixed[16..]),
+        date_nanoseconds: be_u32(&fixed[20..]),
+        vm_clock_nanoseconds: be_u64(&fixed[24..]),
+        icount: field(16).filter(|count| *count != u64::MAX),
+        extra,
     })
 }
 
@@ -212,7 +249,7 @@ fn bitmap(entries: &mut Entries<'_>) -> Result<StoredBitmap> {
     let flags = be_u32(&fixed[12..]);
     let name_length = u16::from_be_bytes([fixed[18], fixed[19]]);
     let extra_length = be_u32(&fixed[20..]);
-    entries.take(u64::from(extra_length))?;
+    let extra = entries.take(u64::from(extra_length))?;
     let name = entries.take(u64::from(name_length))?;
     entries.align();
     Ok(StoredBitmap {
@@ -222,6 +259,9 @@ fn bitmap(entries: &mut Entries<'_>) -> Result<StoredBitmap> {
         in_use: flags & 1 != 0,
         auto: flags & 2 != 0,
         granularity_bits: fixed[17],
+        flags,
+        kind: fixed[16],
+        extra,
     })
 }
 

@@ -9,11 +9,11 @@ use crate::units::HostOffset;
 /// Bit 63: the refcount of what the entry points to is exactly one.
 pub(crate) const COPIED: u64 = 1 << 63;
 /// Bit 62 of an L2 entry: the cluster is compressed.
-const COMPRESSED: u64 = 1 << 62;
+pub(crate) const COMPRESSED: u64 = 1 << 62;
 /// Bit 0 of an L2 entry: the cluster reads as zeros.
-const ZERO: u64 = 1;
+pub(crate) const ZERO: u64 = 1;
 /// Bits 9 to 55: an offset in the file.
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+pub(crate) const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// Bits of an L1 entry that are neither offset nor flag.
 const L1_RESERVED: u64 = !(OFFSET | COPIED);
 /// Bits of a standard L2 entry that are neither offset nor flag.
@@ -93,8 +93,10 @@ impl L2Entry {
             return Err("reserved bits are set");
         }
         let offset = HostOffset(word & OFFSET);
-        let host = (offset.0 != 0).then_some(offset);
         let copied = word & COPIED != 0;
+        // In a data file of its own, the first cluster of the disk lies at 0.
+        let at_zero = header.external_data.is_some() && copied;
+        let host = (offset.0 != 0 || at_zero).then_some(offset);
         if host.is_none() && copied {
             return Err("it is marked as allocated without an offset");
         }
@@ -126,6 +128,9 @@ impl L2Entry {
     }
 
     fn compressed(header: &Header, word: u64) -> Result<Self, Invalid> {
+        if header.external_data.is_some() {
+            return Err("a cluster in an external data file is compressed");
+        }
         if word & COPIED != 0 {
             return Err("a compressed cluster is marked as having refcount one");
         }
@@ -164,6 +169,11 @@ impl SubclusterBitmap {
             return Err("a subcluster has data, but the cluster has no offset");
         }
         Ok(bitmap)
+    }
+
+    /// The subclusters with data and those of zeros, a bit each, the first in bit 0.
+    pub fn parts(self) -> (u32, u32) {
+        (self.data, self.zero)
     }
 
     /// How many subclusters there are up to the last one with data.

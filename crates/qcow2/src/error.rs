@@ -52,7 +52,7 @@ pub enum Error {
         name: String,
     },
     /// The image is encrypted.
-    #[error("{}: the image is encrypted ({method}), which is not supported; decrypt it first", path.display())]
+    #[error("{}: the image is encrypted ({method}), which is not supported; decrypt it first, with `qemu-img convert` and its secret", path.display())]
     Encrypted {
         /// The file.
         path: PathBuf,
@@ -60,12 +60,56 @@ pub enum Error {
         method: String,
     },
     /// Guest data lies in another file.
-    #[error("{}: guest data lies in an external data file ({name}), which is not supported; convert the image first", path.display())]
+    #[error("{}: guest data lies in an external data file ({name}), which was not given; allow the image to name it, or name it yourself", path.display())]
     ExternalDataFile {
         /// The file.
         path: PathBuf,
         /// The data file's name as the header gives it.
         name: String,
+    },
+    /// A data file was given to an image that keeps its guest data itself.
+    #[error("{}: guest data lies in the image itself, not in {}; open it without a data file", path.display(), data.display())]
+    NoExternalData {
+        /// The file.
+        path: PathBuf,
+        /// The data file that was given.
+        data: PathBuf,
+    },
+    /// A name in an image is not followed.
+    #[error("{} names {name} as its {what}, which was not opened: {reason}", path.display())]
+    NotFollowed {
+        /// The image.
+        path: PathBuf,
+        /// What the name is for.
+        what: &'static str,
+        /// The name, as the image has it.
+        name: String,
+        /// Why, and what would change that.
+        reason: String,
+    },
+    /// The file is in a format that there is no reader for.
+    #[error("{}: the format {format} is not supported (raw and qcow2 are); convert it with `qemu-img convert`", path.display())]
+    UnknownFormat {
+        /// The file.
+        path: PathBuf,
+        /// The format, as it is named or as its content shows.
+        format: String,
+    },
+    /// A dirty bitmap was not saved when its image was last used, so it says nothing.
+    #[error("{}: the bitmap {name} is in use: it was not saved when the image was last used, so what changed is not known; remove it and make a full backup", path.display())]
+    BitmapInUse {
+        /// The file.
+        path: PathBuf,
+        /// The bitmap.
+        name: String,
+    },
+    /// A dirty bitmap cannot be expressed in the format.
+    #[error("the bitmap {name} cannot be: {reason}")]
+    InvalidBitmap {
+        /// The bitmap.
+        name: String,
+        /// Why not.
+        reason: String,
     },
     /// The image is marked corrupt, and its data cannot be trusted.
     #[error("{}: the image is marked corrupt; repair it with `qemu-img check -r all` or use another copy", path.display())]
@@ -162,6 +206,94 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// A change of the image was interrupted while its first cluster was being replaced.
+    #[error("{}: a change of this image was interrupted; run `stead img recover` on it, which finishes the change (nobody else can open the image before)", path.display())]
+    InProgress {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Another process has the image open.
+    #[error("{}: the image is in use by {holders}; nothing was changed", path.display())]
+    InUse {
+        /// The file.
+        path: PathBuf,
+        /// Who has it open.
+        holders: String,
+    },
+    /// The image is marked dirty, so its refcounts may be wrong.
+    #[error("{}: the image is marked dirty (its refcounts were not written when it was last used); repair it first; nothing was changed", path.display())]
+    MarkedDirty {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The image is damaged, and a change could make that worse.
+    #[error("{}: the image is damaged ({corruptions} findings, the first: {first}); repair it first; nothing was changed", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// How many findings besides leaks a check has.
+        corruptions: u64,
+        /// The first of them.
+        first: String,
+    },
+    /// What was asked for cannot be done with this image.
+    #[error("{}: {operation}: {reason}; nothing was changed", path.display())]
+    Refused {
+        /// The file.
+        path: PathBuf,
+        /// What was to be done.
+        operation: &'static str,
+        /// Why not.
+        reason: String,
+    },
+    /// A refcount would become larger than its width allows.
+    #[error("{}: the refcount of the cluster at {cluster} would become larger than {most}, the most that refcounts of {bits} bits can say; nothing was changed", path.display())]
+    RefcountOverflow {
+        /// The file.
+        path: PathBuf,
+        /// The cluster.
+        cluster: HostOffset,
+        /// The largest refcount.
+        most: u64,
+        /// The width of a refcount.
+        bits: u32,
+    },
+    /// There is not enough room for a change, or for a new file.
+    #[error("{}: {needed} bytes are needed, {available} are there; nothing was changed", path.display())]
+    NoRoom {
+        /// The file.
+        path: PathBuf,
+        /// The bytes that the change takes at its peak beyond what the file occupies, or that a new file needs.
+        needed: u64,
+        /// The bytes that are there.
+        available: u64,
+    },
+    /// The new state was written beside the old one and did not stand its proof.
+    #[error("{}: the new state is not whole ({reason}); it was not switched to, and the image is as it was", path.display())]
+    NotProven {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The system failed while the new state was being switched to.
+    #[error("{}: {action} failed while the new state was being switched to: {source}; the image is whole, as it was or as it was to be, or it says that it is in progress and `stead img recover` finishes it", path.display())]
+    Switch {
+        /// The file.
+        path: PathBuf,
+        /// What failed.
+        action: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A change in progress cannot be finished.
+    #[error("{}: the change in progress cannot be finished: {reason}; the image stays in progress", path.display())]
+    Unrecoverable {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+    },
     /// The image to be made cannot be expressed in the format.
     #[error("the image {} cannot be made: {reason}; nothing was written under its name", path.display())]
     InvalidImage {
@@ -169,6 +301,20 @@ pub enum Error {
         path: PathBuf,
         /// Why not.
         reason: String,
+    },
+    /// The caller wanted the operation to end.
+    #[error("{}: cancelled; a new file was not made, and an earlier one is as it was", path.display())]
+    Cancelled {
+        /// The file that was to be made.
+        path: PathBuf,
+    },
+    /// What was written is not what should have been written; the new file was thrown away.
+    #[error("the new image {} was read back and is not right: {found}; it was not kept, and the file system or memory may be faulty", path.display())]
+    NotVerified {
+        /// The file that was to be made.
+        path: PathBuf,
+        /// What is wrong.
+        found: String,
     },
 }
 

@@ -4,22 +4,33 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use stead_sys::readable;
+use stead_sys::storage::Storage;
 
 use crate::error::{Error, Result};
 use crate::header::to_u64;
 use crate::units::HostOffset;
 
+/// Where the bytes come from.
+#[derive(Debug, Clone)]
+enum Source {
+    File(Arc<File>),
+    Storage(Arc<dyn Storage>),
+}
+
 /// A file opened for reading, with the length it had then.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct ImageFile {
-    file: File,
+    source: Source,
     path: PathBuf,
     length: u64,
 }
 
 impl ImageFile {
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(|source| Error::io("open", path, source))?;
+        let file = readable::open(path).map_err(|source| Error::io("open", path, source))?;
         Self::new(file, path)
     }
 
@@ -30,14 +41,30 @@ impl ImageFile {
             .seek(SeekFrom::End(0))
             .map_err(|source| Error::io("find the length of", path, source))?;
         Ok(Self {
-            file,
+            source: Source::File(Arc::new(file)),
             path: path.to_owned(),
             length,
         })
     }
 
-    pub fn file(&self) -> &File {
-        &self.file
+    /// Takes a storage with the length that it has now; `path` is for texts.
+    pub fn on(storage: Arc<dyn Storage>, path: &Path) -> Result<Self> {
+        let length = storage
+            .len()
+            .map_err(|source| Error::io("find the length of", path, source))?;
+        Ok(Self {
+            source: Source::Storage(storage),
+            path: path.to_owned(),
+            length,
+        })
+    }
+
+    /// The file itself; `None` for another storage.
+    pub fn file(&self) -> Option<&File> {
+        match &self.source {
+            Source::File(file) => Some(file),
+            Source::Storage(_) => None,
+        }
     }
 
     pub fn path(&self) -> &Path {
@@ -46,6 +73,18 @@ impl ImageFile {
 
     pub fn length(&self) -> u64 {
         self.length
+    }
+
+    /// What the file takes on its file system, in bytes; of another storage, its length.
+    pub fn allocated_bytes(&self) -> Result<u64> {
+        use std::os::unix::fs::MetadataExt;
+        let Some(file) = self.file() else {
+            return Ok(self.length);
+        };
+        let metadata = file
+            .metadata()
+            .map_err(|source| Error::io("ask for", &self.path, source))?;
+        Ok(metadata.blocks().saturating_mul(512))
     }
 
     /// Whether `length` bytes at `at` lie in the file.
@@ -66,9 +105,11 @@ impl ImageFile {
     /// Fills `bytes` from `at`, or fails without a short read.
     pub fn read(&self, what: &'static str, at: HostOffset, bytes: &mut [u8]) -> Result<()> {
         self.require(what, at, to_u64(bytes.len()))?;
-        self.file
-            .read_exact_at(bytes, at.0)
-            .map_err(|source| Error::io("read", &self.path, source))
+        let read = match &self.source {
+            Source::File(file) => file.read_exact_at(bytes, at.0),
+            Source::Storage(storage) => storage.read_exact_at(bytes, at.0),
+        };
+        read.map_err(|source| Error::io("read", &self.path, source))
     }
 
     /// Reads a table of big-endian words. The caller has bounded `count`.

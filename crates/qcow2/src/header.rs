@@ -44,6 +44,8 @@ pub(crate) mod extension {
     pub const ENCRYPTION: u32 = 0x0537_be77;
     /// External data file name string.
     pub const EXTERNAL_DATA: u32 = 0x4441_5441;
+    /// Where the journal of a change in progress is; ours ("STJL").
+    pub const JOURNAL: u32 = 0x5354_4a4c;
 }
 
 /// Incompatible feature bits: a reader that does not know a set bit must not open the image.
@@ -58,12 +60,18 @@ pub(crate) mod incompatible {
     pub const COMPRESSION: u64 = 1 << 3;
     /// L2 entries have 16 bytes, and clusters 32 subclusters.
     pub const EXTENDED_L2: u64 = 1 << 4;
+    /// A change is in progress; ours, and only with the extension that says where its journal is.
+    pub const IN_PROGRESS: u64 = 1 << 63;
     /// All that are known here.
     pub const KNOWN: u64 = DIRTY | CORRUPT | EXTERNAL_DATA | COMPRESSION | EXTENDED_L2;
 }
 
 /// Auto-clear feature bit 0: the bitmaps extension is consistent.
 pub(crate) const AUTOCLEAR_BITMAPS: u64 = 1 << 0;
+/// Auto-clear feature bit 1: the external data file, read alone, is the guest's disk.
+pub(crate) const AUTOCLEAR_RAW_DATA: u64 = 1 << 1;
+/// Compatible feature bit 0: refcounts may be written late.
+const COMPATIBLE_LAZY_REFCOUNTS: u64 = 1 << 0;
 
 /// The header as it lies in the file, version 3 without additional fields.
 ///
@@ -161,13 +169,48 @@ pub struct BitmapsExtension {
     pub directory: HostOffset,
 }
 
-/// A header extension that is not known here, and may be ignored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A header extension that is not known here, and may be ignored; whoever writes the header again
+/// writes it as it was.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UnknownExtension {
     /// Its type.
     pub kind: u32,
-    /// Its data's length in bytes.
-    pub length: u32,
+    /// Its data, without the filling to a multiple of 8.
+    pub data: Vec<u8>,
+}
+
+/// How guest data is encrypted. It is recognised and never decrypted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Encryption {
+    /// QEMU's old AES-CBC method.
+    Aes,
+    /// LUKS version 1, with the header inside the image.
+    Luks {
+        /// Where the LUKS header starts.
+        header: HostOffset,
+        /// The header's length with its key material, in bytes.
+        header_bytes: u64,
+    },
+}
+
+impl Encryption {
+    /// The method's name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Aes => "AES",
+            Self::Luks { .. } => "LUKS",
+        }
+    }
+}
+
+/// The file that holds guest data in the place of the image. It is reported, never followed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExternalData {
+    /// The name, as written by whoever made the image; some images have none.
+    pub name: Option<Vec<u8>>,
+    /// The data file, read alone, is the guest's disk.
+    pub raw: bool,
 }
 
 /// A header that was decoded and found valid in itself; offsets are not yet held against the file.
@@ -214,7 +257,11 @@ pub struct Header {
     /// Where bitmaps are, when the extension is there; trust it only if
     /// [`Header::bitmaps_consistent`].
     pub bitmaps: Option<BitmapsExtension>,
-    /// Extensions that are not known here.
+    /// How guest data is encrypted, if it is.
+    pub encryption: Option<Encryption>,
+    /// The file with the guest data, where that is not the image itself.
+    pub external_data: Option<ExternalData>,
+    /// Extensions that are not known here, in the order in which they lie in the file.
     pub unknown_extensions: Vec<UnknownExtension>,
 }
 
@@ -223,6 +270,12 @@ impl Header {
     #[must_use]
     pub fn bitmaps_consistent(&self) -> bool {
         self.bitmaps.is_some() && self.autoclear & AUTOCLEAR_BITMAPS != 0
+    }
+
+    /// Whether refcounts may be written late, with the image marked dirty meanwhile.
+    #[must_use]
+    pub fn lazy_refcounts(&self) -> bool {
+        self.compatible & COMPATIBLE_LAZY_REFCOUNTS != 0
     }
 
     /// Bytes of one L2 entry: 8, or 16 with extended L2 entries.
@@ -257,9 +310,8 @@ impl Header {
     /// Decodes the first cluster of an image. `first` may be shorter where the file is.
     ///
     /// # Errors
-    /// When it is no qcow2 image, needs something that is not supported ([`Error::UnknownFeature`],
-    /// [`Error::Encrypted`], [`Error::ExternalDataFile`]), or a field is not valid. `path` is only
-    /// for the text.
+    /// When it is no qcow2 image, needs something that is not known ([`Error::UnknownFeature`], an
+    /// encryption method without a name), or a field is not valid. `path` is only for the text.
     pub fn decode(first: &[u8], path: &Path) -> Result<Self> {
         let (raw, cluster_size) = read_raw(first, path)?;
         let decoder = Decoder {
@@ -333,10 +385,10 @@ struct Decoder<'a> {
 #[derive(Default)]
 struct Extensions {
     backing_format: Option<Vec<u8>>,
-    external_data: Option<String>,
+    external_data: Option<Vec<u8>>,
     feature_names: Option<Vec<FeatureName>>,
     bitmaps: Option<BitmapsExtension>,
-    encryption: Option<()>,
+    encryption: Option<Encryption>,
     unknown: Vec<UnknownExtension>,
 }
 
@@ -345,8 +397,7 @@ impl Decoder<'_> {
         self.check_header_length()?;
         self.check_features()?;
         let extensions = self.extensions()?;
-        self.check_encryption()?;
-        self.check_external_data(&extensions)?;
+        let encryption = self.encryption(extensions.encryption)?;
         self.check_sizes()?;
         self.check_tables()?;
         let raw = &self.raw;
@@ -372,6 +423,11 @@ impl Decoder<'_> {
             backing: self.backing(extensions.backing_format)?,
             feature_names: extensions.feature_names.unwrap_or_default(),
             bitmaps: extensions.bitmaps,
+            encryption,
+            external_data: bit(incompatible::EXTERNAL_DATA).then(|| ExternalData {
+                name: extensions.external_data,
+                raw: raw.autoclear.get() & AUTOCLEAR_RAW_DATA != 0,
+            }),
             unknown_extensions: extensions.unknown,
         })
     }
@@ -445,12 +501,16 @@ impl Decoder<'_> {
             return Ok(());
         }
         let bit = unknown.trailing_zeros();
-        // The table of names is read for the text only: whatever the unknown feature changes, the
-        // worst that can come of it is a wrong name.
-        let names = match self.extensions() {
-            Ok(extensions) => extensions.feature_names.unwrap_or_default(),
-            Err(_unreadable) => Vec::new(),
-        };
+        // The extensions are read for the text only: whatever the unknown feature changes, the worst
+        // that can come of it is a wrong name.
+        let extensions = self.extensions().unwrap_or_default();
+        let journal = |extension: &UnknownExtension| extension.kind == extension::JOURNAL;
+        if unknown == incompatible::IN_PROGRESS && extensions.unknown.iter().any(journal) {
+            return Err(Error::InProgress {
+                path: self.path.to_owned(),
+            });
+        }
+        let names = extensions.feature_names.unwrap_or_default();
         let name = names
             .into_iter()
             .find(|name| name.kind == 0 && u32::from(name.bit) == bit)
@@ -462,28 +522,20 @@ impl Decoder<'_> {
         })
     }
 
-    fn check_encryption(&self) -> Result<()> {
-        let method = match self.raw.encryption.get() {
-            0 => return Ok(()),
-            1 => "AES".to_owned(),
-            2 => "LUKS".to_owned(),
-            other => format!("unknown method {other}"),
+    fn encryption(&self, luks: Option<Encryption>) -> Result<Option<Encryption>> {
+        let unusable = |method: String| {
+            Err(Error::Encrypted {
+                path: self.path.to_owned(),
+                method,
+            })
         };
-        Err(Error::Encrypted {
-            path: self.path.to_owned(),
-            method,
-        })
-    }
-
-    fn check_external_data(&self, extensions: &Extensions) -> Result<()> {
-        if self.raw.incompatible.get() & incompatible::EXTERNAL_DATA == 0 {
-            return Ok(());
+        match self.raw.encryption.get() {
+            0 => Ok(None),
+            1 => Ok(Some(Encryption::Aes)),
+            2 if luks.is_some() => Ok(luks),
+            2 => unusable("LUKS, without the place of its header".into()),
+            other => unusable(format!("unknown method {other}")),
         }
-        let name = extensions.external_data.clone();
-        Err(Error::ExternalDataFile {
-            path: self.path.to_owned(),
-            name: name.unwrap_or_else(|| "no name given".into()),
-        })
     }
 
     fn check_sizes(&self) -> Result<()> {
@@ -638,24 +690,22 @@ impl Decoder<'_> {
             )?;
             self.in_first_cluster("a header extension", at + 8, u64::from(length))?;
             let data = &self.first[start + 8..start + 8 + to_usize(u64::from(length))];
-            self.extension(&mut found, kind, length, data)?;
+            self.extension(&mut found, kind, data)?;
             at += 8 + u64::from(length).next_multiple_of(8);
         }
         Ok(found)
     }
 
-    fn extension(&self, found: &mut Extensions, kind: u32, length: u32, data: &[u8]) -> Result<()> {
+    fn extension(&self, found: &mut Extensions, kind: u32, data: &[u8]) -> Result<()> {
         let repeated = match kind {
             extension::BACKING_FORMAT => found.backing_format.replace(data.to_vec()).is_some(),
-            extension::EXTERNAL_DATA => {
-                let name = String::from_utf8_lossy(data).into_owned();
-                found.external_data.replace(name).is_some()
-            }
+            extension::EXTERNAL_DATA => found.external_data.replace(data.to_vec()).is_some(),
             extension::FEATURE_NAMES => found.feature_names.replace(feature_names(data)).is_some(),
             extension::BITMAPS => found.bitmaps.replace(self.bitmaps(data)?).is_some(),
-            extension::ENCRYPTION => found.encryption.replace(()).is_some(),
+            extension::ENCRYPTION => found.encryption.replace(self.luks(data)?).is_some(),
             _ => {
-                found.unknown.push(UnknownExtension { kind, length });
+                let data = data.to_vec();
+                found.unknown.push(UnknownExtension { kind, data });
                 false
             }
         };
@@ -665,6 +715,19 @@ impl Decoder<'_> {
             u64::from(kind),
             "each known type at most once",
         )
+    }
+
+    fn luks(&self, data: &[u8]) -> Result<Encryption> {
+        self.require(
+            data.len() == 16,
+            "encryption extension length",
+            to_u64(data.len()),
+            "16",
+        )?;
+        Ok(Encryption::Luks {
+            header: HostOffset(be_u64(data)),
+            header_bytes: be_u64(&data[8..]),
+        })
     }
 
     fn bitmaps(&self, data: &[u8]) -> Result<BitmapsExtension> {

@@ -7,12 +7,15 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use stead_sys::storage::Storage;
+
 use crate::cache::{SLICE_BYTES, Slice, SliceCache};
 use crate::decompress::decompress;
+use crate::directory::InternalSnapshot;
 use crate::entry::{CompressedCluster, L1Entry, L2Entry, SUBCLUSTERS, Standard};
 use crate::error::{Error, Result};
 use crate::file::ImageFile;
-use crate::header::{Header, V3_HEADER_BYTES, to_u64, to_usize};
+use crate::header::{Header, SECTOR_BYTES, V3_HEADER_BYTES, to_u64, to_usize};
 use crate::units::{ClusterSize, GuestOffset, HostOffset};
 
 /// What one layer says about a range of the virtual disk.
@@ -65,14 +68,26 @@ impl Extent {
 /// The last cluster that was decompressed.
 type Decompressed = Option<(HostOffset, Arc<[u8]>)>;
 
-/// A qcow2 image, open for reading. Usable from several threads.
+/// What every view of one file shares.
 #[derive(Debug)]
-pub struct Layer {
+struct Shared {
     file: ImageFile,
+    /// Where guest data lies, when that is another file; `None` also when it was not opened.
+    data: Option<ImageFile>,
     header: Header,
-    l1: Vec<u64>,
+    active_l1: Arc<[u64]>,
     slices: SliceCache,
     decompressed: Mutex<Decompressed>,
+}
+
+/// A qcow2 image, open for reading: its active state, or one of its internal snapshots
+/// ([`Layer::view_of`]). Usable from several threads.
+#[derive(Debug)]
+pub struct Layer {
+    shared: Arc<Shared>,
+    l1: Arc<[u64]>,
+    virtual_size: u64,
+    vm_state_bytes: u64,
 }
 
 impl Layer {
@@ -81,8 +96,9 @@ impl Layer {
     /// An image that is marked dirty or corrupt opens; see [`Header::dirty`], [`Header::corrupt`].
     ///
     /// # Errors
-    /// When it cannot be read, is no qcow2 image, needs something that is not supported, or its
-    /// header or L1 table are not valid.
+    /// When it cannot be read, is no qcow2 image, needs something that is not supported, its guest data
+    /// cannot be read from it ([`Error::Encrypted`], [`Error::ExternalDataFile`]), or its header or L1
+    /// table are not valid.
     pub fn open(path: &Path) -> Result<Self> {
         Self::from_image_file(ImageFile::open(path)?)
     }
@@ -95,56 +111,280 @@ impl Layer {
         Self::from_image_file(ImageFile::new(file, path)?)
     }
 
+    /// As [`Layer::open`], with the guest data in the file at `data`, as the header must say.
+    ///
+    /// # Errors
+    /// As [`Layer::open`]; [`Error::NoExternalData`] when the image keeps guest data itself.
+    pub fn open_with_data(path: &Path, data: &Path) -> Result<Self> {
+        let layer = Self::inspect(path)?.with_data(ImageFile::open(data)?)?;
+        layer.require_readable()?;
+        Ok(layer)
+    }
+
+    pub(crate) fn inspect_image(file: ImageFile) -> Result<Self> {
+        Self::new(file)
+    }
+
+    /// The same layer with its guest data. No view was made of it yet.
+    pub(crate) fn with_data(self, data: ImageFile) -> Result<Self> {
+        let path = self.path().to_owned();
+        let Some(shared) = Arc::into_inner(self.shared) else {
+            unreachable!("a layer that was just opened has no other view");
+        };
+        if shared.header.external_data.is_none() {
+            let data = data.path().to_owned();
+            return Err(Error::NoExternalData { path, data });
+        }
+        let shared = Arc::new(Shared {
+            data: Some(data),
+            ..shared
+        });
+        Ok(Self { shared, ..self })
+    }
+
+    /// Opens the image at `path` for what needs no guest data: its header, its directories and
+    /// [`check`](crate::check()). Encrypted images and those with an external data file open, too;
+    /// reading guest data from them is refused.
+    ///
+    /// # Errors
+    /// As [`Layer::open`], but for what is said above.
+    pub fn inspect(path: &Path) -> Result<Self> {
+        Self::new(ImageFile::open(path)?)
+    }
+
+    /// As [`Layer::inspect`], from an open file; `path` is only for texts.
+    ///
+    /// # Errors
+    /// As [`Layer::inspect`].
+    pub fn inspect_file(file: File, path: &Path) -> Result<Self> {
+        Self::new(ImageFile::new(file, path)?)
+    }
+
+    /// As [`Layer::open`], from a storage; `path` is only for texts.
+    ///
+    /// # Errors
+    /// As [`Layer::open`].
+    pub fn from_storage(storage: Arc<dyn Storage>, path: &Path) -> Result<Self> {
+        Self::from_image_file(ImageFile::on(storage, path)?)
+    }
+
     fn from_image_file(file: ImageFile) -> Result<Self> {
+        let layer = Self::new(file)?;
+        layer.require_readable()?;
+        Ok(layer)
+    }
+
+    fn new(file: ImageFile) -> Result<Self> {
         let header = read_header(&file)?;
+        Self::with_header(file, header)
+    }
+
+    /// Opens the image in `file` as if `header` stood at its start.
+    pub(crate) fn with_header(file: ImageFile, header: Header) -> Result<Self> {
         check_refcount_table(&file, &header)?;
         let entries = to_usize(u64::from(header.l1_entries));
         let l1 = file.read_words("the L1 table", header.l1_table, entries)?;
+        let l1: Arc<[u64]> = l1.into();
         let layer = Self {
-            file,
-            header,
-            l1,
-            slices: SliceCache::default(),
-            decompressed: Mutex::new(None),
+            l1: Arc::clone(&l1),
+            virtual_size: header.virtual_size,
+            vm_state_bytes: 0,
+            shared: Arc::new(Shared {
+                file,
+                data: None,
+                header,
+                active_l1: l1,
+                slices: SliceCache::default(),
+                decompressed: Mutex::new(None),
+            }),
         };
         layer.check_l1()?;
         Ok(layer)
     }
 
+    /// Guest data can be read: it is not encrypted, and not in a file that was not opened.
+    pub(crate) fn require_readable(&self) -> Result<()> {
+        let path = self.path().to_owned();
+        if let Some(method) = self.header().encryption {
+            let method = method.name().to_owned();
+            return Err(Error::Encrypted { path, method });
+        }
+        match &self.header().external_data {
+            Some(data) if self.shared.data.is_none() => Err(Error::ExternalDataFile {
+                path,
+                name: data.name.as_deref().map_or_else(
+                    || "no name given".into(),
+                    |name| String::from_utf8_lossy(name).into_owned(),
+                ),
+            }),
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    /// The disk as it was when `snapshot` was made: same file, its own tables and length.
+    ///
+    /// Only guest data differs: [`Layer::header`], the directories and [`check`](crate::check()) are those
+    /// of the whole image. Tables are cached once for all views.
+    ///
+    /// # Errors
+    /// When the internal snapshot's L1 table cannot be read or is not valid, or is too short for its
+    /// disk.
+    pub fn view_of(&self, snapshot: &InternalSnapshot) -> Result<Self> {
+        let virtual_size = snapshot.virtual_size.unwrap_or(self.header().virtual_size);
+        self.check_snapshot_size(snapshot, virtual_size)?;
+        let what = "the L1 table of an internal snapshot";
+        self.require_cluster(what, snapshot.l1_table, snapshot.l1_bytes())?;
+        let entries = to_usize(u64::from(snapshot.l1_entries));
+        let file = &self.shared.file;
+        let l1 = file.read_words(what, snapshot.l1_table, entries)?;
+        let layer = Self {
+            shared: Arc::clone(&self.shared),
+            l1: l1.into(),
+            virtual_size,
+            vm_state_bytes: snapshot.vm_state_bytes,
+        };
+        layer.check_l1()?;
+        Ok(layer)
+    }
+
+    fn check_snapshot_size(&self, snapshot: &InternalSnapshot, size: u64) -> Result<()> {
+        let invalid = |field, found, expected: String| {
+            Err(Error::InvalidField {
+                path: self.path().to_owned(),
+                field,
+                found,
+                expected,
+            })
+        };
+        if !size.is_multiple_of(SECTOR_BYTES) || size > i64::MAX.unsigned_abs() {
+            let expected = "a multiple of 512 below 2^63".into();
+            return invalid("snapshot disk size", size, expected);
+        }
+        let coverage = self.header().l2_coverage();
+        let needed = size
+            .div_ceil(coverage)
+            .saturating_add(snapshot.vm_state_bytes.div_ceil(coverage));
+        let found = u64::from(snapshot.l1_entries);
+        if found < needed {
+            let expected = format!("at least {needed} for its disk and VM state");
+            return invalid("snapshot l1_size", found, expected);
+        }
+        Ok(())
+    }
+
+    /// How many bytes of VM state this view has: 0 for the active state, and for an internal snapshot
+    /// of a disk alone.
+    #[must_use]
+    pub fn vm_state_bytes(&self) -> u64 {
+        self.vm_state_bytes
+    }
+
+    /// Reads VM state from `offset` on. It lies in the view's tables behind the disk's last table.
+    ///
+    /// # Errors
+    /// When the range is not in the VM state, or a table or cluster on the way is not valid.
+    pub fn read_vm_state(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
+        let length = to_u64(bytes.len());
+        let end = offset.checked_add(length);
+        if end.is_none_or(|end| end > self.vm_state_bytes) {
+            return Err(Error::OutOfDisk {
+                start: GuestOffset(offset),
+                length,
+                disk_length: self.vm_state_bytes,
+            });
+        }
+        let coverage = self.header().l2_coverage();
+        let start = self.virtual_size.div_ceil(coverage) * coverage;
+        let (mut at, mut rest) = (start + offset, bytes);
+        while !rest.is_empty() {
+            let limit = at + to_u64(rest.len());
+            let extent = self.status_within(at, limit, false)?.extent;
+            let (here, behind) = rest.split_at_mut(to_usize(extent.length));
+            self.read_extent(extent.kind, here)?;
+            (at, rest) = (extent.end(), behind);
+        }
+        Ok(())
+    }
+
+    fn read_extent(&self, kind: ExtentKind, bytes: &mut [u8]) -> Result<()> {
+        match kind {
+            ExtentKind::Data(place) => self.read_data(place, bytes),
+            ExtentKind::Compressed { cluster, skip } => self.read_compressed(cluster, skip, bytes),
+            ExtentKind::Zero | ExtentKind::Unallocated => {
+                bytes.fill(0);
+                Ok(())
+            }
+        }
+    }
+
     /// The decoded header.
     #[must_use]
     pub fn header(&self) -> &Header {
-        &self.header
+        &self.shared.header
     }
 
     /// The file's path, as it was given.
     #[must_use]
     pub fn path(&self) -> &Path {
-        self.file.path()
+        self.shared.file.path()
     }
 
-    /// The virtual disk's length in bytes.
+    /// The virtual disk's length in bytes, in this view.
     #[must_use]
     pub fn virtual_size(&self) -> u64 {
-        self.header.virtual_size
+        self.virtual_size
     }
 
     /// The cluster size.
     #[must_use]
     pub fn cluster_size(&self) -> ClusterSize {
-        self.header.cluster_size
+        self.shared.header.cluster_size
     }
 
     /// The file's length in bytes, when it was opened.
     #[must_use]
     pub fn file_length(&self) -> u64 {
-        self.file.length()
+        self.shared.file.length()
+    }
+
+    /// The file that [`ExtentKind::Data`] points into: the image itself, or its external data file.
+    ///
+    /// # Errors
+    /// When guest data is encrypted or in a file that was not opened, or lies in another storage than a file.
+    pub fn data_file(&self) -> Result<&File> {
+        self.require_readable()?;
+        self.data().file().ok_or_else(|| {
+            let source = std::io::ErrorKind::Unsupported.into();
+            Error::io("use as a file", self.data().path(), source)
+        })
+    }
+
+    /// The path of [`Layer::data_file`], as it was given.
+    #[must_use]
+    pub fn data_path(&self) -> &Path {
+        self.data().path()
+    }
+
+    /// The image itself, or its external data file.
+    pub(crate) fn data(&self) -> &ImageFile {
+        self.shared.data.as_ref().unwrap_or(&self.shared.file)
     }
 
     pub(crate) fn file(&self) -> &ImageFile {
-        &self.file
+        &self.shared.file
     }
 
+    /// The external data file, when there is one and it was opened.
+    pub(crate) fn external_data(&self) -> Option<&ImageFile> {
+        self.shared.data.as_ref()
+    }
+
+    /// The L1 table of the active state, whatever this is a view of.
+    pub(crate) fn active_l1(&self) -> &[u64] {
+        &self.shared.active_l1
+    }
+
+    /// The L1 table of this view.
     pub(crate) fn l1(&self) -> &[u64] {
         &self.l1
     }
@@ -165,10 +405,16 @@ impl Layer {
                 disk_length: self.virtual_size(),
             });
         }
-        let index = at.0 / self.header.l2_coverage();
+        Ok(self.status_within(at.0, self.virtual_size, false)?.extent)
+    }
+
+    /// As [`Layer::extent_at`], up to `limit`, which the L1 table covers; with the room that the file keeps
+    /// for bytes that are not data. When `exact`, pieces are joined only if that room is joined, too.
+    pub(crate) fn status_within(&self, at: u64, limit: u64, exact: bool) -> Result<Status> {
+        let index = at / self.header().l2_coverage();
         match self.l1_entry(index)? {
-            None => self.unallocated_run(at, index),
-            Some(entry) => self.extent_in_table(at, entry),
+            None => Ok(self.unallocated_run(at, index, limit)),
+            Some(entry) => self.status_in_table(at, entry, limit, exact),
         }
     }
 
@@ -187,7 +433,8 @@ impl Layer {
 
     /// Reads bytes of a [`ExtentKind::Data`] extent.
     pub(crate) fn read_data(&self, at: HostOffset, bytes: &mut [u8]) -> Result<()> {
-        self.file.read("guest data", at, bytes)
+        self.require_readable()?;
+        self.data().read("guest data", at, bytes)
     }
 
     /// Reads bytes of a compressed cluster, `skip` bytes into it.
@@ -197,6 +444,7 @@ impl Layer {
         skip: u64,
         bytes: &mut [u8],
     ) -> Result<()> {
+        self.require_readable()?;
         let whole = self.decompressed(cluster)?;
         let skip = to_usize(skip);
         bytes.copy_from_slice(&whole[skip..skip + bytes.len()]);
@@ -210,12 +458,12 @@ impl Layer {
             return Ok(Arc::clone(whole));
         }
         let mut whole = vec![0; self.cluster_size().buffer_len()];
-        let there = self.file.length().saturating_sub(cluster.host.0);
+        let file = &self.shared.file;
+        let there = file.length().saturating_sub(cluster.host.0);
         let length = cluster.max_length.min(there);
         let mut compressed = vec![0; to_usize(length)];
-        self.file
-            .read("a compressed cluster", cluster.host, &mut compressed)?;
-        let method = self.header.compression;
+        file.read("a compressed cluster", cluster.host, &mut compressed)?;
+        let method = self.header().compression;
         decompress(method, &compressed, &mut whole).map_err(|reason| Error::Decompress {
             path: self.path().to_owned(),
             method: method.name(),
@@ -228,7 +476,8 @@ impl Layer {
     }
 
     fn last_decompressed(&self) -> std::sync::MutexGuard<'_, Decompressed> {
-        self.decompressed
+        self.shared
+            .decompressed
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
@@ -252,7 +501,7 @@ impl Layer {
 
     fn l1_entry(&self, index: u64) -> Result<Option<L1Entry>> {
         let word = self.l1[to_usize(index)];
-        let guest = GuestOffset(index.saturating_mul(self.header.l2_coverage()));
+        let guest = GuestOffset(index.saturating_mul(self.header().l2_coverage()));
         let entry = L1Entry::decode(word)
             .map_err(|reason| self.invalid_entry("L1 entry", guest, word, reason))?;
         if let Some(entry) = entry {
@@ -286,50 +535,55 @@ impl Layer {
                 at,
             });
         }
-        self.file.require(what, at, length)
+        self.shared.file.require(what, at, length)
     }
 
-    /// From `at` to where the next L2 table begins, or the disk ends.
-    fn unallocated_run(&self, at: GuestOffset, index: u64) -> Result<Extent> {
-        let coverage = self.header.l2_coverage();
+    /// From `at` to where the next L2 table begins, or `limit`.
+    fn unallocated_run(&self, at: u64, index: u64, limit: u64) -> Status {
+        let coverage = self.header().l2_coverage();
         let rest = &self.l1[to_usize(index)..];
         let empty = rest.iter().take_while(|word| **word == 0).count();
         // An entry may be only a flag without an offset: then it is one empty table.
         let empty = to_u64(empty.max(1));
         let end = (index + empty).saturating_mul(coverage);
-        Ok(Extent {
-            start: at,
-            length: end.min(self.virtual_size()) - at.0,
-            kind: ExtentKind::Unallocated,
-        })
+        Status {
+            extent: Extent {
+                start: GuestOffset(at),
+                length: end.min(limit) - at,
+                kind: ExtentKind::Unallocated,
+            },
+            kept: None,
+        }
     }
 
-    fn extent_in_table(&self, at: GuestOffset, entry: L1Entry) -> Result<Extent> {
+    fn status_in_table(&self, at: u64, entry: L1Entry, limit: u64, exact: bool) -> Result<Status> {
         let view = self.slice_for(at, entry)?;
-        let mut extent = self.piece(&view, at)?;
-        let end = view.end.min(self.virtual_size());
-        while extent.end() < end {
+        let mut status = self.piece(&view, at, limit)?;
+        let end = view.end.min(limit);
+        while status.extent.end() < end {
             // An invalid entry behind this extent is reported when it is asked for.
-            let Ok(next) = self.piece(&view, GuestOffset(extent.end())) else {
+            let Ok(next) = self.piece(&view, status.extent.end(), limit) else {
                 break;
             };
-            if !extent.continues_with(&next.kind) {
+            let goes_on = status.extent.continues_with(&next.extent.kind);
+            if !goes_on || (exact && !status.room_continues_with(&next)) {
                 break;
             }
-            extent.length += next.length;
+            status.extent.length += next.extent.length;
         }
-        Ok(extent)
+        Ok(status)
     }
 
-    fn slice_for(&self, at: GuestOffset, entry: L1Entry) -> Result<SliceView> {
+    fn slice_for(&self, at: u64, entry: L1Entry) -> Result<SliceView> {
         let slice_bytes = SLICE_BYTES.min(self.cluster_size().bytes());
-        let per_slice = slice_bytes / self.header.l2_entry_bytes();
-        let cluster = at.0 >> self.cluster_size().bits();
-        let in_table = cluster % self.header.l2_entries();
+        let per_slice = slice_bytes / self.header().l2_entry_bytes();
+        let cluster = at >> self.cluster_size().bits();
+        let in_table = cluster % self.header().l2_entries();
         let slice_index = in_table / per_slice;
         let place = HostOffset(entry.table.0 + slice_index * slice_bytes);
-        let words = self.slices.get(place, || {
-            self.file
+        let words = self.shared.slices.get(place, || {
+            self.shared
+                .file
                 .read_words("an L2 table", place, to_usize(slice_bytes / 8))
         })?;
         let first_cluster = cluster - in_table % per_slice;
@@ -341,44 +595,73 @@ impl Layer {
         })
     }
 
-    /// What one entry, or one run of like subclusters in it, says from `at` on.
-    fn piece(&self, view: &SliceView, at: GuestOffset) -> Result<Extent> {
+    /// What one entry, or one run of like subclusters in it, says from `at` on, up to `limit`.
+    fn piece(&self, view: &SliceView, at: u64, limit: u64) -> Result<Status> {
         let size = self.cluster_size();
         let (word, bitmap) = self.words(view, at);
-        let entry = L2Entry::decode(&self.header, word, bitmap)
-            .map_err(|reason| self.invalid_entry("L2 entry", at, word, reason))?;
-        let within = size.offset_in(at.0);
-        let (kind, end) = match entry {
-            L2Entry::Compressed(cluster) => {
-                self.file.require("a compressed cluster", cluster.host, 1)?;
-                let skip = within;
-                (ExtentKind::Compressed { cluster, skip }, size.bytes())
-            }
-            L2Entry::Whole { state, host, .. } => (kind_of(state, host, within), size.bytes()),
+        let entry = L2Entry::decode(self.header(), word, bitmap)
+            .map_err(|reason| self.invalid_entry("L2 entry", GuestOffset(at), word, reason))?;
+        let within = size.offset_in(at);
+        let (state, host, end) = match entry {
+            L2Entry::Compressed(cluster) => return self.compressed_piece(cluster, at, limit),
+            L2Entry::Whole { state, host, .. } => (state, host, size.bytes()),
             L2Entry::Sub { bitmap, host, .. } => {
                 let sub = size.bytes() / SUBCLUSTERS;
                 let first = within / sub;
                 let state = bitmap.state(first);
                 let like = (first..SUBCLUSTERS).take_while(|index| bitmap.state(*index) == state);
-                let count = to_u64(like.count());
-                (kind_of(state, host, within), (first + count) * sub)
+                (state, host, (first + to_u64(like.count())) * sub)
             }
         };
-        let length = (end - within).min(self.virtual_size() - at.0);
+        let length = (end - within).min(limit - at);
+        let kind = kind_of(state, host, within);
         if let ExtentKind::Data(place) = kind {
-            let cluster = HostOffset(place.0 - within);
-            self.require_cluster("guest data", cluster, within + length)?;
+            self.require_data(HostOffset(place.0 - within), within + length)?;
         }
-        Ok(Extent {
-            start: at,
-            length,
-            kind,
+        let room = host.map(|host| HostOffset(host.0 + within));
+        Ok(Status {
+            extent: Extent {
+                start: GuestOffset(at),
+                length,
+                kind,
+            },
+            kept: room.filter(|_| state != Standard::Data),
         })
     }
 
-    fn words(&self, view: &SliceView, at: GuestOffset) -> (u64, u64) {
-        let index = to_usize((at.0 - view.start) >> self.cluster_size().bits());
-        if self.header.extended_l2 {
+    fn compressed_piece(&self, cluster: CompressedCluster, at: u64, limit: u64) -> Result<Status> {
+        let file = &self.shared.file;
+        file.require("a compressed cluster", cluster.host, 1)?;
+        let skip = self.cluster_size().offset_in(at);
+        Ok(Status {
+            extent: Extent {
+                start: GuestOffset(at),
+                length: (self.cluster_size().bytes() - skip).min(limit - at),
+                kind: ExtentKind::Compressed { cluster, skip },
+            },
+            kept: None,
+        })
+    }
+
+    /// The first `length` bytes of the data cluster at `at` lie in the file that holds guest data. Where that
+    /// file was not opened, only the place is checked.
+    fn require_data(&self, at: HostOffset, length: u64) -> Result<()> {
+        if self.header().external_data.is_some() && self.shared.data.is_none() {
+            return self.require_cluster(
+                "guest data",
+                HostOffset(self.cluster_size().offset_in(at.0)),
+                0,
+            );
+        }
+        if self.cluster_size().offset_in(at.0) != 0 {
+            return self.require_cluster("guest data", at, length);
+        }
+        self.data().require("guest data", at, length)
+    }
+
+    fn words(&self, view: &SliceView, at: u64) -> (u64, u64) {
+        let index = to_usize((at - view.start) >> self.cluster_size().bits());
+        if self.header().extended_l2 {
             (view.words[index * 2], view.words[index * 2 + 1])
         } else {
             (view.words[index], 0)
@@ -392,6 +675,22 @@ fn kind_of(state: Standard, host: Option<HostOffset>, within: u64) -> ExtentKind
         (Standard::Data, None) => unreachable!("the entry was decoded, so data has an offset"),
         (Standard::Zero, _) => ExtentKind::Zero,
         (Standard::Unallocated, _) => ExtentKind::Unallocated,
+    }
+}
+
+/// An extent, and the room that the file keeps for it when it is not data.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Status {
+    pub extent: Extent,
+    pub kept: Option<HostOffset>,
+}
+
+impl Status {
+    fn room_continues_with(&self, next: &Self) -> bool {
+        let expected = self
+            .kept
+            .map(|here| here.0.saturating_add(self.extent.length));
+        expected == next.kept.map(|there| there.0)
     }
 }
 

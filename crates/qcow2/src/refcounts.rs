@@ -46,6 +46,12 @@ struct Piece {
     bytes: Vec<u8>,
 }
 
+impl Piece {
+    fn holds(&self, cluster: u64) -> bool {
+        (self.first_cluster..self.first_cluster + self.count).contains(&cluster)
+    }
+}
+
 impl<'a> Refcounts<'a> {
     /// `blocks` has the block of each table entry, without those that cannot be read.
     pub fn new(layer: &'a Layer, blocks: Vec<Option<HostOffset>>) -> Self {
@@ -56,12 +62,33 @@ impl<'a> Refcounts<'a> {
         }
     }
 
+    /// All refcounts that can be read; what cannot be is left out, as a reader does.
+    pub fn of(layer: &'a Layer) -> Result<Self> {
+        let header = layer.header();
+        let length = u64::from(header.refcount_table_clusters) * header.cluster_size.bytes();
+        let there = layer.file_length().saturating_sub(header.refcount_table.0);
+        let words = to_usize(length.min(there) / 8);
+        let table = layer
+            .file()
+            .read_words("the refcount table", header.refcount_table, words)?;
+        let block = |word| match TableEntry::decode(word) {
+            TableEntry::Block(at) => {
+                let size = header.cluster_size.bytes();
+                let placed = layer.file().require("a refcount block", at, size);
+                placed.is_ok().then_some(at)
+            }
+            TableEntry::None | TableEntry::Reserved => None,
+        };
+        Ok(Self::new(layer, table.into_iter().map(block).collect()))
+    }
+
     /// The refcount of a cluster; 0 where there is no block. Cheap when asked in ascending order.
     pub fn get(&mut self, cluster: u64) -> Result<u64> {
-        let held = |piece: &Piece| {
-            (piece.first_cluster..piece.first_cluster + piece.count).contains(&cluster)
-        };
-        if !self.piece.as_ref().is_some_and(held) {
+        if !self
+            .piece
+            .as_ref()
+            .is_some_and(|piece| piece.holds(cluster))
+        {
             self.piece = self.read_piece(cluster)?;
         }
         let Some(piece) = &self.piece else {
@@ -72,6 +99,38 @@ impl<'a> Refcounts<'a> {
             cluster - piece.first_cluster,
             self.layer.header().refcount_order,
         ))
+    }
+
+    /// The refcount that `count` clusters from `first` on have, if they have all the same and it can be told
+    /// at a glance.
+    pub fn alike(&mut self, first: u64, count: u64) -> Result<Option<u64>> {
+        let order = self.layer.header().refcount_order;
+        let per_block = self.layer.header().refcounts_per_block();
+        if order < 3
+            || first % pieces(self.layer.header()).1 + count > pieces(self.layer.header()).1
+        {
+            return Ok(None);
+        }
+        let refcount = self.get(first)?;
+        let Some(piece) = self.piece.as_ref().filter(|piece| piece.holds(first)) else {
+            let block = usize::try_from(first / per_block).ok();
+            let none = block.is_none_or(|block| self.blocks.get(block).is_none_or(Option::is_none));
+            return Ok(none.then_some(0));
+        };
+        let width = 1_usize << (order - 3);
+        let start = to_usize(first - piece.first_cluster) * width;
+        let bytes = &piece.bytes[start..start + to_usize(count) * width];
+        // All are like the one before.
+        let alike = bytes[width..] == bytes[..bytes.len() - width];
+        Ok(alike.then_some(refcount))
+    }
+
+    /// The first cluster at or after `from` that has a refcount block.
+    pub fn next_block(&self, from: u64) -> Option<u64> {
+        let per_block = self.layer.header().refcounts_per_block();
+        let first = usize::try_from(from / per_block).ok()?;
+        let ahead = self.blocks.get(first..)?.iter().position(Option::is_some)?;
+        Some((to_u64(first + ahead) * per_block).max(from))
     }
 
     /// Calls `each` for every cluster in ascending order whose refcount is not 0, from `from` to `end`.
@@ -131,13 +190,13 @@ impl<'a> Refcounts<'a> {
 }
 
 /// Bytes and refcounts of a piece.
-fn pieces(header: &Header) -> (u64, u64) {
+pub(crate) fn pieces(header: &Header) -> (u64, u64) {
     let bytes = PIECE_BYTES.min(header.cluster_size.bytes());
     (bytes, (bytes * 8) >> header.refcount_order)
 }
 
 /// Refcount `index` of a block; below a byte, the lowest bits come first.
-fn read_refcount(block: &[u8], index: u64, order: u32) -> u64 {
+pub(crate) fn read_refcount(block: &[u8], index: u64, order: u32) -> u64 {
     if order < 3 {
         let bit = index << order;
         let byte = u64::from(block[to_usize(bit / 8)]);
@@ -150,9 +209,55 @@ fn read_refcount(block: &[u8], index: u64, order: u32) -> u64 {
     block[at..at + width].iter().fold(0, be)
 }
 
+/// Sets refcount `index` of a block; `value` fits the width.
+pub(crate) fn write_refcount(block: &mut [u8], index: u64, order: u32, value: u64) {
+    assert!(value <= most_references(order), "a refcount that fits");
+    if order < 3 {
+        let bit = index << order;
+        let shift = bit % 8;
+        let byte = &mut block[to_usize(bit / 8)];
+        let mask = most_references(order) << shift;
+        let [kept, new] = [u64::from(*byte) & !mask, value << shift];
+        *byte = (kept | new).to_le_bytes()[0];
+        return;
+    }
+    let width = 1_usize << (order - 3);
+    let at = to_usize(index) * width;
+    block[at..at + width].copy_from_slice(&value.to_be_bytes()[8 - width..]);
+}
+
+/// The largest refcount of `1 << order` bits.
+pub(crate) fn most_references(order: u32) -> u64 {
+    u64::MAX >> (64 - (1_u32 << order))
+}
+
 #[cfg(test)]
 mod tests {
-    use super::read_refcount;
+    use super::{most_references, read_refcount, write_refcount};
+
+    #[test]
+    fn a_refcount_of_every_width_is_read_back_as_written_and_its_neighbours_stay() {
+        for order in 0..=6 {
+            let count = (64 * 8) >> order;
+            for index in [0, 1, count / 2, count - 1] {
+                for filling in [0, 0xff] {
+                    let mut block = [filling; 64];
+                    for value in [most_references(order), 1, 0] {
+                        write_refcount(&mut block, index, order, value);
+                        assert_eq!(read_refcount(&block, index, order), value);
+                        for other in (0..count).filter(|other| *other != index) {
+                            let expected = if filling == 0 {
+                                0
+                            } else {
+                                most_references(order)
+                            };
+                            assert_eq!(read_refcount(&block, other, order), expected);
+                        }
+                    }
+                }
+            }
+        }
+    }
 
     #[test]
     fn refcounts_of_every_width_are_read_as_the_format_lays_them_out() {

@@ -3,12 +3,14 @@
 
 use std::fmt;
 
+use serde::Serialize;
+
 /// A byte offset in the virtual disk, as the guest sees it.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct GuestOffset(pub u64);
 
 /// A byte offset in the image file.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct HostOffset(pub u64);
 
 impl fmt::Display for GuestOffset {

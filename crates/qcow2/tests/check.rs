@@ -9,7 +9,7 @@ use std::process::Command;
 
 use images::{Random, make_chain};
 use serde_json::Value;
-use stead_qcow2::{CheckReport, Error, Finding, Layer, LayerFormat, Use, check};
+use stead_qcow2::{CheckReport, Error, Finding, Layer, LayerFormat, Note, Use, check};
 
 fn seeds(theme: u64) -> Range<u64> {
     let count = std::env::var("STEAD_SEEDS")
@@ -431,4 +431,192 @@ fn a_checked_image_is_not_written() {
     let before = std::fs::read(&path).expect("read");
     assert_eq!(our_check(&path).expect("a readable image").leaks, 1);
     assert!(std::fs::read(&path).expect("read") == before);
+}
+
+fn notes(path: &Path) -> Vec<Note> {
+    let report = our_check(path).expect("a readable image");
+    assert!(report.is_safe(), "{:?}", report.findings);
+    report.notes
+}
+
+fn io(path: &Path, commands: &[&str]) {
+    let commands = commands.iter().flat_map(|command| ["-c", command]);
+    let path = path.to_str().expect("temp paths are text");
+    let args: Vec<String> = commands.chain([path]).map(str::to_owned).collect();
+    images::run("qemu-io", &args);
+}
+
+/// An overlay with an internal snapshot over 8 MiB of data in its base, flattened by `qemu-img`.
+fn hollowed(dir: &Path, options: &str, before: &[&str], after: &[&str]) -> std::path::PathBuf {
+    let [base, top] = ["base", "top"].map(|name| dir.join(name));
+    let (base_name, top_name) = (base.display(), top.display());
+    images::sh(&format!("qemu-img create -q -f qcow2 {base_name} 64M"));
+    io(&base, &["write -P 170 0 8M"]);
+    images::sh(&format!(
+        "qemu-img create -q -f qcow2 {options} -b {base_name} -F qcow2 {top_name}"
+    ));
+    io(&top, before);
+    images::sh(&format!("qemu-img snapshot -c cp {top_name}"));
+    io(&top, after);
+    assert_eq!(notes(&top), [], "nothing is lost yet");
+    let words = ["rebase", "-b", "", top.to_str().expect("text")];
+    images::run("qemu-img", &words.map(str::to_owned));
+    top
+}
+
+/// Runs of clusters are counted at once, and pages that are alike are held against refcounts at a glance:
+/// that must give what counting one by one gives.
+#[test]
+fn a_large_preallocated_image_is_counted_exactly_and_one_wrong_refcount_in_it_is_found() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    for options in [
+        "cluster_size=64k",
+        "cluster_size=2M,refcount_bits=64",
+        "cluster_size=16k,refcount_bits=1",
+    ] {
+        let path = dir.path().join(options.replace([',', '='], "-"));
+        let name = path.display();
+        images::sh(&format!(
+            "qemu-img create -q -f qcow2 -o preallocation=metadata,{options} {name} 3G"
+        ));
+        let ours = our_check(&path).expect("a good image");
+        assert!(ours.is_clean(), "{:?}", ours.findings);
+        let theirs = qemu_check(&path).expect("a good image");
+        assert_eq!(ours.guest_clusters, number(&theirs, "allocated-clusters"));
+        assert_eq!(ours.image_end.0, number(&theirs, "image-end-offset"));
+        assert_eq!(ours.used_clusters, ours.file_clusters);
+        let layer = Layer::open(&path).expect("open");
+        let mut table = [0; 8];
+        let file = std::fs::File::open(&path).expect("open");
+        file.read_exact_at(&mut table, layer.header().refcount_table.0)
+            .expect("read");
+        put(&path, u64::from_be_bytes(table) + 300, &[0x55]);
+        let wrong = our_check(&path).expect("a readable image");
+        assert!(!wrong.is_safe() || wrong.leaks > 0, "{options}");
+        assert!(wrong.findings.len() <= 16, "{:?}", wrong.findings);
+    }
+}
+
+#[test]
+fn an_internal_snapshot_whose_table_is_too_short_for_its_disk_is_found() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let path = simple(dir.path());
+    images::sh(&format!("qemu-img snapshot -c s {}", path.display()));
+    assert_eq!(notes(&path), []);
+    let table = Anatomy::of(&path).word(64);
+    put(&path, table + 48, &(1_u64 << 40).to_be_bytes());
+    let report = our_check(&path).expect("a readable image");
+    let [Finding::Unusable { usage, reason }] = &report.findings[..] else {
+        panic!("{:?}", report.findings)
+    };
+    assert_eq!(*usage, Use::SnapshotL1Table);
+    assert!(reason.contains("at least"), "{reason}");
+}
+
+/// The internal snapshot reads zeros where it read data of the base, and QEMU's check is content.
+#[test]
+fn an_internal_snapshot_hollowed_by_a_flatten_is_told_as_a_possible_loss() {
+    for options in ["", "-o cluster_size=4k", "-o extended_l2=on"] {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let path = hollowed(
+            dir.path(),
+            options,
+            &["write -P 1 1M 64k"],
+            &["write -P 2 2M 64k"],
+        );
+        let theirs = qemu_check(&path).expect("a readable image");
+        assert_eq!(number(&theirs, "corruptions") + number(&theirs, "leaks"), 0);
+        let [
+            Note::PossibleLoss {
+                id,
+                name,
+                missing_bytes,
+                diverged_bytes,
+                incomplete,
+            },
+        ] = &notes(&path)[..]
+        else {
+            panic!("{:?}", notes(&path))
+        };
+        assert_eq!((id.as_str(), name.as_str()), ("1", "cp"));
+        assert_eq!(
+            (*missing_bytes, *diverged_bytes, *incomplete),
+            ((8 << 20) - (64 << 10), 0, false)
+        );
+        // What both have and what is not the same is told, too.
+        io(&path, &["write -P 3 1M 64k"]);
+        let after = notes(&path);
+        let told = matches!(
+            &after[..],
+            [Note::PossibleLoss {
+                diverged_bytes: 65_536,
+                ..
+            }]
+        );
+        assert!(told, "{after:?}");
+        assert!(after[0].to_string().contains("possible loss"));
+    }
+}
+
+#[test]
+fn bitmaps_that_say_nothing_or_do_not_fit_are_told() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let path = dir.path().join("image");
+    let name = path.display();
+    images::sh(&format!(
+        "qemu-img create -q -f qcow2 -o cluster_size=512 {name} 1M"
+    ));
+    images::sh(&format!("qemu-img bitmap --add -g 65536 {name} b0"));
+    io(&path, &["write 0 64k"]);
+    assert_eq!(notes(&path), []);
+    let layer = Layer::open(&path).expect("open");
+    let stored = layer.stored_bitmaps().expect("a good directory");
+    let directory = layer.header().bitmaps.expect("there").directory.0;
+    let anatomy = Anatomy::of(&path);
+    let bits = anatomy.offset(stored[0].table.0);
+    assert_ne!(bits, 0, "the bits are stored");
+    let b0 = || "b0".to_owned();
+    let changed = |at: u64, bytes: &[u8]| {
+        let place = usize::try_from(at).expect("fits");
+        let before = anatomy.bytes[place..place + bytes.len()].to_vec();
+        put(&path, at, bytes);
+        let report = our_check(&path).expect("a readable image");
+        put(&path, at, &before);
+        report
+    };
+    assert_eq!(
+        changed(bits + 100, &[1]).notes,
+        [Note::BitmapTailBits { name: b0() }]
+    );
+    assert_eq!(
+        changed(directory + 15, &[3]).notes,
+        [Note::BitmapInUse { name: b0() }]
+    );
+    assert_eq!(
+        changed(directory + 16, &[9]).notes,
+        [Note::UnknownBitmap { name: b0() }]
+    );
+    let untrusted = changed(95, &[0]);
+    assert_eq!(untrusted.notes, [Note::BitmapsNotTrusted { count: 1 }]);
+    assert!(untrusted.leaks > 0, "their clusters belong to nobody");
+    assert_eq!(changed(95, &[3]).notes, [Note::NoDataFile]);
+    for wrong in [changed(directory + 17, &[5]), changed(directory + 11, &[2])] {
+        let found = wrong.findings.iter().any(|finding| {
+            matches!(
+                finding,
+                Finding::Unusable {
+                    usage: Use::BitmapTable,
+                    ..
+                }
+            )
+        });
+        assert!(found && !wrong.is_safe(), "{:?}", wrong.findings);
+    }
+    images::sh(&format!("qemu-img bitmap --remove {name} b0"));
+    put(&path, 95, &[1]);
+    assert_eq!(notes(&path), [Note::NoBitmaps]);
+    let report = our_check(&path).expect("readable");
+    let json = serde_json::to_value(&report).expect("JSON");
+    assert_eq!(json["notes"][0]["note"], "no-bitmaps");
+    assert_eq!(json["leaks"], 0);
 }

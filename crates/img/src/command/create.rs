@@ -1,0 +1,185 @@
+//! `create`: an empty image.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use stead_qcow2::{Control, create};
+
+use stead_sys::signal;
+
+use crate::command::Command;
+use crate::common::{self, FORMAT, OBJECT, QUIET};
+use crate::console::Console;
+use crate::create_options::{self, Given};
+use crate::failure::{Failure, Outcome};
+use crate::format::Format;
+use crate::getopt::{Opt, Parsed};
+use crate::keyval;
+use crate::new_image;
+use crate::reference;
+use crate::target;
+
+pub(crate) const COMMAND: Command = Command {
+    name: "create",
+    about: "Make an empty image",
+    usage: "[-f FMT] [-o OPTIONS] [-b BACKING [-F BACKING_FMT]] [-u] [-q] FILE [SIZE]",
+    help: "The file appears when it is whole and on the disk. An image that is in use is not replaced.\n\n\
+           \x20 -f, --format FMT           raw (the default) or qcow2\n\
+           \x20 -o, --options LIST         options of the format, key=value,…; -o help lists them\n\
+           \x20 -b, --backing FILE         the image below; its name is kept as given, and starts in the folder of FILE\n\
+           \x20 -F, -B, --backing-format   the format of the image below\n\
+           \x20 -u, --backing-unsafe       do not look at the image below\n\
+           \x20 -q, --quiet                print nothing\n\n\
+           SIZE may be left out where there is an image below.\n\n\
+           Example:\n  {program} create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2\n",
+    opts: &[
+        FORMAT,
+        OBJECT,
+        Opt::value("options", "o", &["options"]),
+        Opt::value("backing", "b", &["backing"]),
+        Opt::value("backing-format", "FB", &["backing-format"]),
+        Opt::flag("unsafe", "u", &["backing-unsafe"]),
+        QUIET,
+    ],
+    run,
+    last_is_operand: false,
+};
+
+fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
+    let lists = common::lists(parsed, "options")?;
+    if lists.iter().any(|list| keyval::asks_for_help(list)) {
+        console.print(&options_help(parsed)?)?;
+        return Ok(0);
+    }
+    let (name, size) = operands(parsed, console.program())?;
+    let size = size.map(|text| common::size(&text.to_string_lossy(), "image size"));
+    let size = size.transpose()?;
+    common::objects(parsed)?;
+    let shown = name.to_string_lossy().into_owned();
+    let cannot = |why: String| failure(&shown, &why);
+    let given = options(parsed, &lists, name, size).map_err(cannot)?;
+    if !parsed.has("quiet") {
+        console.line(&given.formatting(&shown))?;
+    }
+    let path = reference::plain_path(name).unwrap_or_else(|_empty| PathBuf::new());
+    make(&path, &given).map_err(cannot)?;
+    Ok(0)
+}
+
+/// The first line is about the file; what follows stands below.
+fn failure(name: &str, why: &str) -> Failure {
+    let (first, more) = why.split_once('\n').unwrap_or((why, ""));
+    Failure::new(format!("{name}: {first}")).with_more(more)
+}
+
+fn options_help(parsed: &Parsed) -> Outcome<String> {
+    let format = common::text(parsed, FORMAT.id).unwrap_or_else(|| "raw".into());
+    let known = Format::by_name(&format);
+    let known = known.ok_or_else(|| Failure::new(format!("Unknown file format '{format}'")))?;
+    Ok(create_options::help(known, !parsed.operands.is_empty()))
+}
+
+fn operands<'a>(parsed: &'a Parsed, program: &str) -> Outcome<(&'a OsStr, Option<&'a OsStr>)> {
+    match parsed.operands.as_slice() {
+        [] => Err(Failure::usage(program, "Expecting image file name")),
+        [name] => Ok((name, None)),
+        [name, size] => Ok((name, Some(size))),
+        [_, _, more, ..] => {
+            let more = more.to_string_lossy();
+            let text = format!("Unexpected argument: {more}");
+            Err(Failure::usage(program, text))
+        }
+    }
+}
+
+/// All options with what `-b`, `-F`, the size and the image below add.
+fn options(
+    parsed: &Parsed,
+    lists: &[String],
+    name: &OsStr,
+    size: Option<u64>,
+) -> Result<Given, String> {
+    let format = common::text(parsed, FORMAT.id).unwrap_or_else(|| "raw".into());
+    let format =
+        Format::by_name(&format).ok_or_else(|| format!("Unknown file format '{format}'"))?;
+    let path = match name.is_empty() {
+        true => PathBuf::new(),
+        false => reference::plain_path(name)?,
+    };
+    let mut given = Given::parse(format, lists)?;
+    add_backing(&mut given, parsed, format)?;
+    let backing = given.get("backing_file").map(ToOwned::to_owned);
+    if let Some(backing) = &backing {
+        if backing.is_empty() {
+            return Err("Expected backing file name, got empty string".into());
+        }
+        if Path::new(backing) == path {
+            return Err(
+                "Error: Trying to create an image with the same filename as the backing file"
+                    .into(),
+            );
+        }
+    }
+    if size.is_some() && given.size().is_some() {
+        return Err("The image size must be specified only once".into());
+    }
+    if let Some(size) = size {
+        given.set("size", &size.to_string())?;
+    }
+    let below = match backing.filter(|_| !parsed.has("unsafe")) {
+        Some(backing) => Some(size_below(&path, &backing, given.get("backing_fmt"))?),
+        None => None,
+    };
+    if given.get("backing_file").is_some() && given.get("backing_fmt").is_none() {
+        return Err("Backing file specified without backing format".into());
+    }
+    match (given.size(), below) {
+        (Some(_), _) => {}
+        (None, Some(below)) => given.set("size", &below.to_string())?,
+        (None, None) => return Err("Image creation needs a size parameter".into()),
+    }
+    Ok(given)
+}
+
+fn add_backing(given: &mut Given, parsed: &Parsed, format: Format) -> Result<(), String> {
+    for (id, option, what) in [
+        ("backing", "backing_file", "Backing file"),
+        ("backing-format", "backing_fmt", "Backing file format"),
+    ] {
+        let Some(value) = common::text(parsed, id) else {
+            continue;
+        };
+        if !given.knows(option) {
+            return Err(format!("{what} not supported for file format '{format}'"));
+        }
+        given.set(option, &value)?;
+    }
+    Ok(())
+}
+
+/// The length of the disk below, in bytes.
+fn size_below(image: &Path, name: &str, format: Option<&str>) -> Result<u64, String> {
+    let below = new_image::below(image, name, format);
+    let below = below.map_err(|why| format!("{why}\nCould not open backing image."))?;
+    if format.is_none() {
+        let detected = below.1;
+        return Err(format!(
+            "Backing file specified without backing format\nDetected format of {detected}."
+        ));
+    }
+    Ok(below.0.len())
+}
+
+fn make(path: &Path, given: &Given) -> Result<(), String> {
+    let format = given.new_format()?;
+    let size = given.size().unwrap_or(0);
+    let disk = size.checked_next_multiple_of(512);
+    let disk = disk.ok_or("Could not resize image: Image size cannot be negative")?;
+    let place = target::place(path)?;
+    let control = Control {
+        cancel: signal::note_stop().ok(),
+        progress: None,
+    };
+    let made = create(&place.target, &format, disk, &control);
+    made.map(drop).map_err(|error| new_image::words(&error))
+}

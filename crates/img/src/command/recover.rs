@@ -1,0 +1,43 @@
+//! `recover`: finishes a change that was interrupted.
+
+use serde_json::json;
+use stead_qcow2::edit::{Recovery, recover};
+
+use crate::command::Command;
+use crate::common::{self, FORMAT, IMAGE_OPTS, OBJECT, QUIET};
+use crate::console::Console;
+use crate::failure::{Failure, Outcome};
+use crate::getopt::Parsed;
+use crate::json;
+use crate::report::JSON;
+
+pub(crate) const COMMAND: Command = Command {
+    name: "recover",
+    about: "Finish a change that was interrupted",
+    usage: "[--image-opts] [-q] [--json] FILE",
+    help: "An image whose change was cut off at its last step says that it is in progress and is refused by every\n\
+           other command, also by QEMU's. This finishes the change; where there is none, nothing is done.\n\n\
+           \x20     --image-opts      FILE is an option string\n\
+           \x20     --json            say as JSON what was done\n\
+           \x20 -q, --quiet           print nothing\n\n\
+           Example:\n  {program} recover disk.qcow2\n",
+    opts: &[FORMAT, OBJECT, IMAGE_OPTS, QUIET, JSON],
+    run,
+    last_is_operand: false,
+};
+
+fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
+    let name = common::one_operand(parsed, console.program())?;
+    let image = common::image(parsed, name, FORMAT.id)?;
+    let done = recover(&image.path).map_err(|error| Failure::open(&image.given, &error))?;
+    let (outcome, text) = match done {
+        Recovery::NothingToDo => ("nothing-to-do", "No change was in progress."),
+        Recovery::Finished => ("done", "The change is finished; the image is whole."),
+    };
+    if parsed.has(JSON.id) {
+        console.line(&json::pretty(&json!({ "outcome": outcome }))?)?;
+    } else if !parsed.has(QUIET.id) {
+        console.line(text)?;
+    }
+    Ok(0)
+}

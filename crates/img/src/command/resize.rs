@@ -1,0 +1,214 @@
+//! `resize`: another length for a virtual disk.
+
+use stead_qcow2::edit::Editor;
+use stead_qcow2::{Chain, Error, Preallocation, ops};
+
+use crate::command::Command;
+use crate::common::{self, FORMAT, IMAGE_OPTS, OBJECT, QUIET};
+use crate::console::Console;
+use crate::create_options::{self, size_words};
+use crate::editing;
+use crate::failure::{Failure, Outcome, system_words};
+use crate::format::Format;
+use crate::getopt::{Opt, Parsed};
+use crate::new_image;
+use crate::opened;
+use crate::raw_length::RawFile;
+use crate::reference::Reference;
+use crate::report::{self, DRY_RUN, JSON};
+use crate::size::{self, BadSize, MAX_SIZE};
+
+pub(crate) const COMMAND: Command = Command {
+    name: "resize",
+    about: "Give a virtual disk another length",
+    usage: "[-f FMT | --image-opts] [--preallocation MODE] [--shrink] [-q] [--dry-run] [--json] FILE [+|-]SIZE",
+    help: "A qcow2 image is changed in one step: after an error or a crash it is as it was, or done. Bitmaps stay true,\n\
+           internal snapshots keep their length. What is added reads as zeros.\n\n\
+           \x20 -f, --format FMT      raw or qcow2; else the file's first bytes tell\n\
+           \x20     --image-opts      FILE is an option string\n\
+           \x20     --preallocation   off, or for raw disks falloc or full: take the room of what is added\n\
+           \x20     --shrink          allow to lose what lies beyond the new end\n\
+           \x20     --dry-run         only say how much room it takes\n\
+           \x20     --json            say as JSON what was done\n\
+           \x20 -q, --quiet           print nothing\n\n\
+           Example:\n  {program} resize disk.qcow2 +10G\n",
+    opts: &[
+        FORMAT,
+        OBJECT,
+        IMAGE_OPTS,
+        Opt::value("preallocation", "", &["preallocation"]),
+        Opt::flag("shrink", "", &["shrink"]),
+        QUIET,
+        DRY_RUN,
+        JSON,
+    ],
+    run,
+    last_is_operand: true,
+};
+
+/// The text at the end.
+const DONE: &str = "Image resized.";
+
+fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
+    let mode = mode(parsed)?;
+    let [name, size] = parsed.operands.as_slice() else {
+        let text = "Expecting image file name and size";
+        return Err(Failure::usage(console.program(), text));
+    };
+    let change = Change::parse(&size.to_string_lossy())?;
+    let image = common::image(parsed, name, FORMAT.id)?;
+    match editing::format(&image, console)? {
+        Format::Raw => raw(parsed, &image, change, mode, console)?,
+        Format::Qcow2 => qcow2(parsed, &image, change, mode, console)?,
+    }
+    Ok(0)
+}
+
+fn mode(parsed: &Parsed) -> Outcome<Preallocation> {
+    let Some(name) = common::text(parsed, "preallocation") else {
+        return Ok(Preallocation::Off);
+    };
+    let mode = create_options::preallocation(&name);
+    mode.ok_or_else(|| Failure::new(format!("Invalid preallocation mode '{name}'")))
+}
+
+/// What the user wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Change {
+    To(u64),
+    Longer(u64),
+    Shorter(u64),
+}
+
+impl Change {
+    fn parse(text: &str) -> Outcome<Self> {
+        let (kind, number): (fn(u64) -> Self, &str) =
+            match (text.strip_prefix('+'), text.strip_prefix('-')) {
+                (Some(number), _) => (Self::Longer, number),
+                (_, Some(number)) => (Self::Shorter, number),
+                (None, None) => (Self::To, text),
+            };
+        match size::parse(number) {
+            Ok(bytes) => Ok(kind(bytes)),
+            Err(BadSize::Range) => Err(Failure::new(format!(
+                "Value '{number}' is out of range for parameter 'size'"
+            ))),
+            Err(BadSize::Syntax) => {
+                let words = size_words("size");
+                let (first, more) = words.split_once('\n').unwrap_or((&words, ""));
+                Err(Failure::new(first).with_more(more))
+            }
+        }
+    }
+
+    /// The length that a disk of `old` bytes gets.
+    fn of(self, old: u64) -> Outcome<u64> {
+        let new = match self {
+            Self::To(bytes) => Some(bytes),
+            Self::Longer(bytes) => old.checked_add(bytes),
+            Self::Shorter(bytes) => old.checked_sub(bytes),
+        };
+        let possible = new.filter(|new| (1..=MAX_SIZE).contains(new));
+        possible.ok_or_else(|| Failure::new("New image size must be positive"))
+    }
+}
+
+fn check_shrink(parsed: &Parsed, old: u64, new: u64) -> Outcome<()> {
+    if new >= old || parsed.has("shrink") {
+        return Ok(());
+    }
+    Err(Failure::new(
+        "Use the --shrink option to perform a shrink operation.\n\
+         warning: what lies beyond the new end would be lost",
+    ))
+}
+
+fn raw(
+    parsed: &Parsed,
+    image: &Reference,
+    change: Change,
+    mode: Preallocation,
+    console: &mut Console,
+) -> Outcome<()> {
+    let file = RawFile::open(&image.path).map_err(|why| opened::not_open(image, &why))?;
+    let old = file
+        .length()
+        .map_err(|error| Failure::new(system_words(&error)))?;
+    // A raw disk has whole sectors.
+    let new = change.of(old.next_multiple_of(512))?;
+    check_shrink(parsed, old, new)?;
+    if mode == Preallocation::Metadata {
+        return Err(Failure::new("Unsupported preallocation mode: metadata"));
+    }
+    if parsed.has(DRY_RUN.id) {
+        return console.line(&format!("the file would have {new} bytes"));
+    }
+    file.resize(new, mode).map_err(|error| {
+        let why = system_words(&error);
+        Failure::new(format!(
+            "Failed to resize: {why}; the file has its old length"
+        ))
+    })?;
+    match parsed.has(QUIET.id) {
+        true => Ok(()),
+        false => console.line(DONE),
+    }
+}
+
+fn qcow2(
+    parsed: &Parsed,
+    image: &Reference,
+    change: Change,
+    mode: Preallocation,
+    console: &mut Console,
+) -> Outcome<()> {
+    let mut editor = editing::editor(image)?;
+    let old = editor.layer().virtual_size();
+    let new = change.of(old)?;
+    check_shrink(parsed, old, new)?;
+    if !new.is_multiple_of(512) {
+        return Err(Failure::new("The new size must be a multiple of 512"));
+    }
+    if mode != Preallocation::Off {
+        return Err(Failure::new(
+            "--preallocation of qcow2 images is not supported yet; nothing was changed",
+        ));
+    }
+    let below = below(image, &editor)?;
+    let cannot = |error: Error| Failure::new(error.to_string());
+    if parsed.has(DRY_RUN.id) {
+        let plan = editor.plan(|edit| edit.resize(new, below.as_ref()));
+        return report::planned(parsed, &plan.map_err(cannot)?, console);
+    }
+    let done = ops::resize::resize(&mut editor, new, below.as_ref()).map_err(cannot)?;
+    report::done(parsed, &done, DONE, console)
+}
+
+/// The disk below: what is added must not show it.
+fn below(image: &Reference, editor: &Editor) -> Outcome<Option<Chain>> {
+    let Some(backing) = &editor.layer().header().backing else {
+        return Ok(None);
+    };
+    let name = String::from_utf8_lossy(&backing.name);
+    let format = backing.format.as_deref().map(String::from_utf8_lossy);
+    let opened = new_image::below(&image.path, &name, format.as_deref());
+    let (chain, _) = opened
+        .map_err(|why| opened::not_open(image, &format!("Could not open backing file: {why}")))?;
+    Ok(Some(chain))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_absolute_or_added_or_taken_away() {
+        let of = |text: &str| Change::parse(text).and_then(|change| change.of(1 << 20));
+        assert_eq!(of("2M").expect("good"), 2 << 20);
+        assert_eq!(of("+1M").expect("good"), 2 << 20);
+        assert_eq!(of("-512k").expect("good"), 512 << 10);
+        for bad in ["-1M", "-2M", "0", "8E", "x", "", "+", "--", "16E"] {
+            assert!(of(bad).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,265 @@
+//! Guest data of the old state that is overwritten, and the journal that makes it safe.
+//!
+//! ```text
+//! bytes        field
+//! 0–7          "STEADJNL"
+//! 8–11, 12–15  version (1), number of layers
+//! 16–23        number of ranges
+//! 24–31        length of the first cluster
+//! 32–39        the file's length afterwards
+//! ..           each layer: format (0 raw, 1 qcow2), path length, file length (8 bytes), BLAKE3 of its first
+//!              64 KiB (32 bytes), path
+//! ..           the first cluster of the new state
+//! ..           each range: guest offset, host offset, length
+//! ```
+//! Numbers are big-endian. The journal's own length and BLAKE3 hash stand in the first sector of the image
+//! in progress.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use crate::chain::{LayerFile, LayerFormat};
+use crate::error::{Error, Result};
+use crate::header::{be_u32, be_u64, to_u64, to_usize};
+use crate::units::{GuestOffset, HostOffset};
+
+use super::transaction::Edit;
+
+const MAGIC: &[u8; 8] = b"STEADJNL";
+const VERSION: u32 = 1;
+const FIXED: usize = 40;
+const RANGE_BYTES: usize = 24;
+/// How much of a layer's start is hashed, so that another file is not taken for it.
+const IDENTITY_BYTES: u64 = 64 << 10;
+/// The most ranges that are redone in place; neighbours count as one.
+pub const MAX_IN_PLACE_RANGES: usize = 1 << 20;
+
+/// Guest data that goes to a place of the old state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct InPlaceRange {
+    pub guest: GuestOffset,
+    pub host: HostOffset,
+    pub length: u64,
+}
+
+/// A file whose content the ranges get.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct SourceLayer {
+    pub file: LayerFile,
+    length: u64,
+    hash: [u8; 32],
+}
+
+impl SourceLayer {
+    fn of(file: &LayerFile) -> Result<Self> {
+        let error = |source| Error::io("read the layer", &file.path, source);
+        let path = std::fs::canonicalize(&file.path).map_err(error)?;
+        let (length, hash) = identity(&path).map_err(error)?;
+        Ok(Self {
+            file: LayerFile {
+                path,
+                format: file.format,
+            },
+            length,
+            hash,
+        })
+    }
+
+    /// Whether the file is what it was.
+    pub fn is_unchanged(&self) -> std::io::Result<bool> {
+        Ok(identity(&self.file.path)? == (self.length, self.hash))
+    }
+}
+
+fn identity(path: &Path) -> std::io::Result<(u64, [u8; 32])> {
+    let file = File::open(path)?;
+    let length = file.metadata()?.len();
+    let mut start = vec![0; to_usize(length.min(IDENTITY_BYTES))];
+    file.read_exact_at(&mut start, 0)?;
+    Ok((length, *blake3::hash(&start).as_bytes()))
+}
+
+/// What a transaction does in place.
+#[derive(Debug, Default)]
+pub(super) struct InPlace {
+    pub layers: Vec<SourceLayer>,
+    pub ranges: Vec<InPlaceRange>,
+}
+
+impl Edit {
+    /// Names the layers, top first, whose disk [`Edit::overwrite`] takes its bytes from. They must stay as they
+    /// are until the change is through, and a recovery reads them again: by their absolute paths.
+    ///
+    /// # Errors
+    /// When one cannot be read.
+    pub fn set_sources(&mut self, layers: &[LayerFile]) -> Result<()> {
+        let layers = layers.iter().map(SourceLayer::of);
+        self.in_place.layers = layers.collect::<Result<_>>()?;
+        Ok(())
+    }
+
+    /// Has `length` bytes of guest data at `guest`, read through the layers of [`Edit::set_sources`], written
+    /// over data of the old state at `host` when the new state is switched to. The new state must still refer to
+    /// that place, and nothing else may (an internal snapshot would change with it).
+    ///
+    /// # Errors
+    /// When others refer to the cluster, or there are more than [`MAX_IN_PLACE_RANGES`] ranges.
+    ///
+    /// # Panics
+    /// When the place is not of the old state or the range leaves its cluster.
+    pub fn overwrite(&mut self, guest: GuestOffset, host: HostOffset, length: u64) -> Result<()> {
+        let size = self.size();
+        assert!(
+            size.offset_in(host.0) + length <= size.bytes(),
+            "a range inside a cluster"
+        );
+        let new = self.counts.is_new(host.0 >> size.bits())?;
+        assert!(!new, "data in place is data of the old state");
+        if self.references(HostOffset(size.start_of(host.0)))? != 1 {
+            return Err(self.refused("write in place", format!("{host} is shared")));
+        }
+        let next = InPlaceRange {
+            guest,
+            host,
+            length,
+        };
+        match self.in_place.ranges.last_mut() {
+            Some(last)
+                if last.guest.0 + last.length == guest.0 && last.host.0 + last.length == host.0 =>
+            {
+                last.length += length;
+            }
+            Some(_) | None => self.in_place.ranges.push(next),
+        }
+        if self.in_place.ranges.len() > MAX_IN_PLACE_RANGES {
+            let reason = format!("there are more than {MAX_IN_PLACE_RANGES} ranges");
+            return Err(self.refused("write in place", reason));
+        }
+        Ok(())
+    }
+}
+
+/// What is to be done once an image is in progress.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Journal {
+    pub layers: Vec<SourceLayer>,
+    pub first: Vec<u8>,
+    pub length: u64,
+    pub ranges: Vec<InPlaceRange>,
+}
+
+impl Journal {
+    pub fn encode(&self) -> Vec<u8> {
+        let mut bytes = MAGIC.to_vec();
+        let count = |length: usize| u32::try_from(length).unwrap_or(u32::MAX).to_be_bytes();
+        bytes.extend(VERSION.to_be_bytes());
+        bytes.extend(count(self.layers.len()));
+        for number in [self.ranges.len(), self.first.len()] {
+            bytes.extend(to_u64(number).to_be_bytes());
+        }
+        bytes.extend(self.length.to_be_bytes());
+        for layer in &self.layers {
+            let path = layer.file.path.as_os_str().as_bytes();
+            bytes.extend(match layer.file.format {
+                LayerFormat::Raw => [0, 0, 0, 0],
+                LayerFormat::Qcow2 => [0, 0, 0, 1],
+            });
+            bytes.extend(count(path.len()));
+            bytes.extend(layer.length.to_be_bytes());
+            bytes.extend(layer.hash);
+            bytes.extend(path);
+        }
+        bytes.extend(&self.first);
+        for range in &self.ranges {
+            for number in [range.guest.0, range.host.0, range.length] {
+                bytes.extend(number.to_be_bytes());
+            }
+        }
+        bytes
+    }
+
+    /// Decodes a journal whose hash was found right; `None` when it is none of ours.
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        let mut rest = bytes;
+        let fixed = take(&mut rest, FIXED)?;
+        if &fixed[..8] != MAGIC || be_u32(&fixed[8..]) != VERSION {
+            return None;
+        }
+        let layers = (0..be_u32(&fixed[12..])).map(|_| layer(&mut rest));
+        let layers = layers.collect::<Option<_>>()?;
+        let first = take(&mut rest, usize::try_from(be_u64(&fixed[24..])).ok()?)?.to_vec();
+        let (rows, left) = rest.as_chunks::<RANGE_BYTES>();
+        if !left.is_empty() || to_u64(rows.len()) != be_u64(&fixed[16..]) {
+            return None;
+        }
+        let ranges = rows.iter().map(|row| InPlaceRange {
+            guest: GuestOffset(be_u64(row)),
+            host: HostOffset(be_u64(&row[8..])),
+            length: be_u64(&row[16..]),
+        });
+        Some(Self {
+            layers,
+            first,
+            length: be_u64(&fixed[32..]),
+            ranges: ranges.collect(),
+        })
+    }
+}
+
+fn take<'a>(rest: &mut &'a [u8], length: usize) -> Option<&'a [u8]> {
+    let (taken, behind) = rest.split_at_checked(length)?;
+    *rest = behind;
+    Some(taken)
+}
+
+fn layer(rest: &mut &[u8]) -> Option<SourceLayer> {
+    let fixed = take(rest, 48)?;
+    let format = match be_u32(fixed) {
+        0 => LayerFormat::Raw,
+        1 => LayerFormat::Qcow2,
+        _ => return None,
+    };
+    let path = take(rest, usize::try_from(be_u32(&fixed[4..])).ok()?)?;
+    Some(SourceLayer {
+        file: LayerFile {
+            path: PathBuf::from(OsStr::from_bytes(path)),
+            format,
+        },
+        length: be_u64(&fixed[8..]),
+        hash: fixed[16..48].try_into().ok()?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_journal_is_read_as_it_was_written_and_not_when_it_is_cut_off() {
+        let journal = Journal {
+            layers: vec![SourceLayer {
+                file: LayerFile {
+                    path: PathBuf::from("/a/layer"),
+                    format: LayerFormat::Qcow2,
+                },
+                length: 77,
+                hash: [3; 32],
+            }],
+            first: vec![9; 512],
+            length: 1 << 20,
+            ranges: vec![InPlaceRange {
+                guest: GuestOffset(1),
+                host: HostOffset(2),
+                length: 3,
+            }],
+        };
+        let bytes = journal.encode();
+        assert_eq!(Journal::decode(&bytes), Some(journal));
+        for length in 0..bytes.len() {
+            assert_eq!(Journal::decode(&bytes[..length]), None, "{length}");
+        }
+    }
+}

@@ -1,0 +1,338 @@
+//! Changing an existing image in one step: the new state is built beside the old one, proven, and
+//! switched to.
+//!
+//! ```text
+//!              plan: the change on a scratch storage      refuse (nothing written)
+//!  Editor ──────────────────────────────────────────┬──▶  no room, a refcount that does not fit, ...
+//!    ▲                                              │
+//!    │        apply: the change on the file         ▼
+//!    └── switched ◀── proven ◀── built ◀── Edit (old state untouched, new state in free clusters)
+//! ```
+//! An [`Editor`] is an image that is locked, whole, and open for changes. A change is a function that gets an
+//! [`Edit`], the new state, and works on it: takes clusters, writes data into them, sets what guest
+//! clusters map to, adds and removes internal snapshots and marks bitmaps. [`Editor::plan`] runs it without
+//! touching the image and says how much room it needs; [`Editor::apply`] plans, looks whether the room is there,
+//! runs it on the image, reads the new state back, checks it whole, and switches.
+//!
+//! # Invariants
+//! * No cluster that the old state refers to is written, but by [`Edit::overwrite`], which goes through the
+//!   journal.
+//! * Nothing refers to the new state before all of it has been synced and checked.
+//! * Refcounts follow from what the tables say: an entry that is set takes a reference over, one that is
+//!   replaced gives its references up. The check before the switch finds whoever does it otherwise.
+//! * Memory is bounded by [`EditOptions::cache_bytes`] for tables, plus one L1 table of the active disk and
+//!   of one internal snapshot (32 MiB each at most), the refcount table (8 MiB) and the directories.
+
+mod bitmaps;
+mod first;
+mod in_place;
+mod length;
+mod records;
+mod refcounts;
+mod room;
+mod snapshots;
+mod switch;
+mod tables;
+mod transaction;
+mod views;
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use stead_sys::image_lock::{Access, Attempt, ImageLock};
+use stead_sys::space;
+use stead_sys::storage::{FileStorage, Storage};
+
+use crate::check::{CheckReport, check};
+use crate::error::{Error, Result};
+use crate::header::to_usize;
+use crate::layer::Layer;
+
+pub use in_place::MAX_IN_PLACE_RANGES;
+pub use records::{BitmapRecord, SnapshotName, SnapshotRecord};
+pub use room::Plan;
+pub use switch::Recovery;
+pub use transaction::Edit;
+pub use views::{Mapping, View};
+
+use room::{NewBlocks, Scratch};
+use switch::Built;
+use transaction::Start;
+
+/// How images are opened for changes.
+#[derive(Debug, Clone, Copy)]
+pub struct EditOptions {
+    /// How much memory tables may take, in bytes; 64 MiB if nothing is said.
+    pub cache_bytes: u64,
+    /// Whether an image that is marked dirty is taken if it is whole all the same.
+    pub allow_dirty: bool,
+}
+
+impl Default for EditOptions {
+    fn default() -> Self {
+        Self {
+            cache_bytes: 64 << 20,
+            allow_dirty: false,
+        }
+    }
+}
+
+/// What a change did.
+#[derive(Debug, Clone)]
+pub struct Done<T> {
+    /// What the change itself gave.
+    pub value: T,
+    /// The room that it took.
+    pub room: Plan,
+    /// What a check of the new state found, before it was switched to.
+    pub check: CheckReport,
+}
+
+/// An image that is locked, whole and open for changes. Dropping it gives the lock back.
+#[derive(Debug)]
+pub struct Editor {
+    path: PathBuf,
+    storage: Arc<dyn Storage>,
+    /// Where to look for holes and free space.
+    file: Option<FileStorage>,
+    _lock: Option<ImageLock>,
+    options: EditOptions,
+    old: Arc<Layer>,
+    old_first: Vec<u8>,
+    before: CheckReport,
+}
+
+/// Locks the file at `path`, open for reading and writing.
+fn lock(path: &Path) -> Result<(File, ImageLock)> {
+    let opened = File::options().read(true).write(true).open(path);
+    let file = opened.map_err(|source| Error::io("open", path, source))?;
+    let attempt = ImageLock::attempt(&file, Access::Write);
+    match attempt.map_err(|source| Error::io("lock", path, source))? {
+        Attempt::Locked(lock) => Ok((file, lock)),
+        Attempt::HeldBy(holders) => {
+            let holders: Vec<String> = holders.iter().map(ToString::to_string).collect();
+            Err(Error::InUse {
+                path: path.to_owned(),
+                holders: holders.join(", "),
+            })
+        }
+    }
+}
+
+fn file_storage(file: File, path: &Path) -> Result<FileStorage> {
+    FileStorage::new(file).map_err(|source| Error::io("open", path, source))
+}
+
+/// Finishes the change that the image at `path` is in, if it is in one.
+///
+/// # Durability
+/// When this returns `Ok`, the image is whole and synced.
+///
+/// # Errors
+/// When the image is in use ([`Error::InUse`]), a layer that the change takes data from is gone or is not what it
+/// was ([`Error::Unrecoverable`]), or reading or writing fails ([`Error::Switch`]). The image then stays in
+/// progress, and this can be called again.
+pub fn recover(path: &Path) -> Result<Recovery> {
+    let (file, _lock) = lock(path)?;
+    recover_storage(Arc::new(file_storage(file, path)?), path)
+}
+
+/// As [`recover`], for a storage that nobody else uses; `path` is only for texts.
+///
+/// # Errors
+/// As [`recover`].
+pub fn recover_storage(storage: Arc<dyn Storage>, path: &Path) -> Result<Recovery> {
+    switch::recover_on(&storage, path)
+}
+
+impl Editor {
+    /// Opens the image at `path` for changes: locks it, reads it and checks it whole. Nothing is written.
+    ///
+    /// # Errors
+    /// When it cannot be opened, is in use ([`Error::InUse`]), in progress ([`Error::InProgress`]), marked
+    /// corrupt or dirty, or damaged ([`Error::Damaged`]; leaks are no damage).
+    pub fn open(path: &Path, options: EditOptions) -> Result<Self> {
+        let (file, lock) = lock(path)?;
+        let duplicate = file.try_clone();
+        let duplicate = duplicate.map_err(|source| Error::io("open", path, source))?;
+        let storage: Arc<dyn Storage> = Arc::new(file_storage(duplicate, path)?);
+        let mut editor = Self::on_storage(storage, path, options)?;
+        editor.file = Some(file_storage(file, path)?);
+        editor._lock = Some(lock);
+        Ok(editor)
+    }
+
+    /// As [`Editor::open`], on a storage that nobody else uses; `path` is only for texts. Whether the room for
+    /// a change is there is not looked at.
+    ///
+    /// # Errors
+    /// As [`Editor::open`].
+    pub fn on_storage(
+        storage: Arc<dyn Storage>,
+        path: &Path,
+        options: EditOptions,
+    ) -> Result<Self> {
+        let (old, old_first) = load(&storage, path)?;
+        if old.header().corrupt {
+            return Err(Error::MarkedCorrupt {
+                path: path.to_owned(),
+            });
+        }
+        if old.header().dirty && !options.allow_dirty {
+            return Err(Error::MarkedDirty {
+                path: path.to_owned(),
+            });
+        }
+        let before = check(&old)?;
+        if before.corruptions > 0 {
+            let first = before.findings.iter().map(ToString::to_string).next();
+            return Err(Error::Damaged {
+                path: path.to_owned(),
+                corruptions: before.corruptions,
+                first: first.unwrap_or_default(),
+            });
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            storage,
+            file: None,
+            _lock: None,
+            options,
+            old: Arc::new(old),
+            old_first,
+            before,
+        })
+    }
+
+    /// The image as it stands.
+    #[must_use]
+    pub fn layer(&self) -> &Layer {
+        &self.old
+    }
+
+    /// What a check of the image as it stands found.
+    #[must_use]
+    pub fn check(&self) -> &CheckReport {
+        &self.before
+    }
+
+    /// Runs a change without touching the image, and says how much room it needs.
+    ///
+    /// # Errors
+    /// Those of the change; or when there is no room for the scratch file.
+    pub fn plan<T>(&self, mut change: impl FnMut(&mut Edit) -> Result<T>) -> Result<Plan> {
+        let scratch = Scratch::new(Arc::clone(&self.storage), self.old.cluster_size());
+        let scratch =
+            scratch.map_err(|source| Error::io("make a scratch file for", &self.path, source))?;
+        let mut edit = self.edit(Arc::new(scratch), true)?;
+        change(&mut edit)?;
+        Ok(plan_of(&edit.build()?))
+    }
+
+    /// Makes a change: plans it, refuses it if the room is not there, builds the new state, proves it and
+    /// switches to it. The editor then stands on the new state.
+    ///
+    /// `change` runs twice, the first time as a plan ([`Edit::is_plan`]), and must do the same both times.
+    ///
+    /// # Durability
+    /// When this returns `Ok`, the new state is the image, and synced.
+    ///
+    /// # Errors
+    /// Those of the change and of writing: then the image is as it was. [`Error::Switch`]: then it is as it was,
+    /// or as it was to be, or in progress.
+    pub fn apply<T>(&mut self, mut change: impl FnMut(&mut Edit) -> Result<T>) -> Result<Done<T>> {
+        let room = self.plan(&mut change)?;
+        self.require_room(&room)?;
+        let length = self.storage.len();
+        let length =
+            length.map_err(|source| Error::io("find the length of", &self.path, source))?;
+        let built = self.build(&mut change);
+        let (built, value, check) = match built {
+            Ok(built) => built,
+            Err(error) => {
+                self.give_back(length);
+                return Err(error);
+            }
+        };
+        built.switch()?;
+        let (old, old_first) = load(&self.storage, &self.path)?;
+        (self.old, self.old_first) = (Arc::new(old), old_first);
+        self.before = check.clone();
+        Ok(Done { value, room, check })
+    }
+
+    fn build<T>(
+        &self,
+        change: &mut impl FnMut(&mut Edit) -> Result<T>,
+    ) -> Result<(Built, T, CheckReport)> {
+        let mut edit = self.edit(Arc::clone(&self.storage), false)?;
+        let value = change(&mut edit)?;
+        let built = edit.build()?;
+        let check = built.prove(&self.before)?;
+        Ok((built, value, check))
+    }
+
+    fn edit(&self, storage: Arc<dyn Storage>, plan: bool) -> Result<Edit> {
+        let file = self.file.as_ref().map(|file| file.file().try_clone());
+        let file = file.transpose();
+        let file = file.map_err(|source| Error::io("open", &self.path, source))?;
+        Edit::new(Start {
+            path: &self.path,
+            old: &self.old,
+            old_first: &self.old_first,
+            storage,
+            plan,
+            cache_bytes: self.options.cache_bytes,
+            blocks: NewBlocks::new(file, self.old.file_length()),
+        })
+    }
+
+    fn require_room(&self, room: &Plan) -> Result<()> {
+        let Some(file) = &self.file else {
+            return Ok(());
+        };
+        let error = |source| Error::io("find the room for", &self.path, source);
+        let (needed, available) = if file.is_device() {
+            (room.peak_bytes, file.len().map_err(error)?)
+        } else {
+            let available = space::available_bytes(&self.path).map_err(error)?;
+            (room.new_bytes, available)
+        };
+        if needed <= available {
+            return Ok(());
+        }
+        Err(Error::NoRoom {
+            path: self.path.clone(),
+            needed,
+            available,
+        })
+    }
+
+    /// Cuts off what a change wrote behind the end, when it came to nothing.
+    fn give_back(&self, length: u64) {
+        if let Err(_stays_longer) = self.storage.set_len(length) {
+            // Bytes behind the end that nothing refers to: the error that led here is what counts.
+        }
+    }
+}
+
+fn plan_of(built: &Built) -> Plan {
+    Plan {
+        peak_bytes: built.peak_bytes,
+        end_bytes: built.end_bytes,
+        new_bytes: built.new_bytes,
+        journal: built.has_journal(),
+    }
+}
+
+/// Reads an image and its first cluster.
+fn load(storage: &Arc<dyn Storage>, path: &Path) -> Result<(Layer, Vec<u8>)> {
+    let layer = Layer::from_storage(Arc::clone(storage), path)?;
+    let size = layer.cluster_size();
+    let mut first = vec![0; size.buffer_len()];
+    let there = to_usize(size.bytes().min(layer.file_length()));
+    let read = storage.read_exact_at(&mut first[..there], 0);
+    read.map_err(|source| Error::io("read", path, source))?;
+    Ok((layer, first))
+}

@@ -1,0 +1,391 @@
+//! The end of a transaction: the new state is written out, proven, and switched to.
+//!
+//! ```text
+//!  built ──write out, sync──▶ proven ──one sector, sync──▶ switched ──▶ cut
+//!                                │
+//!                                └─journal, sync──▶ marked ──data, rest of the first cluster, sync──▶ switched
+//! ```
+//! Up to `proven` any failure leaves the old state; from `switched` on the new one. In between the image is
+//! *in progress*, and [`recover`] goes the same way again from `marked` on.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use stead_sys::storage::Storage;
+
+use crate::chain::Chain;
+use crate::check::{CheckReport, check};
+use crate::error::{Error, Result};
+use crate::file::ImageFile;
+use crate::header::{AUTOCLEAR_BITMAPS, Header, MAX_L1_BYTES, to_u64, to_usize};
+use crate::layer::Layer;
+use crate::units::HostOffset;
+
+use super::first::{FirstCluster, JournalPlace, SECTOR};
+use super::in_place::{InPlaceRange, Journal};
+use super::records;
+use super::transaction::Edit;
+
+/// How many bytes one step of redoing data moves.
+const STEP_BYTES: u64 = 1 << 20;
+/// The longest journal that a recovery reads, in bytes.
+const MAX_JOURNAL_BYTES: u64 = 256 << 20;
+
+/// A new state that is written out and synced, and not yet switched to.
+pub(super) struct Built {
+    edit: Edit,
+    first: Vec<u8>,
+    header: Header,
+    journal: Option<(JournalPlace, Journal)>,
+    /// The file's length when everything is done, in bytes.
+    pub end_bytes: u64,
+    /// The longest that the file was, in bytes.
+    pub peak_bytes: u64,
+    /// Bytes that the file had no room for before; 0 but in a plan.
+    pub new_bytes: u64,
+}
+
+impl Edit {
+    /// Writes out everything that was changed.
+    ///
+    /// # Durability
+    /// The new state has been synced, and nothing refers to it.
+    pub(super) fn build(mut self) -> Result<Built> {
+        self.settle_copied()?;
+        self.store_loaded()?;
+        self.store_active()?;
+        self.store_bitmaps()?;
+        self.store_snapshots()?;
+        self.store_refcounts()?;
+        // Who changes an image clears the bits that say what it does not know.
+        let autoclear = self.first.raw.autoclear.get() & AUTOCLEAR_BITMAPS;
+        self.first.raw.autoclear.set(autoclear);
+        let first = self.first.encode(&self.path)?;
+        let header = Header::decode(&first, &self.path)?;
+        let used = self.counts.used_end(&mut self.tables)?;
+        let end_bytes = used << self.size().bits();
+        let journal = self.place_journal(&first, end_bytes)?;
+        self.note_taken()?;
+        let before = self.storage.len().map_err(self.io("find the length of"))?;
+        let taken = self.counts.taken_end() << self.size().bits();
+        let peak_bytes = before.max(taken).max(end_bytes);
+        if peak_bytes > before {
+            let grown = self.storage.set_len(peak_bytes);
+            grown.map_err(self.io("set the length of"))?;
+        }
+        self.tables.flush()?;
+        let synced = self.storage.sync();
+        synced.map_err(self.io("sync"))?;
+        Ok(Built {
+            new_bytes: self.blocks.bytes(),
+            first,
+            header,
+            journal,
+            end_bytes,
+            peak_bytes,
+            edit: self,
+        })
+    }
+
+    fn store_active(&mut self) -> Result<()> {
+        if !self.active_changed {
+            return Ok(());
+        }
+        let length = to_u64(self.active.len()) * 8;
+        if length > MAX_L1_BYTES {
+            let reason = format!("the L1 table would have {length} bytes, more than 32 MiB");
+            return Err(self.refused("write the L1 table", reason));
+        }
+        let old = (self.old.header().l1_table, self.old.header().l1_entries);
+        self.release_bytes(old.0, u64::from(old.1) * 8)?;
+        let words = std::mem::take(&mut self.active);
+        let at = self.place_words(&words)?;
+        self.first.raw.l1_offset.set(at.0);
+        let entries = u32::try_from(words.len()).unwrap_or(u32::MAX);
+        self.first.raw.l1_entries.set(entries);
+        self.active = words;
+        Ok(())
+    }
+
+    fn store_snapshots(&mut self) -> Result<()> {
+        if !self.snapshots_changed {
+            return Ok(());
+        }
+        let old = self.old.snapshot_directory()?.length;
+        if self.old.header().internal_snapshots > 0 {
+            self.release_bytes(self.old.header().snapshot_table, old)?;
+        }
+        let at = self.place_bytes(records::encode_snapshots(&self.snapshots))?;
+        let count = u32::try_from(self.snapshots.len()).unwrap_or(u32::MAX);
+        self.first.raw.snapshot_table_offset.set(at.0);
+        self.first.raw.internal_snapshots.set(count);
+        Ok(())
+    }
+
+    fn store_refcounts(&mut self) -> Result<()> {
+        if !self.counts.changed() {
+            return Ok(());
+        }
+        let old = Arc::clone(&self.old);
+        let (at, clusters) = self.counts.place_table(old.header(), &mut self.tables)?;
+        let mut bytes = records::encode_words(self.counts.table());
+        let whole = u64::from(clusters) * self.size().bytes();
+        bytes.resize(to_usize(whole), 0);
+        self.write_tables(at, bytes)?;
+        self.first.raw.refcount_table_offset.set(at.0);
+        self.first.raw.refcount_table_clusters.set(clusters);
+        Ok(())
+    }
+
+    /// Writes the journal if more than the first sector changes in place.
+    fn place_journal(
+        &mut self,
+        first: &[u8],
+        length: u64,
+    ) -> Result<Option<(JournalPlace, Journal)>> {
+        let in_place = std::mem::take(&mut self.in_place);
+        if in_place.ranges.is_empty() && first[SECTOR..] == self.old_first[SECTOR..] {
+            return Ok(None);
+        }
+        let journal = Journal {
+            layers: in_place.layers,
+            first: first.to_vec(),
+            length,
+            ranges: in_place.ranges,
+        };
+        let bytes = journal.encode();
+        let length = to_u64(bytes.len());
+        let hash = *blake3::hash(&bytes).as_bytes();
+        // No state refers to the journal, so its clusters have no references.
+        let cluster = self.counts.take_run(self.size().count_for(length))?;
+        let at = HostOffset(cluster << self.size().bits());
+        self.write_tables(at, bytes)?;
+        Ok(Some((JournalPlace { at, length, hash }, journal)))
+    }
+}
+
+impl Built {
+    /// Whether the change goes through the journal.
+    pub fn has_journal(&self) -> bool {
+        self.journal.is_some()
+    }
+
+    /// Reads the new state back and checks it whole; `before` is what a check of the old state found.
+    pub fn prove(&self, before: &CheckReport) -> Result<CheckReport> {
+        let failed = |reason: String| Error::NotProven {
+            path: self.edit.path.clone(),
+            reason,
+        };
+        let file = ImageFile::on(Arc::clone(&self.edit.storage), &self.edit.path)?;
+        let layer = match Layer::with_header(file, self.header.clone()) {
+            Ok(layer) => layer,
+            Err(error) => return Err(failed(error.to_string())),
+        };
+        let report = check(&layer)?;
+        let first = report.findings.first().map(ToString::to_string);
+        if report.corruptions > 0 {
+            return Err(failed(first.unwrap_or_default()));
+        }
+        if report.leaks > before.leaks {
+            let reason = format!(
+                "{} clusters are leaked, {} were",
+                report.leaks, before.leaks
+            );
+            return Err(failed(reason));
+        }
+        match self.has_directories(&layer) {
+            Ok(true) => Ok(report),
+            Ok(false) => Err(failed(
+                "the directories of snapshots and bitmaps are not what was written".into(),
+            )),
+            Err(error) => Err(failed(error.to_string())),
+        }
+    }
+
+    /// Whether the directories that are read back are those that were written.
+    fn has_directories(&self, layer: &Layer) -> Result<bool> {
+        let bitmaps = self.edit.bitmaps.iter().map(|bitmap| &bitmap.record);
+        Ok(records::snapshots(layer)? == self.edit.snapshots
+            && records::bitmaps(layer)?.iter().eq(bitmaps))
+    }
+
+    /// Makes the new state the image.
+    ///
+    /// # Durability
+    /// When this returns `Ok`, the new state is the image, and synced.
+    ///
+    /// # Errors
+    /// [`Error::Switch`], with the image as it was, or as it was to be, or in progress.
+    pub fn switch(self) -> Result<()> {
+        let switch = Switch {
+            storage: &self.edit.storage,
+            path: &self.edit.path,
+        };
+        match &self.journal {
+            None if self.first == self.edit.old_first => Ok(()),
+            None => switch.write_sector(&self.first),
+            Some((place, journal)) => {
+                let old = FirstCluster::decode(&self.edit.old_first, self.edit.old.header());
+                switch.write_sector(&old.in_progress(place))?;
+                switch.finish(journal)
+            }
+        }?;
+        switch.cut(self.end_bytes)
+    }
+}
+
+/// The steps of the switch, the same for the change itself and for its recovery.
+struct Switch<'a> {
+    storage: &'a Arc<dyn Storage>,
+    path: &'a Path,
+}
+
+impl Switch<'_> {
+    fn failed(&self, action: &'static str) -> impl FnOnce(std::io::Error) -> Error {
+        let path = self.path.to_owned();
+        move |source| Error::Switch {
+            path,
+            action,
+            source,
+        }
+    }
+
+    fn write(&self, bytes: &[u8], at: u64) -> Result<()> {
+        let written = self.storage.write_all_at(bytes, at);
+        written.map_err(self.failed("a write"))
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.storage.sync().map_err(self.failed("a sync"))
+    }
+
+    fn write_sector(&self, first: &[u8]) -> Result<()> {
+        self.write(&first[..SECTOR], 0)?;
+        self.sync()
+    }
+
+    /// Does what the journal says; each part can be done again.
+    fn finish(&self, journal: &Journal) -> Result<()> {
+        if !journal.ranges.is_empty() {
+            self.redo(journal)?;
+        }
+        if journal.first.len() > SECTOR {
+            self.write(&journal.first[SECTOR..], to_u64(SECTOR))?;
+        }
+        self.sync()?;
+        self.write_sector(&journal.first)
+    }
+
+    fn redo(&self, journal: &Journal) -> Result<()> {
+        let files: Vec<_> = journal
+            .layers
+            .iter()
+            .map(|layer| layer.file.clone())
+            .collect();
+        let chain = Chain::open(&files).map_err(|error| self.unrecoverable(error.to_string()))?;
+        let mut buffer = vec![0; to_usize(STEP_BYTES)];
+        for range in &journal.ranges {
+            let mut done = 0;
+            while done < range.length {
+                let length = STEP_BYTES.min(range.length - done);
+                let bytes = &mut buffer[..to_usize(length)];
+                let read = chain.read_at(range.guest.0 + done, bytes);
+                read.map_err(|error| self.unrecoverable(error.to_string()))?;
+                self.write(bytes, range.host.0 + done)?;
+                done += length;
+            }
+        }
+        Ok(())
+    }
+
+    fn unrecoverable(&self, reason: String) -> Error {
+        Error::Unrecoverable {
+            path: self.path.to_owned(),
+            reason,
+        }
+    }
+
+    /// Gives back what lies behind the last cluster of the new state.
+    fn cut(&self, length: u64) -> Result<()> {
+        let before = self
+            .storage
+            .len()
+            .map_err(self.failed("asking for the length"))?;
+        if before == length {
+            return Ok(());
+        }
+        self.storage
+            .set_len(length)
+            .map_err(self.failed("cutting the end off"))?;
+        self.sync()
+    }
+}
+
+/// What [`recover`] found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Recovery {
+    /// No change was in progress.
+    NothingToDo,
+    /// The change that was in progress is finished.
+    Finished,
+}
+
+/// Finishes the change that an image is in, if it is in one; see [`super::recover`].
+pub(super) fn recover_on(storage: &Arc<dyn Storage>, path: &Path) -> Result<Recovery> {
+    let switch = Switch { storage, path };
+    let mut sector = [0; SECTOR];
+    let read = storage.read_exact_at(&mut sector, 0);
+    read.map_err(|source| Error::io("read", path, source))?;
+    let Some(place) = JournalPlace::find(&sector) else {
+        return Ok(Recovery::NothingToDo);
+    };
+    let journal = read_journal(&switch, &place)?;
+    for layer in &journal.layers {
+        let name = layer.file.path.display();
+        let unchanged = layer.is_unchanged();
+        match unchanged {
+            Ok(true) => {}
+            Ok(false) => {
+                return Err(switch.unrecoverable(format!("the layer {name} is not what it was")));
+            }
+            Err(error) => return Err(switch.unrecoverable(format!("the layer {name}: {error}"))),
+        }
+    }
+    switch.finish(&journal)?;
+    switch.cut(journal.length)?;
+    Ok(Recovery::Finished)
+}
+
+fn read_journal(switch: &Switch<'_>, place: &JournalPlace) -> Result<Journal> {
+    let path = switch.path;
+    let length = switch.storage.len();
+    let length = length.map_err(|source| Error::io("find the length of", path, source))?;
+    let end = place.at.0.checked_add(place.length);
+    if place.length > MAX_JOURNAL_BYTES || end.is_none_or(|end| end > length) {
+        return Err(switch.unrecoverable("its journal does not lie in the file".into()));
+    }
+    let mut bytes = vec![0; to_usize(place.length)];
+    let read = switch.storage.read_exact_at(&mut bytes, place.at.0);
+    read.map_err(|source| Error::io("read", path, source))?;
+    if *blake3::hash(&bytes).as_bytes() != place.hash {
+        return Err(switch.unrecoverable("its journal has another hash".into()));
+    }
+    let journal = Journal::decode(&bytes);
+    let journal =
+        journal.ok_or_else(|| switch.unrecoverable("its journal is of another kind".into()))?;
+    require_valid(switch, &journal, length)?;
+    Ok(journal)
+}
+
+/// A journal is ours, so what it says holds; but it was read from a file.
+fn require_valid(switch: &Switch<'_>, journal: &Journal, length: u64) -> Result<()> {
+    Header::decode(&journal.first, switch.path)?;
+    let inside = |range: &InPlaceRange| {
+        let end = range.host.0.checked_add(range.length);
+        end.is_some_and(|end| end <= length) && range.guest.0.checked_add(range.length).is_some()
+    };
+    if journal.ranges.iter().all(inside) {
+        return Ok(());
+    }
+    Err(switch.unrecoverable("its journal writes out of the file".into()))
+}

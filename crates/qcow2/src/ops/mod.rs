@@ -1,0 +1,4 @@
+//! Operations on an image, each one change of an [`crate::edit::Editor`].
+
+pub mod resize;
+pub mod snapshot;

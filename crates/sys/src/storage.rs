@@ -1,0 +1,283 @@
+//! Where an image's bytes lie: six calls, so that every write, every sync and every fault of an operation
+//! can be put in a test's hand.
+#![allow(
+    unsafe_code,
+    reason = "no safe wrapper offers FICLONERANGE; the one call argues its safety"
+)]
+
+use std::ffi::c_int;
+use std::fmt::Debug;
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, FileTypeExt};
+
+use rustix::fs::copy_file_range;
+use rustix::io::Errno;
+use rustix::ioctl::{self, Opcode, Setter};
+
+/// How many bytes one step of a copy by reading and writing moves.
+const STEP_BYTES: usize = 1 << 20;
+
+/// A file as an image needs it: positioned calls only, usable from several threads.
+#[allow(
+    clippy::len_without_is_empty,
+    reason = "nobody asks whether an image has no bytes"
+)]
+pub trait Storage: Debug + Send + Sync {
+    /// The length in bytes; that of the device for a block device.
+    ///
+    /// # Errors
+    /// When the system cannot tell.
+    fn len(&self) -> io::Result<u64>;
+
+    /// Fills `bytes` from `at` on.
+    ///
+    /// # Errors
+    /// When reading fails or the end comes first.
+    fn read_exact_at(&self, bytes: &mut [u8], at: u64) -> io::Result<()>;
+
+    /// Writes all of `bytes` at `at`, making the file longer where it must.
+    ///
+    /// # Durability
+    /// None before [`Storage::sync`].
+    ///
+    /// # Errors
+    /// When writing fails; a part may have been written.
+    fn write_all_at(&self, bytes: &[u8], at: u64) -> io::Result<()>;
+
+    /// Cuts the file off, or makes it longer with zeros. A block device keeps its length: it accepts any
+    /// that it has room for.
+    ///
+    /// # Durability
+    /// None before [`Storage::sync`].
+    ///
+    /// # Errors
+    /// When the system refuses.
+    fn set_len(&self, length: u64) -> io::Result<()>;
+
+    /// Waits until everything written before is on the disk, with what is needed to read it back.
+    ///
+    /// # Errors
+    /// When the system cannot promise that; what was written since the last sync may then be lost.
+    fn sync(&self) -> io::Result<()>;
+
+    /// Makes `length` bytes at `at` those of `source` at `from`.
+    ///
+    /// # Errors
+    /// When reading or writing fails or `source` ends first; a part may have been written.
+    fn copy_from(&self, source: &File, from: u64, at: u64, length: u64) -> io::Result<()> {
+        copy_by_hand(self, source, Span { from, at, length })
+    }
+}
+
+/// A range to be copied: `length` bytes from `from` to `at`.
+#[derive(Debug, Clone, Copy)]
+struct Span {
+    from: u64,
+    at: u64,
+    length: u64,
+}
+
+impl Span {
+    /// What is left after `done` bytes.
+    fn behind(self, done: u64) -> Self {
+        Self {
+            from: self.from + done,
+            at: self.at + done,
+            length: self.length - done,
+        }
+    }
+}
+
+fn copy_by_hand<S: Storage + ?Sized>(storage: &S, source: &File, span: Span) -> io::Result<()> {
+    let step = usize::try_from(span.length).unwrap_or(STEP_BYTES);
+    let mut buffer = vec![0; step.min(STEP_BYTES)];
+    let mut left = span;
+    while left.length > 0 {
+        let length = usize::try_from(left.length).unwrap_or(STEP_BYTES);
+        let bytes = &mut buffer[..length.min(STEP_BYTES)];
+        source.read_exact_at(bytes, left.from)?;
+        storage.write_all_at(bytes, left.at)?;
+        left = left.behind(bytes.len() as u64);
+    }
+    Ok(())
+}
+
+/// A regular file or a block device.
+#[derive(Debug)]
+pub struct FileStorage {
+    file: File,
+    device: bool,
+}
+
+impl FileStorage {
+    /// Takes an open file.
+    ///
+    /// # Errors
+    /// When the system cannot say what kind of file it is.
+    pub fn new(file: File) -> io::Result<Self> {
+        let device = file.metadata()?.file_type().is_block_device();
+        Ok(Self { file, device })
+    }
+
+    /// The file.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Whether the length is that of a device and cannot change.
+    #[must_use]
+    pub fn is_device(&self) -> bool {
+        self.device
+    }
+}
+
+impl Storage for FileStorage {
+    fn len(&self) -> io::Result<u64> {
+        if self.device {
+            // A block device says 0 in its metadata; its end can only be sought.
+            return (&self.file).seek(SeekFrom::End(0));
+        }
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn read_exact_at(&self, bytes: &mut [u8], at: u64) -> io::Result<()> {
+        self.file.read_exact_at(bytes, at)
+    }
+
+    fn write_all_at(&self, bytes: &[u8], at: u64) -> io::Result<()> {
+        self.file.write_all_at(bytes, at)
+    }
+
+    fn set_len(&self, length: u64) -> io::Result<()> {
+        if !self.device {
+            return self.file.set_len(length);
+        }
+        if length > self.len()? {
+            return Err(io::Error::from(io::ErrorKind::StorageFull));
+        }
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn copy_from(&self, source: &File, from: u64, at: u64, length: u64) -> io::Result<()> {
+        let span = Span { from, at, length };
+        if length == 0 || share(&self.file, source, span)? {
+            return Ok(());
+        }
+        let done = copy_in_kernel(&self.file, source, span)?;
+        copy_by_hand(self, source, span.behind(done))
+    }
+}
+
+/// `struct file_clone_range` of linux/fs.h.
+#[repr(C)]
+struct CloneRange {
+    source: i64,
+    from: u64,
+    length: u64,
+    at: u64,
+}
+
+const _: () = assert!(size_of::<CloneRange>() == 32);
+const FICLONERANGE: Opcode = ioctl::opcode::write::<CloneRange>(0x94, 13);
+
+/// Shares the blocks of a range; `false` where the file system or the alignment does not allow it.
+fn share(to: &File, source: &File, span: Span) -> io::Result<bool> {
+    let descriptor: c_int = source.as_raw_fd();
+    let range = CloneRange {
+        source: i64::from(descriptor),
+        from: span.from,
+        length: span.length,
+        at: span.at,
+    };
+    // SAFETY: the opcode takes a pointer to `file_clone_range`, whose layout `CloneRange` has (asserted
+    // above); the kernel only reads it, and `source` keeps its descriptor open during the call.
+    let result = unsafe { ioctl::ioctl(to, Setter::<FICLONERANGE, CloneRange>::new(range)) };
+    match result {
+        Ok(()) => Ok(true),
+        Err(
+            Errno::OPNOTSUPP
+            | Errno::XDEV
+            | Errno::INVAL
+            | Errno::NOTTY
+            | Errno::NOSYS
+            | Errno::TXTBSY
+            | Errno::PERM
+            | Errno::ISDIR,
+        ) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Copies without passing through our memory as far as the kernel does so; how many bytes it did.
+fn copy_in_kernel(to: &File, source: &File, span: Span) -> io::Result<u64> {
+    let mut done = 0;
+    while done < span.length {
+        let (mut from, mut at) = (span.from + done, span.at + done);
+        let left = usize::try_from(span.length - done).unwrap_or(usize::MAX >> 1);
+        match copy_file_range(source, Some(&mut from), to, Some(&mut at), left) {
+            Ok(0) => break,
+            Ok(copied) => done += copied as u64,
+            Err(
+                Errno::OPNOTSUPP
+                | Errno::XDEV
+                | Errno::INVAL
+                | Errno::NOSYS
+                | Errno::PERM
+                | Errno::TXTBSY,
+            ) => break,
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn storage() -> FileStorage {
+        FileStorage::new(tempfile::tempfile().expect("temp file")).expect("a file")
+    }
+
+    #[test]
+    fn a_copy_puts_the_bytes_of_the_source_where_they_are_wanted_and_nothing_else() {
+        let source = storage();
+        let bytes: Vec<u8> = (0..3_000_000_u32).map(|n| (n % 251) as u8).collect();
+        source.write_all_at(&bytes, 0).expect("write");
+        for (from, at, length) in [(0, 0, 4096), (7, 513, 2_500_000), (4096, 8192, 4096)] {
+            let [start, place, count] = [from, at, length].map(|n: u64| n as usize);
+            let mut expected = vec![9; place + count + 100];
+            for by_hand in [false, true] {
+                let to = storage();
+                to.write_all_at(&expected, 0).expect("write");
+                if by_hand {
+                    copy_by_hand(&to, source.file(), Span { from, at, length }).expect("copy");
+                } else {
+                    to.copy_from(source.file(), from, at, length).expect("copy");
+                }
+                let mut found = vec![0; expected.len()];
+                to.read_exact_at(&mut found, 0).expect("read");
+                let mut wanted = expected.clone();
+                wanted[place..place + count].copy_from_slice(&bytes[start..start + count]);
+                assert!(found == wanted, "{from} {at} {length} {by_hand}");
+            }
+            expected.fill(9);
+        }
+    }
+
+    #[test]
+    fn a_source_that_ends_early_is_an_error() {
+        let (source, to) = (storage(), storage());
+        source.write_all_at(&[1; 1000], 0).expect("write");
+        let error = to.copy_from(source.file(), 500, 0, 1000).expect_err("ends");
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+}
