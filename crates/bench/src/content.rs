@@ -13,6 +13,9 @@ use crate::error::{BenchError, Doing, Result};
 
 /// The blocks that are looked at.
 const BLOCK_BYTES: usize = 4096;
+/// What the store cuts disks and RAM into.
+const DISK_CHUNK_BYTES: usize = 64 << 10;
+const RAM_CHUNK_BYTES: usize = 16 << 10;
 
 /// A checkpoint's parts outside of the store.
 #[derive(Debug)]
@@ -79,7 +82,26 @@ impl Content {
     /// # Errors
     /// When that cannot be written.
     pub fn write_dense(&self, to: &Path) -> Result<u64> {
-        self.write_blocks(to, |_| true, &[])
+        self.write_blocks(to, [BLOCK_BYTES; 2], |_| true, &[])
+    }
+
+    /// Writes what is the checkpoint's own: each chunk of disk and RAM that is not zero and not on the
+    /// `template`'s disk once, then the device state; the bytes.
+    ///
+    /// # Errors
+    /// When that cannot be written.
+    pub fn write_own(&self, template: &Path, to: &Path) -> Result<u64> {
+        let mut seen = HashSet::new();
+        each_block(template, DISK_CHUNK_BYTES, |chunk| {
+            seen.insert(*blake3::hash(chunk).as_bytes());
+            Ok(())
+        })?;
+        self.write_blocks(
+            to,
+            [DISK_CHUNK_BYTES, RAM_CHUNK_BYTES],
+            |chunk| seen.insert(*blake3::hash(chunk).as_bytes()),
+            &self.device_state,
+        )
     }
 
     /// Writes what is different at least: each block of disk and RAM that is not zero once, then the
@@ -91,6 +113,7 @@ impl Content {
         let mut seen = HashSet::new();
         self.write_blocks(
             to,
+            [BLOCK_BYTES; 2],
             |block| seen.insert(*blake3::hash(block).as_bytes()),
             &self.device_state,
         )
@@ -99,6 +122,7 @@ impl Content {
     fn write_blocks(
         &self,
         to: &Path,
+        sizes: [usize; 2],
         mut wanted: impl FnMut(&[u8]) -> bool,
         tail: &[u8],
     ) -> Result<u64> {
@@ -106,8 +130,8 @@ impl Content {
         let file = durable::create_scratch(to, 0o600).doing(doing)?;
         let mut out = BufWriter::with_capacity(1 << 20, file);
         let mut bytes = tail.len() as u64;
-        for path in [&self.disk, &self.ram] {
-            each_block(path, |block| {
+        for (path, size) in [&self.disk, &self.ram].into_iter().zip(sizes) {
+            each_block(path, size, |block| {
                 if wanted(block) {
                     bytes += block.len() as u64;
                     return out.write_all(block).doing(doing);
@@ -131,19 +155,25 @@ async fn blob(store: &Store, name: Option<&BlobRef>) -> Result<Vec<u8>> {
     store.fetch_blob(name).await.doing(doing)
 }
 
-/// Calls `each` with every block of a file that is not zero.
-fn each_block(path: &Path, mut each: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+/// Calls `each` with every block of `size` bytes of a file that is not zero.
+fn each_block(path: &Path, size: usize, mut each: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
     let doing = "read the content of a checkpoint";
     let file = File::open(path).doing(doing)?;
+    let file_bytes = file.metadata().doing(doing)?.len();
     let mut buffer = vec![0; 256 * BLOCK_BYTES];
+    let whole = size as u64;
+    let mut next = 0;
     for range in copy::data_ranges(&file).doing(doing)? {
-        let mut at = range.start;
-        while at < range.end {
+        // Data may begin and end within a block.
+        let mut at = (range.start / whole * whole).max(next);
+        let end = range.end.next_multiple_of(whole).min(file_bytes);
+        next = end;
+        while at < end {
             let length = buffer
                 .len()
-                .min(usize::try_from(range.end - at).unwrap_or(usize::MAX));
+                .min(usize::try_from(end - at).unwrap_or(usize::MAX));
             file.read_exact_at(&mut buffer[..length], at).doing(doing)?;
-            for block in buffer[..length].chunks(BLOCK_BYTES) {
+            for block in buffer[..length].chunks(size) {
                 if !copy::is_zero(block) {
                     each(block)?;
                 }

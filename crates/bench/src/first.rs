@@ -20,6 +20,8 @@ pub struct First {
     pub content: Content,
     /// The bytes of the whole store after it.
     pub stored_bytes: u64,
+    /// The bytes that the store grew by.
+    pub grown_bytes: u64,
     /// The peer's disk with the internal snapshot [`TAG`]; nothing runs on it.
     pub image: PathBuf,
     /// Where the peer's folder and files are.
@@ -42,6 +44,7 @@ pub async fn prepare(bench: &Bench) -> Result<First> {
     peer.shell(workload::FILL).await?;
     peer.savevm(TAG).await?;
     peer.quit().await?;
+    let before = program::bytes_below(&bench.worker.store)?;
     let checkpoint = bench.worker.checkpoint(SANDBOX).await?.checkpoint.id;
     let stored_bytes = program::bytes_below(&bench.worker.store)?;
     let store = content::open_store(&bench.worker.store, &folder.join("cache")).await?;
@@ -50,6 +53,7 @@ pub async fn prepare(bench: &Bench) -> Result<First> {
         checkpoint,
         content,
         stored_bytes,
+        grown_bytes: stored_bytes.saturating_sub(before),
         image,
         folder,
     })

@@ -105,7 +105,7 @@ fn settings(global: &Global) -> Result<Settings> {
 /// What is said when Ctrl-C asks a command to stop; nothing for one that catches signals itself.
 fn on_interrupt(command: &Command) -> Option<&'static str> {
     match command {
-        Command::Exec(_) => None,
+        Command::Exec(_) | Command::Img { .. } => None,
         Command::Ls
         | Command::Show(_)
         | Command::Logs(_)
