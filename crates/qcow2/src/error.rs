@@ -8,10 +8,12 @@ use crate::units::{GuestOffset, HostOffset};
 /// The result of everything in this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why an image could not be read, checked or made.
+/// Why an image could not be read, checked, made or changed.
 ///
 /// Reading never writes, so every error of a reading operation leaves the file as it was. An error
 /// while an image is being made leaves no file under the image's name, and an earlier file as it was.
+/// An error of a change leaves the image as it was; only [`Error::Switch`] says that it may be as it was to
+/// be, or in progress.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

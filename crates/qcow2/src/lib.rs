@@ -1,10 +1,12 @@
-//! The qcow2 disk image format: reading layers and chains of layers, checking an image, and making
-//! new ones. Synchronous, positioned I/O only; no QEMU is involved.
+//! The qcow2 disk image format: reading layers and chains of layers, checking an image, making new
+//! ones, and changing those that are there. Synchronous, positioned I/O only; no QEMU is involved.
 //!
 //! * [`Layer`] is one image; [`Layer::extents`] says what it defines, [`Layer::header`] what it is.
 //! * [`Chain`] is layers over a base: the disk as the guest sees it.
 //! * [`check`] holds every reference against its refcount, and finds overlaps and leaks.
 //! * [`create_overlay`] makes an empty layer, [`write_image`] and [`ImageBuilder`] a full one.
+//! * [`edit`] changes an image in one step, which is done whole or not at all; [`ops`] has the changes:
+//!   internal snapshots, another length.
 //!
 //! Decoding never writes. Files are untrusted: every offset, length and count is bounded before it is
 //! used, and a hostile file costs an error. What qcow2 itself cannot show is a flipped bit in guest

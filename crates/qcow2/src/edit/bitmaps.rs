@@ -14,22 +14,40 @@ use super::transaction::Edit;
 use super::views::View;
 
 /// A table entry: all bits of the cluster are set, and there is no cluster.
-const ALL_ONES: u64 = 1;
+pub(super) const ALL_ONES: u64 = 1;
 
 /// A bitmap and, once it is needed, its table.
 #[derive(Debug)]
 pub(super) struct Bitmap {
     pub record: BitmapRecord,
+    /// What the old state has under this name, if it must not say less now.
+    pub before: Option<BitmapRecord>,
+    /// Bits that were set, neighbours joined.
+    pub marks: Vec<Range<u64>>,
     table: Option<Vec<u64>>,
     changed: bool,
 }
 
 impl Bitmap {
+    /// A bitmap that the old state has.
     pub fn new(record: BitmapRecord) -> Self {
         Self {
+            before: Some(record.clone()),
             record,
+            marks: Vec::new(),
             table: None,
             changed: false,
+        }
+    }
+}
+
+impl Bitmap {
+    fn note(&mut self, bits: Range<u64>) {
+        match self.marks.last_mut() {
+            Some(last) if last.start <= bits.start && bits.start <= last.end => {
+                last.end = last.end.max(bits.end);
+            }
+            Some(_) | None => self.marks.push(bits),
         }
     }
 }
@@ -65,6 +83,7 @@ impl Edit {
             return Ok(());
         }
         let (first, last) = (range.start >> granularity, (end - 1) >> granularity);
+        self.bitmaps[bitmap].note(first..last + 1);
         let per_cluster = self.size().bytes() * 8;
         for cluster in first / per_cluster..=last / per_cluster {
             let base = cluster * per_cluster;

@@ -24,6 +24,7 @@
 //!   of one internal snapshot (32 MiB each at most), the refcount table (8 MiB) and the directories.
 
 mod bitmaps;
+mod bitmaps_proof;
 mod first;
 mod in_place;
 mod length;

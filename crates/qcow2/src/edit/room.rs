@@ -73,6 +73,9 @@ impl Scratch {
         let there = self.base.len()?.saturating_sub(at).min(to_u64(bytes.len()));
         let (data, behind) = bytes.split_at_mut(to_usize(there));
         behind.fill(0);
+        if data.is_empty() {
+            return Ok(());
+        }
         self.base.read_exact_at(data, at)
     }
 

@@ -21,6 +21,7 @@ use crate::header::{AUTOCLEAR_BITMAPS, Header, MAX_L1_BYTES, to_u64, to_usize};
 use crate::layer::Layer;
 use crate::units::HostOffset;
 
+use super::bitmaps_proof::says_enough;
 use super::first::{FirstCluster, JournalPlace, SECTOR};
 use super::in_place::{InPlaceRange, Journal};
 use super::records;
@@ -194,12 +195,26 @@ impl Built {
             return Err(failed(reason));
         }
         match self.has_directories(&layer) {
-            Ok(true) => Ok(report),
-            Ok(false) => Err(failed(
-                "the directories of snapshots and bitmaps are not what was written".into(),
-            )),
-            Err(error) => Err(failed(error.to_string())),
+            Ok(true) => {}
+            Ok(false) => {
+                let reason = "the directories of snapshots and bitmaps are not what was written";
+                return Err(failed(reason.into()));
+            }
+            Err(error) => return Err(failed(error.to_string())),
         }
+        for bitmap in &self.edit.bitmaps {
+            match says_enough(bitmap, &self.edit.old, &layer) {
+                Ok(true) => {}
+                Ok(false) => {
+                    let name = String::from_utf8_lossy(bitmap.record.name());
+                    return Err(failed(format!(
+                        "the bitmap {name:?} says less than it must"
+                    )));
+                }
+                Err(error) => return Err(failed(error.to_string())),
+            }
+        }
+        Ok(report)
     }
 
     /// Whether the directories that are read back are those that were written.

@@ -2,7 +2,8 @@
 //!
 //! # Invariants
 //! * A table is changed only where this transaction has it alone: a table of the old state, or one that
-//!   others share, is copied first, and what it refers to gets its references.
+//!   others share, is copied first.
+//! * A cluster has one reference for each view that shows it, also where views share an L2 table.
 //! * An entry that is replaced gives its references up.
 //! * The copied flags of the active tables are set right when the transaction ends, whatever was done.
 
@@ -342,17 +343,14 @@ impl Edit {
             self.set_l1(view, index, at.0 | COPIED)?;
             return Ok(at);
         };
-        let references = self.references(entry.table)?;
         let new = self.counts.is_new(entry.table.0 >> self.size().bits())?;
-        if new && references == 1 {
+        if new && self.references(entry.table)? == 1 {
             return Ok(entry.table);
         }
         let at = self.allocate(1)?;
         let bytes = self.tables.get(entry.table)?.into();
         self.tables.put(at, bytes)?;
-        if references > 1 {
-            self.count_table(at, 1)?;
-        }
+        // What it refers to is counted once for each view already, not once for each table.
         self.release(entry.table, 1)?;
         self.set_l1(view, index, at.0 | COPIED)?;
         Ok(at)
