@@ -509,10 +509,9 @@ impl Engine {
             .await
             .map_err(|error| error.left("no checkpoint was made, and the sandbox runs on"))?;
         job.step("commit").await?;
-        let (id, report) = publish
-            .commit(&manifest)
-            .await
-            .map_err(|source| store_error("write the manifest", source).left("the sandbox runs on"))?;
+        let (id, report) = publish.commit(&manifest).await.map_err(|source| {
+            store_error("write the manifest", source).left("the sandbox runs on")
+        })?;
         crate::job::crash_point("checkpoint", "committed");
         self.record_checkpoint(job, plan, &id, &trees).await?;
         let info = crate::store::info_of(id.to_string(), &manifest, true);
@@ -537,7 +536,9 @@ impl Engine {
             .await
             .map_err(|source| store_error("begin to publish", source))?;
         let trees = self.publish_disks(store, &mut publish, plan).await?;
-        let manifest = self.manifest_of(&mut publish, plan, instant, &trees).await?;
+        let manifest = self
+            .manifest_of(&mut publish, plan, instant, &trees)
+            .await?;
         Ok((publish, manifest, trees))
     }
 

@@ -566,7 +566,11 @@ pub(crate) fn store_error(attempt: impl Into<String>, source: stead_store::Error
         | Error::GcBlocked { .. } => Kind::Store,
     };
     let error = EngineError::new(kind, attempt, "").because(source);
-    if kind == Kind::NoSpace { error.next(MAKE_ROOM) } else { error }
+    if kind == Kind::NoSpace {
+        error.next(MAKE_ROOM)
+    } else {
+        error
+    }
 }
 
 fn damage_lines(report: &stead_store::VerifyReport) -> Vec<String> {

@@ -7,7 +7,9 @@
 //! As in QEMU: the chain is as long as its top layer. A layer that ends early is zeros from there on
 //! for the layers above it, and what lies below it there is not seen.
 
+use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -74,6 +76,29 @@ impl Member {
     }
 }
 
+impl Member {
+    /// Whether both are one file, and see the same disk in it.
+    fn is_same(&self, other: &Self) -> bool {
+        let one_file = |ours: &ImageFile, theirs: &ImageFile| {
+            let [ours, theirs] = [ours, theirs].map(|file| {
+                let stat = file.file()?.metadata().ok()?;
+                Some((stat.dev(), stat.ino()))
+            });
+            ours.is_some() && ours == theirs
+        };
+        match (self, other) {
+            (Self::Raw(ours), Self::Raw(theirs)) => one_file(ours, theirs),
+            (Self::Qcow2(ours), Self::Qcow2(theirs)) => {
+                one_file(ours.file(), theirs.file())
+                    && one_file(ours.data(), theirs.data())
+                    && ours.virtual_size() == theirs.virtual_size()
+                    && ours.l1() == theirs.l1()
+            }
+            (Self::Raw(_), Self::Qcow2(_)) | (Self::Qcow2(_), Self::Raw(_)) => false,
+        }
+    }
+}
+
 /// Where the bytes of a piece of the disk come from.
 #[derive(Debug, Clone, Copy)]
 enum Source {
@@ -89,6 +114,32 @@ struct Piece {
     end: u64,
     source: Source,
     depth: usize,
+}
+
+/// How a range of the disk is stored.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Stored {
+    /// Where the range ends.
+    pub end: u64,
+    /// The member that defines it, or the number of members when none does.
+    pub depth: usize,
+    pub how: StoredAs,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum StoredAs {
+    Zeros,
+    /// As it is, from here on in this member's file. A hole there is zeros.
+    Plain {
+        member: usize,
+        at: HostOffset,
+    },
+    /// As part of a compressed cluster, this many bytes into it.
+    Packed {
+        member: usize,
+        at: HostOffset,
+        skip: u64,
+    },
 }
 
 /// A disk made of layers over a base, open for reading. Usable from several threads.
@@ -217,6 +268,17 @@ impl Chain {
         Ok(())
     }
 
+    /// As [`Chain::read_at`]; what lies behind the end of the disk reads as zeros.
+    pub(crate) fn read_padded(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
+        let there = self.len().saturating_sub(offset).min(to_u64(bytes.len()));
+        let (data, behind) = bytes.split_at_mut(to_usize(there));
+        behind.fill(0);
+        if data.is_empty() {
+            return Ok(());
+        }
+        self.read_at(offset, data)
+    }
+
     /// The next range at or after `offset` that may hold something other than zeros; `None` when
     /// only zeros follow. Zero clusters and the holes of a raw base are left out.
     ///
@@ -261,6 +323,110 @@ impl Chain {
             at = piece.end;
         }
         Ok(found)
+    }
+
+    /// The first byte at or after `offset` that may be other than zero. Unlike [`Chain::next_data`] it does
+    /// not look for the range's end, which may be far.
+    pub(crate) fn first_data(&self, offset: u64) -> Result<Option<u64>> {
+        let mut at = offset;
+        while at < self.len() {
+            let piece = self.piece(at, self.len())?;
+            if let Some(data) = self.data_in(&piece, at)? {
+                return Ok(Some(data.start));
+            }
+            at = piece.end;
+        }
+        Ok(None)
+    }
+
+    /// The first byte at or after `offset` that the top `layers` files define; see
+    /// [`Chain::next_allocated`].
+    pub(crate) fn first_allocated(&self, layers: usize, offset: u64) -> Result<Option<u64>> {
+        let mut at = offset;
+        while at < self.len() {
+            let piece = self.piece_in(at, self.len(), layers)?;
+            if piece.depth < layers.min(self.depth()) {
+                return Ok(Some(at));
+            }
+            at = piece.end;
+        }
+        Ok(None)
+    }
+
+    /// How the bytes from `offset` on, up to `end` at most, are stored.
+    pub(crate) fn stored(&self, offset: u64, end: u64) -> Result<Stored> {
+        if offset >= self.len() {
+            return Ok(Stored {
+                end,
+                depth: self.depth(),
+                how: StoredAs::Zeros,
+            });
+        }
+        let piece = self.piece(offset, end.min(self.len()))?;
+        let how = match piece.source {
+            Source::Zero => StoredAs::Zeros,
+            Source::Raw(member) => StoredAs::Plain {
+                member,
+                at: HostOffset(offset),
+            },
+            Source::Layer(member, ExtentKind::Data(at)) => StoredAs::Plain { member, at },
+            Source::Layer(member, ExtentKind::Compressed { cluster, skip }) => StoredAs::Packed {
+                member,
+                at: cluster.host,
+                skip,
+            },
+            Source::Layer(_, ExtentKind::Zero | ExtentKind::Unallocated) => {
+                unreachable!("a layer is a source only of data")
+            }
+        };
+        Ok(Stored {
+            end: piece.end,
+            depth: piece.depth,
+            how,
+        })
+    }
+
+    /// Whether a range comes from the same places in this disk and in `other`, a view of the same files.
+    pub(crate) fn is_stored_as_in(&self, other: &Self, range: Range<u64>) -> Result<bool> {
+        let mut at = range.start;
+        while at < range.end {
+            let ours = self.stored(at, range.end)?;
+            let theirs = other.stored(at, ours.end)?;
+            if ours.how != theirs.how || theirs.end != ours.end {
+                return Ok(false);
+            }
+            at = ours.end;
+        }
+        Ok(true)
+    }
+
+    /// The open file of a member, where it is one, and how long it is.
+    pub(crate) fn member_file(&self, member: usize) -> (Option<&File>, u64) {
+        let file = match &*self.members[member] {
+            Member::Raw(file) => file,
+            Member::Qcow2(layer) => layer.data(),
+        };
+        (file.file(), file.length())
+    }
+
+    /// Reads bytes of a member's file.
+    pub(crate) fn read_member(&self, member: usize, at: u64, bytes: &mut [u8]) -> Result<()> {
+        let file = match &*self.members[member] {
+            Member::Raw(file) => file,
+            Member::Qcow2(layer) => layer.data(),
+        };
+        file.read("guest data", HostOffset(at), bytes)
+    }
+
+    /// How many top layers this chain has above `below`, when `below` is its lower part: the same files, in the
+    /// same views.
+    pub(crate) fn layers_above(&self, below: &Self) -> Option<usize> {
+        let above = self.depth().checked_sub(below.depth())?;
+        let lower = &self.members[above..];
+        let mut pairs = lower.iter().zip(&below.members);
+        pairs
+            .all(|(ours, theirs)| ours.is_same(theirs))
+            .then_some(above)
     }
 
     /// All ranges that the top `layers` files define, in order; see [`Chain::next_allocated`].

@@ -260,12 +260,12 @@ pub enum Error {
         /// The width of a refcount.
         bits: u32,
     },
-    /// There is not enough room for the change.
+    /// There is not enough room for a change, or for a new file.
     #[error("{}: {needed} bytes are needed, {available} are there; nothing was changed", path.display())]
     NoRoom {
         /// The file.
         path: PathBuf,
-        /// The bytes that the change takes at its peak, beyond what the file occupies.
+        /// The bytes that the change takes at its peak beyond what the file occupies, or that a new file needs.
         needed: u64,
         /// The bytes that are there.
         available: u64,
@@ -303,6 +303,20 @@ pub enum Error {
         path: PathBuf,
         /// Why not.
         reason: String,
+    },
+    /// The caller wanted the operation to end.
+    #[error("{}: cancelled; a new file was not made, and what was there before is as it was", path.display())]
+    Cancelled {
+        /// The file that was to be made or changed.
+        path: PathBuf,
+    },
+    /// What was written is not what should have been written; the new file was thrown away.
+    #[error("the new image {} was read back and is not right: {found}; it was not kept, and the file system or memory may be faulty", path.display())]
+    NotVerified {
+        /// The file that was to be made.
+        path: PathBuf,
+        /// What is wrong.
+        found: String,
     },
 }
 

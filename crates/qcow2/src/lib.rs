@@ -20,12 +20,12 @@
 
 mod bitmap;
 mod bitmap_read;
-mod build;
 mod cache;
 mod chain;
 mod check;
 mod compare;
 mod consistency;
+mod control;
 mod counts;
 mod decompress;
 mod directory;
@@ -37,17 +37,18 @@ mod following;
 mod header;
 mod info;
 mod layer;
+mod make;
 mod map;
 pub mod ops;
 mod refcounts;
 mod units;
 
 pub use bitmap::{Bitmap, BitmapCluster, GRANULARITY_BITS, MAX_BITMAP_BITS, MAX_BITMAP_NAME_BYTES};
-pub use build::{Backing, ImageBuilder, ImageOptions, create_overlay, write_image};
 pub use chain::{Chain, LayerFile, LayerFormat, MAX_LAYERS};
 pub use check::{CheckReport, Finding, MAX_FINDINGS, Use, check};
 pub use compare::{Comparison, Difference, compare};
 pub use consistency::Note;
+pub use control::{Control, Progress};
 pub use directory::{InternalSnapshot, StoredBitmap};
 pub use entry::CompressedCluster;
 pub use error::{Error, Result};
@@ -60,5 +61,11 @@ pub use info::{
     BitmapInfo, EncryptInfo, FormatSpecific, ImageInfo, Qcow2Info, SnapshotInfo, info, info_chain,
 };
 pub use layer::{Extent, ExtentKind, Extents, Layer};
+pub use make::{
+    Backing, ConvertOptions, DD_BLOCK_BYTES, DEFAULT_SPARSE_BYTES, DataFile, DdBlocks,
+    DroppedBitmap, Durability, ImageBuilder, ImageOptions, Keep, MAX_VIRTUAL_BYTES, Measured,
+    NewFiles, NewFormat, Preallocation, Qcow2Options, Target, Verify, Version, convert, create,
+    create_overlay, dd, lost_bitmaps, measure, measure_empty, predict, write_image,
+};
 pub use map::{MapEntries, MapEntry};
 pub use units::{ClusterSize, GuestOffset, HostOffset};

@@ -8,7 +8,7 @@ use std::process::Command;
 use images::{RandomChain, format_name, make_chain};
 use stead_qcow2::{
     Backing, Chain, ClusterSize, Error, GuestOffset, ImageBuilder, ImageOptions, Layer, LayerFile,
-    LayerFormat, create_overlay, write_image,
+    LayerFormat, Qcow2Options, create_overlay, write_image,
 };
 use stead_sys::durable::{self, Existing};
 
@@ -111,9 +111,11 @@ fn options(virtual_size: u64, bits: u32) -> ImageOptions {
     ImageOptions {
         mode: 0o600,
         virtual_size,
-        cluster_size: ClusterSize::from_bits(bits).expect("valid"),
-        backing: None,
         existing: Existing::Keep,
+        qcow2: Qcow2Options {
+            cluster_size: ClusterSize::from_bits(bits).expect("valid"),
+            ..Qcow2Options::default()
+        },
     }
 }
 
@@ -213,13 +215,11 @@ fn layers_merged_over_what_lies_below_read_the_same() {
         for layers in 1..chain.depth() {
             let path = dir.path().join(format!("{seed}.{layers}"));
             let below = &made.files[layers];
-            let overlay = ImageOptions {
-                backing: Some(Backing {
-                    name: text(&below.path).to_owned(),
-                    format: below.format,
-                }),
-                ..options(chain.len(), size.bits())
-            };
+            let mut overlay = options(chain.len(), size.bits());
+            overlay.qcow2.backing = Some(Backing {
+                name: text(&below.path).to_owned(),
+                format: below.format,
+            });
             write_image(&path, overlay, &chain, chain.allocated(layers)).expect("write");
             check_new(&path, &made);
             compare(&made.top().path, made.top().format, &path);

@@ -121,7 +121,7 @@ fn state(bytes: &[u8]) -> Result<State> {
     assert!(report.is_clean(), "{:?}", report.findings);
     let mut views = Vec::new();
     for snapshot in layer.internal_snapshots()? {
-        views.push(view(&snapshot.name, layer.at_snapshot(&snapshot)?)?);
+        views.push(view(&snapshot.name, layer.view_of(&snapshot)?)?);
     }
     let bitmaps = layer.stored_bitmaps()?.into_iter().map(|bitmap| {
         let cluster = layer.cluster_size().bytes();

@@ -91,6 +91,23 @@ impl Partial {
         self.temp = PathBuf::new();
         Ok(file)
     }
+
+    /// Makes the file appear under its name without syncing anything: after lost power it may be missing, or
+    /// be there without its content. For files that can be made again.
+    ///
+    /// # Durability
+    /// None. The death of a process loses nothing.
+    ///
+    /// # Errors
+    /// As [`Partial::publish`].
+    pub fn publish_unsynced(mut self, existing: Existing) -> io::Result<File> {
+        let Some(file) = self.file.take() else {
+            unreachable!("publish consumes the value, so the file is taken once")
+        };
+        rename(&self.temp, &self.target, existing)?;
+        self.temp = PathBuf::new();
+        Ok(file)
+    }
 }
 
 impl Drop for Partial {

@@ -1,7 +1,8 @@
 //! What Steadfast asks of the operating system, one idea a module.
 //!
 //! This crate is the only place that makes files durable ([`durable`]) and the only one that may
-//! contain `unsafe` code ([`entropy`] and [`storage`], for three ioctls that no safe wrapper offers).
+//! contain `unsafe` code ([`entropy`] and [`share`], for ioctls that no safe
+//! wrapper offers).
 //! Everything above forbids `unsafe` and leaves file creation, renaming and syncing to this crate,
 //! so that "what has reached the disk when this returns?" has one place to look.
 
@@ -11,11 +12,13 @@
 )]
 
 pub mod copy;
+pub mod direct;
 pub mod durable;
 pub mod entropy;
 pub mod image_lock;
 pub mod lock;
 pub mod process;
 pub mod readable;
+pub mod share;
 pub mod space;
 pub mod storage;

@@ -1,0 +1,52 @@
+//! What a caller sees and decides while something long runs.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::error::{Error, Result};
+
+/// How far an operation is, from 0.0 to 1.0; called from any of its threads, and not too often.
+pub type Progress<'a> = &'a (dyn Fn(f64) + Sync);
+
+/// Progress and cancellation of a long operation.
+#[derive(Clone, Copy, Default)]
+pub struct Control<'a> {
+    /// The operation ends with [`Error::Cancelled`] soon after this becomes true.
+    pub cancel: Option<&'a AtomicBool>,
+    /// Is told how far the operation is.
+    pub progress: Option<Progress<'a>>,
+}
+
+impl std::fmt::Debug for Control<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Control")
+            .field("cancel", &self.cancel)
+            .field("progress", &self.progress.is_some())
+            .finish()
+    }
+}
+
+impl Control<'_> {
+    /// An error when the caller wants the operation on `path` to end.
+    pub(crate) fn go_on(&self, path: &Path) -> Result<()> {
+        match self.cancel {
+            Some(cancel) if cancel.load(Ordering::Relaxed) => Err(Error::Cancelled {
+                path: path.to_owned(),
+            }),
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    /// Tells that `done` of `all` are done.
+    pub(crate) fn tell(&self, done: u64, all: u64) {
+        if let Some(progress) = self.progress {
+            #[allow(clippy::cast_precision_loss, reason = "a fraction to look at")]
+            let fraction = if all == 0 {
+                1.0
+            } else {
+                done as f64 / all as f64
+            };
+            progress(fraction.min(1.0));
+        }
+    }
+}

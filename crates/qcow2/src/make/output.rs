@@ -1,0 +1,288 @@
+//! The file that a new image is written into: a hidden partial file, or something that is there already.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use stead_sys::direct;
+use stead_sys::durable::{Existing, Partial};
+use stead_sys::share::{self, Shared};
+use stead_sys::space;
+
+use super::options::{Preallocation, Target};
+use crate::error::{Error, Result};
+use crate::header::{SECTOR_BYTES, to_usize};
+
+/// Shorter writes go through the page cache.
+const DIRECT_FROM_BYTES: usize = 64 << 10;
+/// Zeros are written in pieces of at most this many bytes.
+const ZERO_STEP_BYTES: u64 = 1 << 20;
+
+#[derive(Debug)]
+enum Place {
+    Partial(Partial, Existing),
+    There(File),
+    /// Nowhere: what is written is dropped.
+    Dropped(File),
+}
+
+/// A file being written.
+#[derive(Debug)]
+pub(crate) struct Output {
+    place: Place,
+    path: PathBuf,
+    /// The same file, past the page cache, where that is possible.
+    direct: Option<File>,
+    /// Whether what is written is to survive lost power.
+    synced: bool,
+    #[cfg(test)]
+    pub fault: super::fault::Fault,
+}
+
+impl Output {
+    /// Starts writing; for a new file nothing appears yet.
+    pub fn create(target: &Target) -> Result<Self> {
+        let mut output = Self::create_cached(target)?;
+        output.synced = true;
+        output.direct = direct::reopen(output.file())
+            .map_err(|source| Error::io("open for direct writes", &output.path, source))?;
+        Ok(output)
+    }
+
+    /// As [`Output::create`], without the syncs that lost power asks for.
+    pub fn create_cached(target: &Target) -> Result<Self> {
+        let path = target.path();
+        let place = match target {
+            Target::New { mode, existing, .. } => {
+                refuse_existing(path, *existing)?;
+                let partial = Partial::create(path, *mode)
+                    .map_err(|source| Error::io("create", path, source))?;
+                Place::Partial(partial, *existing)
+            }
+            Target::InPlace { .. } => {
+                let opened = OpenOptions::new().read(true).write(true).open(path);
+                Place::There(opened.map_err(|source| Error::io("open", path, source))?)
+            }
+        };
+        Ok(Self::of(place, path))
+    }
+
+    /// Takes writes and keeps nothing.
+    pub fn dropped(path: &Path) -> Result<Self> {
+        let file = File::open("/dev/null")
+            .map_err(|source| Error::io("open", Path::new("/dev/null"), source))?;
+        Ok(Self::of(Place::Dropped(file), path))
+    }
+
+    fn of(place: Place, path: &Path) -> Self {
+        Self {
+            place,
+            path: path.to_owned(),
+            direct: None,
+            synced: false,
+            #[cfg(test)]
+            fault: super::fault::Fault::planned(),
+        }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn file(&self) -> &File {
+        match &self.place {
+            Place::Partial(partial, _) => partial.file(),
+            Place::There(file) | Place::Dropped(file) => file,
+        }
+    }
+
+    /// Whether what is not written reads as zeros.
+    pub fn starts_empty(&self) -> bool {
+        match self.place {
+            Place::Partial(..) | Place::Dropped(_) => true,
+            Place::There(_) => false,
+        }
+    }
+
+    fn is_dropped(&self) -> bool {
+        match self.place {
+            Place::Dropped(_) => true,
+            Place::Partial(..) | Place::There(_) => false,
+        }
+    }
+
+    pub fn write(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        if self.is_dropped() {
+            return Ok(());
+        }
+        let long = bytes.len() >= DIRECT_FROM_BYTES && direct::is_aligned(at, bytes);
+        let file = match &self.direct {
+            Some(direct) if long => direct,
+            Some(_) | None => self.file(),
+        };
+        self.step("write", || file.write_all_at(bytes, at))
+    }
+
+    /// Reads what was written.
+    pub fn read_back(&self, at: u64, bytes: &mut [u8]) -> Result<()> {
+        self.step("read back", || self.file().read_exact_at(bytes, at))
+    }
+
+    /// Shares blocks of `from`; `false` where that is not possible.
+    pub fn share(&self, from: &File, range: Shared) -> Result<bool> {
+        if self.is_dropped() {
+            return Ok(true);
+        }
+        self.step("share blocks with", || {
+            share::clone_range(from, self.file(), range)
+        })
+    }
+
+    /// Makes a range read as zeros that may hold something else.
+    pub fn write_zeros(&self, at: u64, length: u64) -> Result<()> {
+        if self.is_dropped() {
+            return Ok(());
+        }
+        let punched = self.step("punch a hole into", || {
+            space::punch(self.file(), at, length)
+        })?;
+        if punched {
+            return Ok(());
+        }
+        self.fill_zeros(at, length)
+    }
+
+    /// Writes zeros, so that the room is taken.
+    pub fn fill_zeros(&self, at: u64, length: u64) -> Result<()> {
+        let zeros = direct::AlignedBuffer::new(to_usize(ZERO_STEP_BYTES.min(length)));
+        let mut done = 0;
+        while done < length {
+            let step = ZERO_STEP_BYTES.min(length - done);
+            self.write(at + done, &zeros.bytes()[..to_usize(step)])?;
+            done += step;
+        }
+        Ok(())
+    }
+
+    /// Reserves room, or takes it by writing zeros where the file system cannot reserve.
+    pub fn reserve(&self, at: u64, length: u64) -> Result<()> {
+        if self.is_dropped()
+            || self.step("reserve room for", || {
+                space::reserve(self.file(), at, length)
+            })?
+        {
+            return Ok(());
+        }
+        self.fill_zeros(at, length)
+    }
+
+    /// Takes the room of a range that is to read as zeros and was not written yet.
+    pub fn take_room(&self, preallocation: Preallocation, at: u64, length: u64) -> Result<()> {
+        match (preallocation, self.starts_empty()) {
+            (_, _) if length == 0 => Ok(()),
+            (Preallocation::Off | Preallocation::Metadata, true) => Ok(()),
+            (Preallocation::Off | Preallocation::Metadata, false) => self.write_zeros(at, length),
+            (Preallocation::Falloc, true) => self.reserve(at, length),
+            (Preallocation::Falloc, false) | (Preallocation::Full, _) => {
+                self.fill_zeros(at, length)
+            }
+        }
+    }
+
+    /// What is written in place is no image any more, until its header is written.
+    pub fn begin_in_place(&self) -> Result<()> {
+        if self.starts_empty() {
+            return Ok(());
+        }
+        self.fill_zeros(0, SECTOR_BYTES)?;
+        self.sync()
+    }
+
+    /// Sets the length of a new file; one in place only grows, and a device stays as it is.
+    pub fn set_length(&self, length: u64) -> Result<()> {
+        match &self.place {
+            Place::Dropped(_) => Ok(()),
+            Place::Partial(partial, _) => {
+                self.step("set the length of", || partial.file().set_len(length))
+            }
+            Place::There(file) => self.step("set the length of", || {
+                let stat = file.metadata()?;
+                if stat.is_file() && stat.len() < length {
+                    return file.set_len(length);
+                }
+                Ok(())
+            }),
+        }
+    }
+
+    pub fn sync(&self) -> Result<()> {
+        if !self.synced {
+            return Ok(());
+        }
+        self.step("sync", || self.file().sync_all())
+    }
+
+    /// Lets a new file appear under its name.
+    ///
+    /// # Durability
+    /// When this returns `Ok`, content, name and folder entry have been synced, but for
+    /// [`Output::create_cached`].
+    pub fn publish(self) -> Result<File> {
+        self.sync()?;
+        let path = self.path;
+        match self.place {
+            Place::Partial(partial, existing) => match self.synced {
+                true => partial.publish(existing),
+                false => partial.publish_unsynced(existing),
+            }
+            .map_err(|source| Error::io("publish", &path, source)),
+            Place::There(file) | Place::Dropped(file) => Ok(file),
+        }
+    }
+
+    fn step<T>(&self, action: &'static str, work: impl FnOnce() -> io::Result<T>) -> Result<T> {
+        #[cfg(test)]
+        self.fault
+            .before()
+            .map_err(|source| Error::io(action, &self.path, source))?;
+        work().map_err(|source| Error::io(action, &self.path, source))
+    }
+}
+
+/// Publishing refuses too; here it costs nothing yet.
+fn refuse_existing(path: &Path, existing: Existing) -> Result<()> {
+    if existing == Existing::Keep && path.symlink_metadata().is_ok() {
+        let source = io::Error::from(io::ErrorKind::AlreadyExists);
+        return Err(Error::io("create", path, source));
+    }
+    Ok(())
+}
+
+/// The length of a file or block device, in bytes.
+pub(crate) fn length_of(file: &File, path: &Path) -> Result<u64> {
+    use std::io::{Seek, SeekFrom};
+    let mut file = file;
+    file.seek(SeekFrom::End(0))
+        .map_err(|source| Error::io("find the length of", path, source))
+}
+
+/// Fails when `bytes` would not fit into what is written in place.
+pub(crate) fn require_length(output: &Output, bytes: u64) -> Result<()> {
+    let stat = output
+        .file()
+        .metadata()
+        .map_err(|source| Error::io("look at", output.path(), source))?;
+    if output.starts_empty() || stat.is_file() {
+        return Ok(());
+    }
+    let available = length_of(output.file(), output.path())?;
+    if available < bytes {
+        return Err(Error::NoRoom {
+            path: output.path().to_owned(),
+            needed: bytes,
+            available,
+        });
+    }
+    Ok(())
+}
