@@ -195,6 +195,13 @@ impl Chain {
         Ok(Self { members })
     }
 
+    /// The disk below the top `layers` files, over the same files; `None` when nothing is below them.
+    #[must_use]
+    pub fn below(&self, layers: usize) -> Option<Self> {
+        let members = self.members.get(layers..)?.to_vec();
+        (!members.is_empty()).then_some(Self { members })
+    }
+
     /// The path and format of the file at `index`, 0 being the top.
     #[must_use]
     pub fn file(&self, index: usize) -> Option<(&Path, LayerFormat)> {
