@@ -195,6 +195,13 @@ impl Chain {
         Ok(Self { members })
     }
 
+    /// The disk below the top `layers` files, over the same files; `None` when nothing is below them.
+    #[must_use]
+    pub fn below(&self, layers: usize) -> Option<Self> {
+        let members = self.members.get(layers..)?.to_vec();
+        (!members.is_empty()).then_some(Self { members })
+    }
+
     /// The path and format of the file at `index`, 0 being the top.
     #[must_use]
     pub fn file(&self, index: usize) -> Option<(&Path, LayerFormat)> {
@@ -384,6 +391,34 @@ impl Chain {
             depth: piece.depth,
             how,
         })
+    }
+
+    /// The first range from `offset` on, up to `end`, that may be other than zeros and is stored in one way.
+    pub(crate) fn next_stored(
+        &self,
+        offset: u64,
+        end: u64,
+    ) -> Result<Option<(Range<u64>, StoredAs)>> {
+        let (mut at, end) = (offset, end.min(self.len()));
+        while at < end {
+            let piece = self.piece(at, end)?;
+            if let Some(data) = self.data_in(&piece, at)? {
+                let how = self.stored(data.start, data.end)?.how;
+                return Ok(Some((data, how)));
+            }
+            at = piece.end;
+        }
+        Ok(None)
+    }
+
+    /// Whether a member of this chain and one of `other` keep their data in the same file.
+    pub(crate) fn is_one_file(&self, member: usize, other: &Self, theirs: usize) -> bool {
+        let identity = |file: Option<&File>| {
+            let stat = file?.metadata().ok()?;
+            Some((stat.dev(), stat.ino()))
+        };
+        let ours = identity(self.member_file(member).0);
+        ours.is_some() && ours == identity(other.member_file(theirs).0)
     }
 
     /// Whether a range comes from the same places in this disk and in `other`, a view of the same files.

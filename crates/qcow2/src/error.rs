@@ -305,9 +305,9 @@ pub enum Error {
         reason: String,
     },
     /// The caller wanted the operation to end.
-    #[error("{}: cancelled; a new file was not made, and an earlier one is as it was", path.display())]
+    #[error("{}: cancelled; a new file was not made, and what was there before is as it was", path.display())]
     Cancelled {
-        /// The file that was to be made.
+        /// The file that was to be made or changed.
         path: PathBuf,
     },
     /// What was written is not what should have been written; the new file was thrown away.

@@ -1,8 +1,7 @@
 //! What Steadfast asks of the operating system, one idea a module.
 //!
 //! This crate is the only place that makes files durable ([`durable`]) and the only one that may
-//! contain `unsafe` code ([`entropy`], [`share`] and [`storage`], for ioctls that no safe wrapper offers, and
-//! [`signal`]).
+//! contain `unsafe` code ([`entropy`] and [`share`], for ioctls that no safe wrapper offers, and [`signal`]).
 //! Everything above forbids `unsafe` and leaves file creation, renaming and syncing to this crate,
 //! so that "what has reached the disk when this returns?" has one place to look.
 

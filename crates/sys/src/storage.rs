@@ -1,20 +1,14 @@
 //! Where an image's bytes lie: six calls, so that every write, every sync and every fault of an operation
 //! can be put in a test's hand.
-#![allow(
-    unsafe_code,
-    reason = "no safe wrapper offers FICLONERANGE; the one call argues its safety"
-)]
-
-use std::ffi::c_int;
 use std::fmt::Debug;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 
 use rustix::fs::copy_file_range;
 use rustix::io::Errno;
-use rustix::ioctl::{self, Opcode, Setter};
+
+use crate::share::{self, Shared};
 
 /// How many bytes one step of a copy by reading and writing moves.
 const STEP_BYTES: usize = 1 << 20;
@@ -80,6 +74,14 @@ struct Span {
 }
 
 impl Span {
+    fn shared(self) -> Shared {
+        Shared {
+            from: self.from,
+            to: self.at,
+            length: self.length,
+        }
+    }
+
     /// What is left after `done` bytes.
     fn behind(self, done: u64) -> Self {
         Self {
@@ -167,51 +169,11 @@ impl Storage for FileStorage {
 
     fn copy_from(&self, source: &File, from: u64, at: u64, length: u64) -> io::Result<()> {
         let span = Span { from, at, length };
-        if length == 0 || share(&self.file, source, span)? {
+        if length == 0 || share::clone_range(source, &self.file, span.shared())? {
             return Ok(());
         }
         let done = copy_in_kernel(&self.file, source, span)?;
         copy_by_hand(self, source, span.behind(done))
-    }
-}
-
-/// `struct file_clone_range` of linux/fs.h.
-#[repr(C)]
-struct CloneRange {
-    source: i64,
-    from: u64,
-    length: u64,
-    at: u64,
-}
-
-const _: () = assert!(size_of::<CloneRange>() == 32);
-const FICLONERANGE: Opcode = ioctl::opcode::write::<CloneRange>(0x94, 13);
-
-/// Shares the blocks of a range; `false` where the file system or the alignment does not allow it.
-fn share(to: &File, source: &File, span: Span) -> io::Result<bool> {
-    let descriptor: c_int = source.as_raw_fd();
-    let range = CloneRange {
-        source: i64::from(descriptor),
-        from: span.from,
-        length: span.length,
-        at: span.at,
-    };
-    // SAFETY: the opcode takes a pointer to `file_clone_range`, whose layout `CloneRange` has (asserted
-    // above); the kernel only reads it, and `source` keeps its descriptor open during the call.
-    let result = unsafe { ioctl::ioctl(to, Setter::<FICLONERANGE, CloneRange>::new(range)) };
-    match result {
-        Ok(()) => Ok(true),
-        Err(
-            Errno::OPNOTSUPP
-            | Errno::XDEV
-            | Errno::INVAL
-            | Errno::NOTTY
-            | Errno::NOSYS
-            | Errno::TXTBSY
-            | Errno::PERM
-            | Errno::ISDIR,
-        ) => Ok(false),
-        Err(error) => Err(error.into()),
     }
 }
 

@@ -157,7 +157,7 @@ impl Edit {
     }
 
     /// The file may end in the last cluster, where the disk ends too.
-    fn read_cut_off(&self, host: HostOffset, bytes: &mut [u8]) -> Result<()> {
+    pub(super) fn read_cut_off(&self, host: HostOffset, bytes: &mut [u8]) -> Result<()> {
         let length = self.storage.len().map_err(self.io("find the length of"))?;
         let there = length.saturating_sub(host.0);
         let whole = crate::header::to_u64(bytes.len());
@@ -216,7 +216,7 @@ fn read_below(below: &Chain, start: u64, bytes: &mut [u8]) -> Result<()> {
 }
 
 /// Puts the subclusters with data, and those of zeros, over what lies below.
-fn lay_over(bytes: &mut [u8], own: &[u8], data: u32, zero: u32) {
+pub(super) fn lay_over(bytes: &mut [u8], own: &[u8], data: u32, zero: u32) {
     let step = bytes.len() / to_usize(SUBCLUSTERS);
     for (index, (seen, own)) in bytes.chunks_mut(step).zip(own.chunks(step)).enumerate() {
         if data >> index & 1 != 0 {

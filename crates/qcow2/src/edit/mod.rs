@@ -23,9 +23,13 @@
 //! * Memory is bounded by [`EditOptions::cache_bytes`] for tables, plus one L1 table of the active disk and
 //!   of one internal snapshot (32 MiB each at most), the refcount table (8 MiB) and the directories.
 
+mod below;
 mod bitmaps;
 mod bitmaps_proof;
+mod copies;
+mod fill;
 mod first;
+mod groups;
 mod in_place;
 mod length;
 mod records;
@@ -50,6 +54,8 @@ use crate::error::{Error, Result};
 use crate::header::to_usize;
 use crate::layer::Layer;
 
+pub use below::Below;
+pub use fill::Filled;
 pub use in_place::MAX_IN_PLACE_RANGES;
 pub use records::{BitmapRecord, SnapshotName, SnapshotRecord};
 pub use room::Plan;

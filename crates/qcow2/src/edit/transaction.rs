@@ -253,7 +253,7 @@ impl Edit {
         written.map_err(self.io("write a table of"))
     }
 
-    fn require_new(&mut self, at: HostOffset, length: u64) -> Result<()> {
+    pub(super) fn require_new(&mut self, at: HostOffset, length: u64) -> Result<()> {
         let bits = self.size().bits();
         let behind = (at.0 + length).div_ceil(self.size().bytes());
         for cluster in at.0 >> bits..behind {

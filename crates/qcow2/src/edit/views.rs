@@ -182,7 +182,7 @@ impl Edit {
         Ok(())
     }
 
-    fn write_entry(
+    pub(super) fn write_entry(
         &mut self,
         view: View,
         table: HostOffset,
@@ -256,7 +256,7 @@ impl Edit {
         Ok(self.l1_entry(view, index)?.map(|entry| entry.table))
     }
 
-    fn decode_l1(&self, word: u64) -> Result<Option<L1Entry>> {
+    pub(super) fn decode_l1(&self, word: u64) -> Result<Option<L1Entry>> {
         L1Entry::decode(word).map_err(|reason| Error::InvalidEntry {
             path: self.path.clone(),
             what: "L1 entry",
@@ -266,7 +266,7 @@ impl Edit {
         })
     }
 
-    fn set_l1(&mut self, view: View, index: u64, word: u64) -> Result<()> {
+    pub(super) fn set_l1(&mut self, view: View, index: u64, word: u64) -> Result<()> {
         let index = to_usize(index);
         match view {
             View::Active => {

@@ -1,0 +1,170 @@
+//! Another backing file, or none.
+//!
+//! [`rebase`] keeps what every disk state shows: the active one and each internal snapshot. Where the new disk
+//! below shows something else than the old one, the image gets the old content itself; without a new one
+//! that is everything ([`flatten`]). Clusters that several states show are copied once. Contents stay, so bitmaps
+//! do; VM state stays with its snapshots. [`rename`] changes the name alone.
+
+use std::path::Path;
+
+use crate::chain::Chain;
+use crate::control::Control;
+use crate::edit::{Below, Done, Edit, Editor, Filled, Plan};
+use crate::error::{Error, Result};
+use crate::header::MAX_BACKING_NAME_BYTES;
+
+const OPERATION: &str = "change the backing file";
+
+/// A backing file by name, as the header is to say it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BackingFile<'a> {
+    /// Its name, 1 to 1023 bytes. A name that is not absolute starts in the image's folder.
+    pub name: &'a [u8],
+    /// Its format, which should be said: else readers have to guess it from its content.
+    pub format: Option<&'a [u8]>,
+}
+
+/// What is to be below an image.
+#[derive(Debug, Clone, Copy)]
+pub struct NewBacking<'a> {
+    /// How the header names it.
+    pub file: BackingFile<'a>,
+    /// The disk that it is.
+    pub disk: &'a Chain,
+}
+
+/// Makes the image independent of what lies below it; `below` is that disk, `None` where there is none.
+///
+/// # Durability
+/// As [`Editor::apply`].
+///
+/// # Errors
+/// [`Error::Refused`] when the image has a backing file and `below` is missing, or the other way round;
+/// [`Error::Cancelled`]; else as [`Editor::apply`].
+pub fn flatten(
+    editor: &mut Editor,
+    below: Option<&Chain>,
+    control: &Control<'_>,
+) -> Result<Done<Filled>> {
+    rebase(editor, below, None, control)
+}
+
+/// Gives the image another backing file, or none, without changing what any disk state shows. `below` is the disk
+/// that lies below it now.
+///
+/// # Durability
+/// As [`Editor::apply`].
+///
+/// # Errors
+/// [`Error::Refused`] as for [`flatten`], when the name cannot be said, or when the image would be below itself;
+/// [`Error::Cancelled`]; else as [`Editor::apply`].
+pub fn rebase(
+    editor: &mut Editor,
+    below: Option<&Chain>,
+    new: Option<&NewBacking<'_>>,
+    control: &Control<'_>,
+) -> Result<Done<Filled>> {
+    require_fitting(editor, below, new)?;
+    let mut expected = 0;
+    let done = editor.apply(|edit| {
+        let filled = change(edit, below, new, control, expected)?;
+        expected = filled.bytes;
+        Ok(filled)
+    })?;
+    control.tell(1, 1);
+    Ok(done)
+}
+
+/// How much room [`rebase`] needs; nothing is written.
+///
+/// # Errors
+/// As [`rebase`].
+pub fn plan(
+    editor: &Editor,
+    below: Option<&Chain>,
+    new: Option<&NewBacking<'_>>,
+    control: &Control<'_>,
+) -> Result<Plan> {
+    require_fitting(editor, below, new)?;
+    editor.plan(|edit| change(edit, below, new, control, 0))
+}
+
+/// Says another name and format of the backing file, or none, and changes nothing else. What the image shows is
+/// what the file of that name makes of it.
+///
+/// # Durability
+/// As [`Editor::apply`].
+///
+/// # Errors
+/// [`Error::Refused`] when the name cannot be said; else as [`Editor::apply`].
+pub fn rename(editor: &mut Editor, new: Option<BackingFile<'_>>) -> Result<Done<()>> {
+    require_name(editor.layer().path(), new)?;
+    editor.apply(|edit| {
+        edit.set_backing(new.map(|file| (file.name, file.format)));
+        Ok(())
+    })
+}
+
+fn change(
+    edit: &mut Edit,
+    below: Option<&Chain>,
+    new: Option<&NewBacking<'_>>,
+    control: &Control<'_>,
+    expected_bytes: u64,
+) -> Result<Filled> {
+    let disks = Below {
+        old: below,
+        new: new.map(|new| new.disk),
+    };
+    let filled = edit.fill(&disks, control, expected_bytes)?;
+    edit.set_backing(new.map(|new| (new.file.name, new.file.format)));
+    Ok(filled)
+}
+
+fn refused(path: &Path, reason: impl Into<String>) -> Error {
+    Error::Refused {
+        path: path.to_owned(),
+        operation: OPERATION,
+        reason: reason.into(),
+    }
+}
+
+fn require_fitting(
+    editor: &Editor,
+    below: Option<&Chain>,
+    new: Option<&NewBacking<'_>>,
+) -> Result<()> {
+    let image = editor.layer();
+    let path = image.path();
+    match (&image.header().backing, below) {
+        (Some(_), None) => {
+            let reason = "it has a backing file, whose content is needed; give the files below";
+            return Err(refused(path, reason));
+        }
+        (None, Some(_)) => return Err(refused(path, "it has no backing file")),
+        (Some(_), Some(_)) | (None, None) => {}
+    }
+    let Some(new) = new else { return Ok(()) };
+    require_name(path, Some(new.file))?;
+    let Ok(own) = path.canonicalize() else {
+        // A storage that is no file: only its user knows what it is.
+        return Ok(());
+    };
+    for index in 0..new.disk.depth() {
+        let file = new.disk.file(index).map(|(file, _)| file.canonicalize());
+        if matches!(file, Some(Ok(file)) if file == own) {
+            return Err(refused(path, "the image would be below itself"));
+        }
+    }
+    Ok(())
+}
+
+fn require_name(path: &Path, new: Option<BackingFile<'_>>) -> Result<()> {
+    let Some(new) = new else { return Ok(()) };
+    let length = u32::try_from(new.name.len()).unwrap_or(u32::MAX);
+    if (1..=MAX_BACKING_NAME_BYTES).contains(&length) {
+        return Ok(());
+    }
+    let reason = format!("a name of {length} bytes cannot be said, only of 1 to 1023");
+    Err(refused(path, reason))
+}
