@@ -23,6 +23,7 @@
 //! * Memory is bounded by [`EditOptions::cache_bytes`] for tables, plus one L1 table of the active disk and
 //!   of one internal snapshot (32 MiB each at most), the refcount table (8 MiB) and the directories.
 
+mod bitmap_changes;
 mod bitmaps;
 mod bitmaps_proof;
 mod first;

@@ -1,4 +1,5 @@
 //! Operations on an image, each one change of an [`crate::edit::Editor`].
 
+pub mod bitmap;
 pub mod resize;
 pub mod snapshot;
