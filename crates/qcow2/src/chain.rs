@@ -7,6 +7,7 @@
 //! As in QEMU: the chain is as long as its top layer. A layer that ends early is zeros from there on
 //! for the layers above it, and what lies below it there is not seen.
 
+use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -120,6 +121,41 @@ impl Chain {
         let open = |file| Member::open(file).map(Arc::new);
         let members = files.iter().map(open).collect::<Result<_>>()?;
         Ok(Self { members })
+    }
+
+    /// The layers `above`, top first, over an open layer over the files `below` it.
+    pub(crate) fn around(above: &[LayerFile], base: Member, below: &[LayerFile]) -> Result<Self> {
+        let open = |file| Member::open(file);
+        let mut members = above.iter().map(open).collect::<Result<Vec<_>>>()?;
+        members.push(base);
+        for file in below {
+            members.push(Member::open(file)?);
+        }
+        if members.len() > MAX_LAYERS {
+            let reason = format!("{} files, expected at most {MAX_LAYERS}", members.len());
+            return Err(Error::InvalidChain { reason });
+        }
+        Ok(Self::from_members(members))
+    }
+
+    /// The chain without its top `layers`; `None` when nothing is left.
+    pub(crate) fn below(&self, layers: usize) -> Option<Self> {
+        let members = self.members.get(layers..).unwrap_or_default().to_vec();
+        (!members.is_empty()).then_some(Self { members })
+    }
+
+    /// How many bytes from `at` on, up to `end`, come from one place, and which file has them at which offset,
+    /// where one has them as they are.
+    pub(crate) fn place_at(&self, at: u64, end: u64) -> Result<(u64, Option<(&File, u64)>)> {
+        let piece = self.piece(at, end)?;
+        let place = match piece.source {
+            Source::Layer(index, ExtentKind::Data(place)) => {
+                let file = self.qcow2(index).data().file();
+                file.map(|file| (file, place.0))
+            }
+            Source::Raw(_) | Source::Zero | Source::Layer(..) => None,
+        };
+        Ok((piece.end - at, place))
     }
 
     /// A chain of what was opened and found to fit.

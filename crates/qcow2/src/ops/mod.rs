@@ -1,5 +1,6 @@
 //! Operations on an image, each one change of an [`crate::edit::Editor`].
 
 pub mod bitmap;
+pub mod commit;
 pub mod resize;
 pub mod snapshot;
