@@ -138,6 +138,16 @@ impl Chain {
         Ok(Self::from_members(members))
     }
 
+    /// An open layer over the files `between` it and the base.
+    pub(crate) fn over(top: Member, between: &[LayerFile], base: Member) -> Result<Self> {
+        let mut members = vec![top];
+        for file in between {
+            members.push(Member::open(file)?);
+        }
+        members.push(base);
+        Ok(Self::from_members(members))
+    }
+
     /// The chain without its top `layers`; `None` when nothing is left.
     pub(crate) fn below(&self, layers: usize) -> Option<Self> {
         let members = self.members.get(layers..).unwrap_or_default().to_vec();
@@ -395,7 +405,9 @@ impl Chain {
             Source::Raw(index) => {
                 let file = self.raw(index);
                 let Some(raw) = file.file() else {
-                    unreachable!("a raw member is opened from a file");
+                    // Where holes cannot be asked for, everything may be data.
+                    let end = piece.end.min(file.length());
+                    return Ok((at < end).then_some(at..end));
                 };
                 let data = copy::next_data(raw, at)
                     .map_err(|source| Error::io("find the holes of", file.path(), source))?;

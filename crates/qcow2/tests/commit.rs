@@ -95,6 +95,15 @@ fn one_commit(dir: &Path, seed: u64) -> Option<CommitReport> {
     for file in &files[..base] {
         delete_snapshots(file);
     }
+    // QEMU leaks clusters where a snapshot does not fit the refcounts.
+    let is_clean = |file: &LayerFile| {
+        let layer = Layer::open(&file.path).expect("open");
+        stead_qcow2::check(&layer).expect("readable").is_clean()
+    };
+    let qcow2 = |file: &&LayerFile| file.format == LayerFormat::Qcow2;
+    if !files.iter().filter(qcow2).all(is_clean) {
+        return None;
+    }
     let raw = dir.join("raw");
     let expected = convert(&files[0], &raw);
     let before = convert(&files[base], &raw);
@@ -134,7 +143,7 @@ fn the_base_becomes_what_the_top_showed_and_its_internal_snapshots_stay() {
     let dir = tempfile::tempdir().expect("temp dir");
     let (mut done, mut in_place) = (0, 0);
     let soak = std::env::var_os("STEAD_SOAK").is_some();
-    for seed in 81_000_000..81_000_000 + if soak { 400 } else { 24 } {
+    for seed in 81_000_000..81_000_000_u64 + if soak { 400 } else { 24 } {
         if let Some(report) = one_commit(dir.path(), seed) {
             done += 1;
             in_place += u32::from(report.base.journal);

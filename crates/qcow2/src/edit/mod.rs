@@ -157,7 +157,19 @@ pub fn recover(path: &Path) -> Result<Recovery> {
 /// # Errors
 /// As [`recover`].
 pub fn recover_storage(storage: Arc<dyn Storage>, path: &Path) -> Result<Recovery> {
-    switch::recover_on(&storage, path)
+    switch::recover_on(&storage, path, None)
+}
+
+/// As [`recover_storage`], with the raw file that the change may write to.
+///
+/// # Errors
+/// As [`recover`].
+pub fn recover_storage_over(
+    storage: Arc<dyn Storage>,
+    path: &Path,
+    raw: Arc<dyn Storage>,
+) -> Result<Recovery> {
+    switch::recover_on(&storage, path, Some(&raw))
 }
 
 impl Editor {

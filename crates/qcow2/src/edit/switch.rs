@@ -374,10 +374,14 @@ pub enum Recovery {
 }
 
 /// Finishes the change that an image is in, if it is in one; see [`super::recover`].
-pub(super) fn recover_on(storage: &Arc<dyn Storage>, path: &Path) -> Result<Recovery> {
+pub(super) fn recover_on(
+    storage: &Arc<dyn Storage>,
+    path: &Path,
+    raw: Option<&Arc<dyn Storage>>,
+) -> Result<Recovery> {
     let mut switch = Switch {
         storage,
-        target: None,
+        target: raw,
         path,
     };
     let mut sector = [0; SECTOR];
@@ -399,10 +403,11 @@ pub(super) fn recover_on(storage: &Arc<dyn Storage>, path: &Path) -> Result<Reco
         }
     }
     let other = match &journal.target {
-        Some(target) => Some(open_target(&switch, target)?),
-        None => None,
+        Some(target) if raw.is_none() => Some(open_target(&switch, target)?),
+        Some(_) | None => None,
     };
-    switch.target = other.as_ref().map(|(storage, _lock)| storage);
+    let other = other.as_ref().map(|(storage, _lock)| storage);
+    switch.target = raw.or(other).filter(|_| journal.target.is_some());
     switch.finish(&journal)?;
     switch.cut(journal.length)?;
     Ok(Recovery::Finished)

@@ -28,6 +28,7 @@ use crate::edit::{Edit, EditOptions, Editor, Plan, lock_for_reading};
 use crate::error::{Error, Result};
 
 pub use bitmaps::{BitmapFate, BitmapOutcome};
+pub use raw::{RawBase, commit_into_raw};
 
 const OPERATION: &str = "commit";
 
@@ -115,14 +116,17 @@ impl Views {
         if let Some(raw) = hidden.clone().find(|file| file.format == LayerFormat::Raw) {
             return invalid(format!("{} is raw and not the last", raw.path.display()));
         }
-        let top = Chain::around(above, base, below)?;
+        Self::of(Chain::around(above, base, below)?, above.len())
+    }
+
+    fn of(top: Chain, above: usize) -> Result<Self> {
+        let invalid = |reason: String| Err(Error::InvalidChain { reason });
         if let Some(last) = top.layer(top.depth() - 1)
             && last.header().backing.is_some()
         {
             let path = last.path().display();
             return invalid(format!("{path} has a backing file, which was not given"));
         }
-        let above = above.len();
         let (base, below) = (top.below(above), top.below(above + 1));
         let Some(base) = base else {
             unreachable!("the chain has a base");
@@ -266,7 +270,12 @@ pub fn measure(files: &[LayerFile], options: &CommitOptions) -> Result<CommitRep
             let plan = editor.plan(|edit| ready.run(edit))?;
             ready.report(plan)
         }
-        LayerFormat::Raw => raw::Ready::new(&files, options)?.measure()?,
+        LayerFormat::Raw => {
+            let Some(top) = &files.top else {
+                unreachable!("the top of a raw base is open for changes");
+            };
+            raw::measure(&files, top, options)?
+        }
     };
     if let Some(top) = files.top.as_ref().filter(|_| options.empty_top) {
         report.top = Some(larger(report.top, top.plan(Edit::empty)?));
@@ -310,7 +319,15 @@ pub fn commit(files: &[LayerFile], options: &CommitOptions) -> Result<CommitRepo
             let mut editor = Editor::open(&files.base.path, options.edit)?;
             commit_into(&mut editor, left, (files.above, files.below), options)?
         }
-        LayerFormat::Raw => raw::commit(&mut files, options)?,
+        LayerFormat::Raw => {
+            let mut top = files.top.take();
+            let Some(editor) = &mut top else {
+                unreachable!("the top of a raw base is open for changes");
+            };
+            let report = raw::commit(&files, editor, options)?;
+            files.top = top;
+            report
+        }
     };
     if let Some(top) = files.top.as_mut().filter(|_| options.empty_top) {
         let done = top.apply(Edit::empty)?;

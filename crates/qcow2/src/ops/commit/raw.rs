@@ -1,54 +1,98 @@
 //! A commit into a raw file. The top stands for it: it is in progress while the raw file is written.
 
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use stead_sys::image_lock::ImageLock;
 use stead_sys::storage::{FileStorage, Storage};
 use stead_sys::{copy, space};
 
-use crate::chain::Member;
+use crate::chain::{Chain, LayerFile, Member};
 use crate::edit::{Edit, Editor, NewBlocks, Plan, lock};
 use crate::error::{Error, Result};
 use crate::file::ImageFile;
 
-use super::{CommitOptions, CommitReport, Files, OPERATION, Views, bitmaps};
+use super::{CommitOptions, CommitReport, Files, Views, bitmaps};
+
+/// A raw file that a chain ends with, and that nobody else uses.
+#[derive(Debug, Clone)]
+pub struct RawBase {
+    /// Its bytes.
+    pub storage: Arc<dyn Storage>,
+    /// Its path, from the root: a recovery opens it by that.
+    pub path: PathBuf,
+    /// Where to look for holes and free space, if it is a file.
+    file: Option<Arc<FileStorage>>,
+}
+
+impl RawBase {
+    /// Any storage; whether there is room is not looked at.
+    #[must_use]
+    pub fn on_storage(storage: Arc<dyn Storage>, path: PathBuf) -> Self {
+        Self {
+            storage,
+            path,
+            file: None,
+        }
+    }
+
+    fn open(path: &Path) -> Result<(Self, ImageLock)> {
+        let error = |source| Error::io("open", path, source);
+        let (file, lock) = lock(path)?;
+        let file = Arc::new(FileStorage::new(file).map_err(error)?);
+        let base = Self {
+            storage: Arc::clone(&file) as _,
+            path: std::fs::canonicalize(path).map_err(error)?,
+            file: Some(file),
+        };
+        Ok((base, lock))
+    }
+
+    fn image(&self) -> Result<ImageFile> {
+        let Some(file) = &self.file else {
+            return ImageFile::on(Arc::clone(&self.storage), &self.path);
+        };
+        let file = file.file().try_clone();
+        let file = file.map_err(|source| Error::io("open", &self.path, source))?;
+        ImageFile::new(file, &self.path)
+    }
+}
 
 /// A commit into a raw base that was thought through, and not begun.
-pub(super) struct Ready<'a> {
-    files: &'a Files<'a>,
+struct Ready<'a> {
+    between: &'a [LayerFile],
     views: Views,
     raw: ImageFile,
-    storage: Arc<FileStorage>,
-    path: PathBuf,
+    base: &'a RawBase,
     target_bytes: u64,
     bitmaps: bitmaps::Decided,
     defined_bytes: u64,
-    _lock: ImageLock,
 }
 
 impl<'a> Ready<'a> {
-    pub fn new(files: &'a Files<'a>, options: &CommitOptions) -> Result<Self> {
-        let path = &files.base.path;
-        let error = |source| Error::io("open", path, source);
-        let (file, lock) = lock(path)?;
-        let raw = ImageFile::new(file.try_clone().map_err(error)?, path)?;
-        let views = Views::new(files.above, Member::Raw(raw.clone()), files.below)?;
+    fn new(
+        top: &Editor,
+        between: &'a [LayerFile],
+        base: &'a RawBase,
+        options: &CommitOptions,
+    ) -> Result<Self> {
+        let raw = base.image()?;
+        let top = Member::from_layer(top.reopen()?)?;
+        let chain = Chain::over(top, between, Member::Raw(raw.clone()))?;
+        let views = Views::of(chain, between.len() + 1)?;
         views.require_snapshots_unseen()?;
-        // A file that does not end with a sector has no more bytes for that.
         let target_bytes = views.target_bytes(options)?;
+        // A file that does not end with a sector has no more bytes for that.
         let same = target_bytes == views.base.len();
         Ok(Self {
-            path: std::fs::canonicalize(path).map_err(error)?,
-            storage: Arc::new(FileStorage::new(file).map_err(error)?),
             bitmaps: bitmaps::decide(&views, options.incomplete)?,
             defined_bytes: views.defined_bytes()?,
             target_bytes: if same { raw.length() } else { target_bytes },
+            between,
             raw,
+            base,
             views,
-            files,
-            _lock: lock,
         })
     }
 
@@ -79,7 +123,12 @@ impl<'a> Ready<'a> {
         each: &mut impl FnMut(Range<u64>) -> Result<()>,
     ) -> Result<()> {
         let Some(file) = self.raw.file() else {
-            unreachable!("the raw base was opened from a file");
+            let end = range.end.min(self.raw.length());
+            return if range.start < end {
+                each(range.start..end)
+            } else {
+                Ok(())
+            };
         };
         let mut at = range.start;
         while at < range.end {
@@ -96,13 +145,13 @@ impl<'a> Ready<'a> {
     }
 
     fn error(&self, action: &'static str, source: std::io::Error) -> Error {
-        Error::io(action, &self.path, source)
+        Error::io(action, &self.base.path, source)
     }
 
     fn run(&self, edit: &mut Edit) -> Result<()> {
-        edit.set_sources(&self.files.above[1..])?;
-        let storage: Arc<dyn Storage> = Arc::clone(&self.storage) as _;
-        edit.set_target(self.path.clone(), storage, self.target_bytes);
+        edit.set_sources(self.between)?;
+        let storage = Arc::clone(&self.base.storage);
+        edit.set_target(self.base.path.clone(), storage, self.target_bytes);
         // The rest of the file's last sector, which it may not have, stays away.
         self.ranges(|range| edit.overwrite_there(range.start..range.end.min(self.target_bytes)))
     }
@@ -126,10 +175,13 @@ impl<'a> Ready<'a> {
     }
 
     fn require_room(&self, plan: &Plan) -> Result<()> {
-        let (needed, available) = if self.storage.is_device() {
+        let Some(file) = &self.base.file else {
+            return Ok(());
+        };
+        let (needed, available) = if file.is_device() {
             (plan.peak_bytes, self.raw.length())
         } else {
-            let available = space::available_bytes(&self.path);
+            let available = space::available_bytes(&self.base.path);
             let available = available.map_err(|source| self.error("find the room for", source))?;
             (plan.new_bytes, available)
         };
@@ -137,23 +189,9 @@ impl<'a> Ready<'a> {
             return Ok(());
         }
         Err(Error::NoRoom {
-            path: self.path.clone(),
+            path: self.base.path.clone(),
             needed,
             available,
-        })
-    }
-
-    pub fn measure(self) -> Result<CommitReport> {
-        let plan = self.plan()?;
-        let top = self.top()?.plan(|edit| self.run(edit))?;
-        Ok(self.report(plan, top))
-    }
-
-    fn top(&self) -> Result<&Editor> {
-        self.files.top.as_ref().ok_or_else(|| Error::Refused {
-            path: self.path.clone(),
-            operation: OPERATION,
-            reason: "the top is not open for changes".into(),
         })
     }
 
@@ -167,16 +205,56 @@ impl<'a> Ready<'a> {
     }
 }
 
+fn require_lowest(files: &Files<'_>) -> Result<()> {
+    if files.below.is_empty() {
+        return Ok(());
+    }
+    let reason = format!("{} is raw and not the last", files.base.path.display());
+    Err(Error::InvalidChain { reason })
+}
+
+/// Says what a commit into a raw base would do.
+pub(super) fn measure(
+    files: &Files<'_>,
+    top: &Editor,
+    options: &CommitOptions,
+) -> Result<CommitReport> {
+    require_lowest(files)?;
+    let (base, _lock) = RawBase::open(&files.base.path)?;
+    let ready = Ready::new(top, &files.above[1..], &base, options)?;
+    let plan = ready.plan()?;
+    let top = top.plan(|edit| ready.run(edit))?;
+    Ok(ready.report(plan, top))
+}
+
 /// Commits into a raw base.
-pub(super) fn commit(files: &mut Files<'_>, options: &CommitOptions) -> Result<CommitReport> {
-    let Some(mut top) = files.top.take() else {
-        unreachable!("the top of a raw base is open for changes");
-    };
-    let ready = Ready::new(files, options)?;
+pub(super) fn commit(
+    files: &Files<'_>,
+    top: &mut Editor,
+    options: &CommitOptions,
+) -> Result<CommitReport> {
+    require_lowest(files)?;
+    let (base, _lock) = RawBase::open(&files.base.path)?;
+    commit_into_raw(top, &files.above[1..], &base, options)
+}
+
+/// Commits the open image and the layers `between` it and the raw file, top first, into that. `options.base` and
+/// `options.empty_top` mean nothing here.
+///
+/// # Durability
+/// When this returns `Ok`, the raw file is changed and synced.
+///
+/// # Errors
+/// As [`commit`](super::commit()); [`Error::Switch`] names the top, which is in progress then.
+pub fn commit_into_raw(
+    top: &mut Editor,
+    between: &[LayerFile],
+    base: &RawBase,
+    options: &CommitOptions,
+) -> Result<CommitReport> {
+    let ready = Ready::new(top, between, base, options)?;
     let plan = ready.plan()?;
     ready.require_room(&plan)?;
     let done = top.apply_leaving(plan.new_bytes, |edit| ready.run(edit))?;
-    let report = ready.report(plan, done.room);
-    files.top = Some(top);
-    Ok(report)
+    Ok(ready.report(plan, done.room))
 }
