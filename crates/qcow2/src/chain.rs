@@ -173,6 +173,45 @@ impl Chain {
         Ok(Self { members })
     }
 
+    /// The layers `above`, top first, over an open layer over the files `below` it.
+    pub(crate) fn around(above: &[LayerFile], base: Member, below: &[LayerFile]) -> Result<Self> {
+        let open = |file| Member::open(file);
+        let mut members = above.iter().map(open).collect::<Result<Vec<_>>>()?;
+        members.push(base);
+        for file in below {
+            members.push(Member::open(file)?);
+        }
+        if members.len() > MAX_LAYERS {
+            let reason = format!("{} files, expected at most {MAX_LAYERS}", members.len());
+            return Err(Error::InvalidChain { reason });
+        }
+        Ok(Self::from_members(members))
+    }
+
+    /// An open layer over the files `between` it and the base.
+    pub(crate) fn over(top: Member, between: &[LayerFile], base: Member) -> Result<Self> {
+        let mut members = vec![top];
+        for file in between {
+            members.push(Member::open(file)?);
+        }
+        members.push(base);
+        Ok(Self::from_members(members))
+    }
+
+    /// How many bytes from `at` on, up to `end`, come from one place, and which file has them at which offset,
+    /// where one has them as they are.
+    pub(crate) fn place_at(&self, at: u64, end: u64) -> Result<(u64, Option<(&File, u64)>)> {
+        let piece = self.piece(at, end)?;
+        let place = match piece.source {
+            Source::Layer(index, ExtentKind::Data(place)) => {
+                let file = self.qcow2(index).data().file();
+                file.map(|file| (file, place.0))
+            }
+            Source::Raw(_) | Source::Zero | Source::Layer(..) => None,
+        };
+        Ok((piece.end - at, place))
+    }
+
     /// A chain of what was opened and found to fit.
     pub(crate) fn from_members(members: Vec<Member>) -> Self {
         assert!(!members.is_empty(), "a chain has a top");
@@ -560,7 +599,9 @@ impl Chain {
             Source::Raw(index) => {
                 let file = self.raw(index);
                 let Some(raw) = file.file() else {
-                    unreachable!("a raw member is opened from a file");
+                    // Where holes cannot be asked for, everything may be data.
+                    let end = piece.end.min(file.length());
+                    return Ok((at < end).then_some(at..end));
                 };
                 let data = copy::next_data(raw, at)
                     .map_err(|source| Error::io("find the holes of", file.path(), source))?;

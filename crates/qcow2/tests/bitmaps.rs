@@ -2,17 +2,11 @@
 
 mod images;
 
-use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
-use images::{Random, run, sh};
-use serde_json::Value;
+use images::{Random, qemu_dirty, run, sh};
 use stead_qcow2::{Bitmap, BitmapCluster, Error, GuestOffset, Layer};
-
-const PATIENCE: Duration = Duration::from_secs(20);
 
 fn io(path: &Path, commands: &[String]) {
     let mut args: Vec<String> = vec!["-f".into(), "qcow2".into()];
@@ -21,40 +15,6 @@ fn io(path: &Path, commands: &[String]) {
     }
     args.push(path.display().to_string());
     run("qemu-io", &args);
-}
-
-/// The ranges that QEMU finds dirty: `qemu-nbd` shows a bitmap, and a map over it has holes where it is set.
-fn qemu_dirty(path: &Path, name: &str) -> Vec<Range<u64>> {
-    let socket = path.with_extension("sock");
-    let mut server = Command::new("qemu-nbd")
-        .args(["-r", "-f", "qcow2", "-B", name, "-k"])
-        .arg(&socket)
-        .arg(path)
-        .stdout(Stdio::null())
-        .spawn()
-        .expect("qemu-nbd is installed");
-    let start = Instant::now();
-    while !socket.exists() {
-        assert!(start.elapsed() < PATIENCE, "qemu-nbd does not listen");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    let options = format!(
-        "driver=nbd,server.type=unix,server.path={},x-dirty-bitmap=qemu:dirty-bitmap:{name}",
-        socket.display()
-    );
-    let text = sh(&format!(
-        "qemu-img map --output=json --image-opts {options}"
-    ));
-    // It ends with its last client.
-    server.wait().expect("wait");
-    let map: Vec<Value> = serde_json::from_str(&text).expect("JSON");
-    let dirty = map.iter().filter(|entry| entry["data"] == false);
-    dirty
-        .map(|entry| {
-            let start = entry["start"].as_u64().expect("a number");
-            start..start + entry["length"].as_u64().expect("a number")
-        })
-        .collect()
 }
 
 fn ours(path: &Path) -> Bitmap {

@@ -2,12 +2,16 @@
 //!
 //! # Invariant
 //! Bits are only ever added here, but for those behind the end of the disk. In doubt more are set.
+//!
+//! A bitmap is worked on cluster by cluster of its bits while single ranges are marked. One that is added, cleared
+//! or merged into lies in memory whole ([`crate::Bitmap`], which takes nothing for what is all clear or all set) and
+//! is written once, at the end.
 
 use std::ops::Range;
 
 use crate::error::Result;
 use crate::header::{AUTOCLEAR_BITMAPS, BitmapsExtension, to_u64, to_usize};
-use crate::units::HostOffset;
+use crate::units::{GuestOffset, HostOffset};
 
 use super::records::{self, BitmapRecord};
 use super::transaction::Edit;
@@ -24,8 +28,10 @@ pub(super) struct Bitmap {
     pub before: Option<BitmapRecord>,
     /// Bits that were set, neighbours joined.
     pub marks: Vec<Range<u64>>,
-    table: Option<Vec<u64>>,
-    changed: bool,
+    pub(super) table: Option<Vec<u64>>,
+    pub(super) changed: bool,
+    /// All its bits, if it is worked on as a whole; its table then refers to nothing before it is stored.
+    pub bits: Option<crate::bitmap::Bitmap>,
 }
 
 impl Bitmap {
@@ -37,6 +43,7 @@ impl Bitmap {
             marks: Vec::new(),
             table: None,
             changed: false,
+            bits: None,
         }
     }
 }
@@ -80,6 +87,10 @@ impl Edit {
         let granularity = u32::from(self.bitmaps[bitmap].record.granularity_bits());
         let end = range.end.min(self.virtual_size());
         if range.start >= end {
+            return Ok(());
+        }
+        if let Some(bits) = &mut self.bitmaps[bitmap].bits {
+            bits.set(GuestOffset(range.start), end - range.start);
             return Ok(());
         }
         let (first, last) = (range.start >> granularity, (end - 1) >> granularity);
@@ -129,7 +140,7 @@ impl Edit {
     }
 
     /// The last cluster of a file may be cut off; then zeros follow.
-    fn bits_of(&mut self, at: HostOffset) -> Result<Box<[u8]>> {
+    pub(super) fn bits_of(&mut self, at: HostOffset) -> Result<Box<[u8]>> {
         let there = self.old.file_length().saturating_sub(at.0);
         if there >= self.size().bytes() || self.counts.is_new(at.0 >> self.size().bits())? {
             return Ok(self.tables.get(at)?.into());
@@ -139,7 +150,7 @@ impl Edit {
         Ok(bytes.into_boxed_slice())
     }
 
-    fn bitmap_table(&mut self, bitmap: usize) -> Result<&[u64]> {
+    pub(super) fn bitmap_table(&mut self, bitmap: usize) -> Result<&[u64]> {
         if self.bitmaps[bitmap].table.is_none() {
             let record = &self.bitmaps[bitmap].record;
             let mut bytes = vec![0; to_usize(u64::from(record.table_entries())) * 8];
@@ -177,6 +188,9 @@ impl Edit {
     }
 
     fn resize_bitmap(&mut self, bitmap: usize, after: u64) -> Result<()> {
+        if let Some(bits) = &mut self.bitmaps[bitmap].bits {
+            return bits.set_disk_length(after);
+        }
         let granularity = u32::from(self.bitmaps[bitmap].record.granularity_bits());
         let bits = after.div_ceil(1 << granularity);
         let per_cluster = self.size().bytes() * 8;
@@ -227,6 +241,7 @@ impl Edit {
     /// Writes the tables that changed and the directory.
     pub(super) fn store_bitmaps(&mut self) -> Result<()> {
         for index in 0..self.bitmaps.len() {
+            self.store_bits(index)?;
             let bitmap = &mut self.bitmaps[index];
             if !std::mem::take(&mut bitmap.changed) {
                 continue;
@@ -251,7 +266,8 @@ impl Edit {
     }
 
     fn store_directory(&mut self) -> Result<()> {
-        if let Some(old) = self.old.header().bitmaps {
+        let consistent = self.old.header().bitmaps_consistent();
+        if let Some(old) = self.old.header().bitmaps.filter(|_| consistent) {
             self.release_bytes(old.directory, old.directory_length)?;
         }
         let bytes = records::encode_bitmaps(self.bitmaps.iter().map(|bitmap| &bitmap.record));

@@ -48,6 +48,11 @@ impl<'a> Stored<'a> {
 /// Whether a bitmap of the new state has all bits that it had in the old one, up to the end of the disk, and
 /// all that the change set.
 pub(super) fn says_enough(bitmap: &Bitmap, old: &Layer, new: &Layer) -> Result<bool> {
+    if let Some(bits) = &bitmap.bits
+        && !is_stored(bits, new)?
+    {
+        return Ok(false);
+    }
     let now = Stored::read(new, &bitmap.record)?;
     let per_cluster = new.cluster_size().bytes() * 8;
     let granularity = u32::from(bitmap.record.granularity_bits());
@@ -72,6 +77,15 @@ pub(super) fn says_enough(bitmap: &Bitmap, old: &Layer, new: &Layer) -> Result<b
         }
     }
     Ok(true)
+}
+
+/// Whether the new state has exactly these bits under this name.
+fn is_stored(bits: &crate::bitmap::Bitmap, new: &Layer) -> Result<bool> {
+    let all = new.stored_bitmaps()?;
+    match all.iter().find(|stored| stored.name == bits.name()) {
+        Some(stored) => Ok(new.read_bitmap(stored)? == *bits),
+        None => Ok(false),
+    }
 }
 
 /// Whether the first `count` bits of `is` have every bit of `was`.

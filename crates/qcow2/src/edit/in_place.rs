@@ -7,19 +7,30 @@
 //! 16–23        number of ranges
 //! 24–31        length of the first cluster
 //! 32–39        the file's length afterwards
+//! 40–47        the length of the other file afterwards
+//! 48–51        length of the other file's path; 0: the ranges lie in the image itself
+//! ..           that path
 //! ..           each layer: format (0 raw, 1 qcow2), path length, file length (8 bytes), BLAKE3 of its first
 //!              64 KiB (32 bytes), path
 //! ..           the first cluster of the new state
 //! ..           each range: guest offset, host offset, length
 //! ```
+//! The ranges get the content of the layers. Where they lie in another file, a raw one, which cannot say that it is
+//! in progress, the image stands for it: the image itself is the topmost layer, then, and its first cluster of the new
+//! state is that of the old.
+//!
 //! Numbers are big-endian. The journal's own length and BLAKE3 hash stand in the first sector of the image
 //! in progress.
 
 use std::ffi::OsStr;
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use stead_sys::storage::Storage;
 
 use crate::chain::{LayerFile, LayerFormat};
 use crate::error::{Error, Result};
@@ -30,7 +41,7 @@ use super::transaction::Edit;
 
 const MAGIC: &[u8; 8] = b"STEADJNL";
 const VERSION: u32 = 1;
-const FIXED: usize = 40;
+const FIXED: usize = 52;
 const RANGE_BYTES: usize = 24;
 /// How much of a layer's start is hashed, so that another file is not taken for it.
 const IDENTITY_BYTES: u64 = 64 << 10;
@@ -82,11 +93,39 @@ fn identity(path: &Path) -> std::io::Result<(u64, [u8; 32])> {
     Ok((length, *blake3::hash(&start).as_bytes()))
 }
 
+/// A raw file that the ranges lie in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Target {
+    /// From the root.
+    pub path: PathBuf,
+    /// Its length afterwards, in bytes.
+    pub length: u64,
+}
+
 /// What a transaction does in place.
 #[derive(Debug, Default)]
 pub(super) struct InPlace {
     pub layers: Vec<SourceLayer>,
     pub ranges: Vec<InPlaceRange>,
+    pub target: Option<(Target, Option<Arc<dyn Storage>>)>,
+}
+
+impl InPlace {
+    pub fn is_empty(&self) -> bool {
+        self.ranges.is_empty() && self.target.is_none()
+    }
+
+    fn push(&mut self, next: InPlaceRange) {
+        match self.ranges.last_mut() {
+            Some(last)
+                if last.guest.0 + last.length == next.guest.0
+                    && last.host.0 + last.length == next.host.0 =>
+            {
+                last.length += next.length;
+            }
+            Some(_) | None => self.ranges.push(next),
+        }
+    }
 }
 
 impl Edit {
@@ -121,19 +160,40 @@ impl Edit {
         if self.references(HostOffset(size.start_of(host.0)))? != 1 {
             return Err(self.refused("write in place", format!("{host} is shared")));
         }
-        let next = InPlaceRange {
+        self.in_place.push(InPlaceRange {
             guest,
             host,
             length,
-        };
-        match self.in_place.ranges.last_mut() {
-            Some(last)
-                if last.guest.0 + last.length == guest.0 && last.host.0 + last.length == host.0 =>
-            {
-                last.length += length;
-            }
-            Some(_) | None => self.in_place.ranges.push(next),
-        }
+        });
+        self.require_few_ranges()
+    }
+
+    /// Whether there is room for at least one more range in the journal.
+    #[must_use]
+    pub fn can_overwrite(&self) -> bool {
+        self.in_place.ranges.len() < MAX_IN_PLACE_RANGES
+    }
+
+    /// Has the disk's bytes written over a raw file when the new state is switched to, and its length set, in the
+    /// place of anything in this image; [`Edit::overwrite_there`] says which bytes. They are read through this
+    /// image as it stands and the layers of [`Edit::set_sources`] below it, so nothing else may change with it.
+    pub(crate) fn set_target(&mut self, path: PathBuf, storage: Arc<dyn Storage>, length: u64) {
+        assert!(path.is_absolute(), "a recovery may start anywhere");
+        let target = Target { path, length };
+        self.in_place.target = Some((target, Some(storage)));
+    }
+
+    /// Has a range of the disk written over the file of [`Edit::set_target`].
+    pub(crate) fn overwrite_there(&mut self, range: Range<u64>) -> Result<()> {
+        self.in_place.push(InPlaceRange {
+            guest: GuestOffset(range.start),
+            host: HostOffset(range.start),
+            length: range.end - range.start,
+        });
+        self.require_few_ranges()
+    }
+
+    fn require_few_ranges(&self) -> Result<()> {
         if self.in_place.ranges.len() > MAX_IN_PLACE_RANGES {
             let reason = format!("there are more than {MAX_IN_PLACE_RANGES} ranges");
             return Err(self.refused("write in place", reason));
@@ -146,6 +206,7 @@ impl Edit {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Journal {
     pub layers: Vec<SourceLayer>,
+    pub target: Option<Target>,
     pub first: Vec<u8>,
     pub length: u64,
     pub ranges: Vec<InPlaceRange>,
@@ -161,6 +222,11 @@ impl Journal {
             bytes.extend(to_u64(number).to_be_bytes());
         }
         bytes.extend(self.length.to_be_bytes());
+        let target = self.target.as_ref();
+        bytes.extend(target.map_or(0, |target| target.length).to_be_bytes());
+        let path = target.map_or(&b""[..], |target| target.path.as_os_str().as_bytes());
+        bytes.extend(count(path.len()));
+        bytes.extend(path);
         for layer in &self.layers {
             let path = layer.file.path.as_os_str().as_bytes();
             bytes.extend(match layer.file.format {
@@ -188,6 +254,11 @@ impl Journal {
         if &fixed[..8] != MAGIC || be_u32(&fixed[8..]) != VERSION {
             return None;
         }
+        let path = take(&mut rest, usize::try_from(be_u32(&fixed[48..])).ok()?)?;
+        let target = (!path.is_empty()).then(|| Target {
+            path: PathBuf::from(OsStr::from_bytes(path)),
+            length: be_u64(&fixed[40..]),
+        });
         let layers = (0..be_u32(&fixed[12..])).map(|_| layer(&mut rest));
         let layers = layers.collect::<Option<_>>()?;
         let first = take(&mut rest, usize::try_from(be_u64(&fixed[24..])).ok()?)?.to_vec();
@@ -202,6 +273,7 @@ impl Journal {
         });
         Some(Self {
             layers,
+            target,
             first,
             length: be_u64(&fixed[32..]),
             ranges: ranges.collect(),
@@ -248,6 +320,10 @@ mod tests {
                 length: 77,
                 hash: [3; 32],
             }],
+            target: Some(Target {
+                path: PathBuf::from("/raw"),
+                length: 99,
+            }),
             first: vec![9; 512],
             length: 1 << 20,
             ranges: vec![InPlaceRange {

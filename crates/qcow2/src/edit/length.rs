@@ -90,6 +90,14 @@ impl Edit {
         Ok(())
     }
 
+    /// Takes everything out of the active disk: the layers below are seen, or zeros.
+    ///
+    /// # Errors
+    /// When a table cannot be read or written.
+    pub fn empty(&mut self) -> Result<()> {
+        self.drop_behind(0)
+    }
+
     fn fit_l1(&mut self, length: u64) {
         let needed = length.div_ceil(self.shape().l2_coverage()).max(1);
         if self.active.len() != to_usize(needed) {

@@ -24,6 +24,7 @@
 //!   of one internal snapshot (32 MiB each at most), the refcount table (8 MiB) and the directories.
 
 mod below;
+mod bitmap_changes;
 mod bitmaps;
 mod bitmaps_proof;
 mod copies;
@@ -63,7 +64,8 @@ pub use switch::Recovery;
 pub use transaction::Edit;
 pub use views::{Mapping, View};
 
-use room::{NewBlocks, Scratch};
+pub(crate) use room::NewBlocks;
+use room::Scratch;
 use switch::Built;
 use transaction::Start;
 
@@ -111,10 +113,21 @@ pub struct Editor {
 }
 
 /// Locks the file at `path`, open for reading and writing.
-fn lock(path: &Path) -> Result<(File, ImageLock)> {
+pub(crate) fn lock(path: &Path) -> Result<(File, ImageLock)> {
     let opened = File::options().read(true).write(true).open(path);
     let file = opened.map_err(|source| Error::io("open", path, source))?;
-    let attempt = ImageLock::attempt(&file, Access::Write);
+    lock_file(file, path, Access::Write)
+}
+
+/// Locks the file at `path` so that nobody writes to it.
+pub(crate) fn lock_for_reading(path: &Path) -> Result<(File, ImageLock)> {
+    let opened = stead_sys::readable::open(path);
+    let file = opened.map_err(|source| Error::io("open", path, source))?;
+    lock_file(file, path, Access::Read)
+}
+
+fn lock_file(file: File, path: &Path, access: Access) -> Result<(File, ImageLock)> {
+    let attempt = ImageLock::attempt(&file, access);
     match attempt.map_err(|source| Error::io("lock", path, source))? {
         Attempt::Locked(lock) => Ok((file, lock)),
         Attempt::HeldBy(holders) => {
@@ -150,7 +163,19 @@ pub fn recover(path: &Path) -> Result<Recovery> {
 /// # Errors
 /// As [`recover`].
 pub fn recover_storage(storage: Arc<dyn Storage>, path: &Path) -> Result<Recovery> {
-    switch::recover_on(&storage, path)
+    switch::recover_on(&storage, path, None)
+}
+
+/// As [`recover_storage`], with the raw file that the change may write to.
+///
+/// # Errors
+/// As [`recover`].
+pub fn recover_storage_over(
+    storage: Arc<dyn Storage>,
+    path: &Path,
+    raw: Arc<dyn Storage>,
+) -> Result<Recovery> {
+    switch::recover_on(&storage, path, Some(&raw))
 }
 
 impl Editor {
@@ -248,9 +273,24 @@ impl Editor {
     /// # Errors
     /// Those of the change and of writing: then the image is as it was. [`Error::Switch`]: then it is as it was,
     /// or as it was to be, or in progress.
-    pub fn apply<T>(&mut self, mut change: impl FnMut(&mut Edit) -> Result<T>) -> Result<Done<T>> {
+    pub fn apply<T>(&mut self, change: impl FnMut(&mut Edit) -> Result<T>) -> Result<Done<T>> {
+        self.apply_leaving(0, change)
+    }
+
+    /// As [`Editor::apply`], refused also when it would leave less than `bytes` of free space.
+    ///
+    /// # Durability
+    /// As [`Editor::apply`].
+    ///
+    /// # Errors
+    /// As [`Editor::apply`].
+    pub fn apply_leaving<T>(
+        &mut self,
+        bytes: u64,
+        mut change: impl FnMut(&mut Edit) -> Result<T>,
+    ) -> Result<Done<T>> {
         let room = self.plan(&mut change)?;
-        self.require_room(&room)?;
+        self.require_room(&room, bytes)?;
         let length = self.storage.len();
         let length =
             length.map_err(|source| Error::io("find the length of", &self.path, source))?;
@@ -295,7 +335,12 @@ impl Editor {
         })
     }
 
-    fn require_room(&self, room: &Plan) -> Result<()> {
+    /// As the image is now, once more, for a chain.
+    pub(crate) fn reopen(&self) -> Result<Layer> {
+        Layer::from_storage(Arc::clone(&self.storage), &self.path)
+    }
+
+    fn require_room(&self, room: &Plan, left: u64) -> Result<()> {
         let Some(file) = &self.file else {
             return Ok(());
         };
@@ -304,7 +349,7 @@ impl Editor {
             (room.peak_bytes, file.len().map_err(error)?)
         } else {
             let available = space::available_bytes(&self.path).map_err(error)?;
-            (room.new_bytes, available)
+            (room.new_bytes.saturating_add(left), available)
         };
         if needed <= available {
             return Ok(());

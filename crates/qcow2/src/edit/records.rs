@@ -19,6 +19,10 @@ const BITMAP_FIXED: usize = 24;
 const IN_USE: u32 = 1 << 0;
 /// The bitmap is enabled.
 const AUTO: u32 = 1 << 1;
+/// Extra data that is not known may be ignored.
+const EXTRA_COMPATIBLE: u32 = 1 << 2;
+/// The only type of bitmap there is.
+const DIRTY_BITMAP: u8 = 1;
 
 fn half(bytes: &[u8]) -> usize {
     usize::from(u16::from_be_bytes([bytes[0], bytes[1]]))
@@ -129,6 +133,37 @@ pub struct BitmapRecord {
 }
 
 impl BitmapRecord {
+    /// An entry whose table is still to be placed.
+    pub(super) fn new(name: &[u8], granularity_bits: u8, enabled: bool) -> Self {
+        let mut bytes = vec![0; BITMAP_FIXED];
+        bytes[16] = DIRTY_BITMAP;
+        bytes[17] = granularity_bits;
+        let length = u16::try_from(name.len()).unwrap_or(u16::MAX);
+        bytes[18..20].copy_from_slice(&length.to_be_bytes());
+        bytes.extend(name);
+        let mut record = Self { bytes };
+        record.set_enabled(enabled);
+        record
+    }
+
+    fn flags(&self) -> u32 {
+        be_u32(&self.bytes[12..])
+    }
+
+    pub(super) fn set_enabled(&mut self, enabled: bool) {
+        let bit = if enabled { AUTO } else { 0 };
+        let flags = self.flags() & !AUTO | bit;
+        self.bytes[12..16].copy_from_slice(&flags.to_be_bytes());
+    }
+
+    /// Whether all that is said about it is known here, so that its bits may be used.
+    #[must_use]
+    pub fn is_known(&self) -> bool {
+        let extra = be_u32(&self.bytes[20..]) == 0 || self.flags() & EXTRA_COMPATIBLE != 0;
+        let flags = self.flags() & !(IN_USE | AUTO | EXTRA_COMPATIBLE) == 0;
+        self.bytes[16] == DIRTY_BITMAP && extra && flags
+    }
+
     /// Where its table starts.
     #[must_use]
     pub fn table(&self) -> HostOffset {
@@ -149,13 +184,13 @@ impl BitmapRecord {
     /// It was not saved when the image was last used, so it says nothing.
     #[must_use]
     pub fn in_use(&self) -> bool {
-        be_u32(&self.bytes[12..]) & IN_USE != 0
+        self.flags() & IN_USE != 0
     }
 
     /// It records writes.
     #[must_use]
     pub fn enabled(&self) -> bool {
-        be_u32(&self.bytes[12..]) & AUTO != 0
+        self.flags() & AUTO != 0
     }
 
     /// One bit stands for `1 << granularity_bits` bytes.

@@ -147,7 +147,7 @@ impl Storage for Scratch {
 
 /// Counts the blocks that a change fills which the file does not have yet.
 #[derive(Debug)]
-pub(super) struct NewBlocks {
+pub(crate) struct NewBlocks {
     file: Option<File>,
     length: u64,
     counted: BTreeMap<u64, u64>,

@@ -11,9 +11,10 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use stead_sys::storage::Storage;
+use stead_sys::image_lock::ImageLock;
+use stead_sys::storage::{FileStorage, Storage};
 
-use crate::chain::Chain;
+use crate::chain::{Chain, Member};
 use crate::check::{CheckReport, check};
 use crate::error::{Error, Result};
 use crate::file::ImageFile;
@@ -23,7 +24,7 @@ use crate::units::HostOffset;
 
 use super::bitmaps_proof::says_enough;
 use super::first::{FirstCluster, JournalPlace, SECTOR};
-use super::in_place::{InPlaceRange, Journal};
+use super::in_place::{InPlaceRange, Journal, Target};
 use super::records;
 use super::transaction::Edit;
 
@@ -145,11 +146,14 @@ impl Edit {
         length: u64,
     ) -> Result<Option<(JournalPlace, Journal)>> {
         let in_place = std::mem::take(&mut self.in_place);
-        if in_place.ranges.is_empty() && first[SECTOR..] == self.old_first[SECTOR..] {
+        let target = in_place.target.as_ref().map(|(target, _)| target.clone());
+        self.target = in_place.target.clone().and_then(|(_, storage)| storage);
+        if in_place.is_empty() && first[SECTOR..] == self.old_first[SECTOR..] {
             return Ok(None);
         }
         let journal = Journal {
             layers: in_place.layers,
+            target,
             first: first.to_vec(),
             length,
             ranges: in_place.ranges,
@@ -234,6 +238,7 @@ impl Built {
     pub fn switch(self) -> Result<()> {
         let switch = Switch {
             storage: &self.edit.storage,
+            target: self.edit.target.as_ref(),
             path: &self.edit.path,
         };
         match &self.journal {
@@ -252,6 +257,8 @@ impl Built {
 /// The steps of the switch, the same for the change itself and for its recovery.
 struct Switch<'a> {
     storage: &'a Arc<dyn Storage>,
+    /// The raw file that the ranges of the journal lie in, if they do.
+    target: Option<&'a Arc<dyn Storage>>,
     path: &'a Path,
 }
 
@@ -281,7 +288,7 @@ impl Switch<'_> {
 
     /// Does what the journal says; each part can be done again.
     fn finish(&self, journal: &Journal) -> Result<()> {
-        if !journal.ranges.is_empty() {
+        if !journal.ranges.is_empty() || journal.target.is_some() {
             self.redo(journal)?;
         }
         if journal.first.len() > SECTOR {
@@ -292,12 +299,16 @@ impl Switch<'_> {
     }
 
     fn redo(&self, journal: &Journal) -> Result<()> {
-        let files: Vec<_> = journal
-            .layers
-            .iter()
-            .map(|layer| layer.file.clone())
-            .collect();
-        let chain = Chain::open(&files).map_err(|error| self.unrecoverable(error.to_string()))?;
+        let chain = self.sources(journal);
+        let chain = chain.map_err(|error| self.unrecoverable(error.to_string()))?;
+        let to = self.target.unwrap_or(self.storage);
+        if let Some(target) = &journal.target {
+            let length = to.len().map_err(self.failed("asking for the length"))?;
+            if length != target.length {
+                let set = to.set_len(target.length);
+                set.map_err(self.failed("setting the length of the raw file"))?;
+            }
+        }
         let mut buffer = vec![0; to_usize(STEP_BYTES)];
         for range in &journal.ranges {
             let mut done = 0;
@@ -306,11 +317,28 @@ impl Switch<'_> {
                 let bytes = &mut buffer[..to_usize(length)];
                 let read = chain.read_at(range.guest.0 + done, bytes);
                 read.map_err(|error| self.unrecoverable(error.to_string()))?;
-                self.write(bytes, range.host.0 + done)?;
+                let written = to.write_all_at(bytes, range.host.0 + done);
+                written.map_err(self.failed("a write"))?;
                 done += length;
             }
         }
-        Ok(())
+        match self.target {
+            Some(target) => target.sync().map_err(self.failed("a sync")),
+            None => Ok(()),
+        }
+    }
+
+    /// The disk that the ranges get their bytes from.
+    fn sources(&self, journal: &Journal) -> Result<Chain> {
+        let files = journal.layers.iter().map(|layer| layer.file.clone());
+        let files: Vec<_> = files.collect();
+        if journal.target.is_none() {
+            return Chain::open(&files);
+        }
+        let header = Header::decode(&journal.first, self.path)?;
+        let file = ImageFile::on(Arc::clone(self.storage), self.path)?;
+        let top = Member::from_layer(Layer::with_header(file, header)?)?;
+        Chain::around(&[], top, &files)
     }
 
     fn unrecoverable(&self, reason: String) -> Error {
@@ -346,8 +374,16 @@ pub enum Recovery {
 }
 
 /// Finishes the change that an image is in, if it is in one; see [`super::recover`].
-pub(super) fn recover_on(storage: &Arc<dyn Storage>, path: &Path) -> Result<Recovery> {
-    let switch = Switch { storage, path };
+pub(super) fn recover_on(
+    storage: &Arc<dyn Storage>,
+    path: &Path,
+    raw: Option<&Arc<dyn Storage>>,
+) -> Result<Recovery> {
+    let mut switch = Switch {
+        storage,
+        target: raw,
+        path,
+    };
     let mut sector = [0; SECTOR];
     let read = storage.read_exact_at(&mut sector, 0);
     read.map_err(|source| Error::io("read", path, source))?;
@@ -366,9 +402,24 @@ pub(super) fn recover_on(storage: &Arc<dyn Storage>, path: &Path) -> Result<Reco
             Err(error) => return Err(switch.unrecoverable(format!("the layer {name}: {error}"))),
         }
     }
+    let other = match &journal.target {
+        Some(target) if raw.is_none() => Some(open_target(&switch, target)?),
+        Some(_) | None => None,
+    };
+    let other = other.as_ref().map(|(storage, _lock)| storage);
+    switch.target = raw.or(other).filter(|_| journal.target.is_some());
     switch.finish(&journal)?;
     switch.cut(journal.length)?;
     Ok(Recovery::Finished)
+}
+
+/// Opens and locks the raw file of a change in progress.
+fn open_target(switch: &Switch<'_>, target: &Target) -> Result<(Arc<dyn Storage>, ImageLock)> {
+    let name = target.path.display();
+    let failed = |error: String| switch.unrecoverable(format!("the raw file {name}: {error}"));
+    let (file, lock) = super::lock(&target.path).map_err(|error| failed(error.to_string()))?;
+    let storage = FileStorage::new(file).map_err(|error| failed(error.to_string()))?;
+    Ok((Arc::new(storage), lock))
 }
 
 fn read_journal(switch: &Switch<'_>, place: &JournalPlace) -> Result<Journal> {
@@ -395,6 +446,7 @@ fn read_journal(switch: &Switch<'_>, place: &JournalPlace) -> Result<Journal> {
 /// A journal is ours, so what it says holds; but it was read from a file.
 fn require_valid(switch: &Switch<'_>, journal: &Journal, length: u64) -> Result<()> {
     Header::decode(&journal.first, switch.path)?;
+    let length = journal.target.as_ref().map_or(length, |other| other.length);
     let inside = |range: &InPlaceRange| {
         let end = range.host.0.checked_add(range.length);
         end.is_some_and(|end| end <= length) && range.guest.0.checked_add(range.length).is_some()

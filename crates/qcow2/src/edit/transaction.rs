@@ -44,6 +44,8 @@ pub struct Edit {
     pub(super) bitmaps_changed: bool,
     pub(super) blocks: NewBlocks,
     pub(super) in_place: InPlace,
+    /// The raw file that is written in place, once the state is built.
+    pub(super) target: Option<Arc<dyn Storage>>,
 }
 
 /// What a transaction starts from.
@@ -81,6 +83,7 @@ impl Edit {
             bitmaps_changed: false,
             blocks: start.blocks,
             in_place: InPlace::default(),
+            target: None,
             storage,
         })
     }
@@ -197,6 +200,14 @@ impl Edit {
     pub fn references(&mut self, at: HostOffset) -> Result<u64> {
         let cluster = at.0 >> self.size().bits();
         self.counts.get(cluster, &mut self.tables)
+    }
+
+    /// Whether the cluster at `at` is one that the old state does not use, so that it may be written.
+    ///
+    /// # Errors
+    /// When a refcount block cannot be read.
+    pub fn is_new(&mut self, at: HostOffset) -> Result<bool> {
+        self.counts.is_new(at.0 >> self.size().bits())
     }
 
     /// Writes guest data into clusters that this transaction took.

@@ -1,10 +1,16 @@
 //! Random chains of images, made by QEMU's own tools from a seed.
 #![allow(dead_code, reason = "each test file uses a part")]
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use stead_qcow2::{Chain, LayerFile, LayerFormat};
+
+/// How long a server may take to listen.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Runs a program and gives what it printed.
 pub fn run(program: &str, args: &[String]) -> String {
@@ -226,4 +232,38 @@ pub fn layer(path: impl Into<PathBuf>, format: LayerFormat) -> LayerFile {
         path: path.into(),
         format,
     }
+}
+
+/// The ranges that QEMU finds dirty: `qemu-nbd` shows a bitmap, and a map over it has holes where it is set.
+pub fn qemu_dirty(path: &Path, name: &str) -> Vec<Range<u64>> {
+    let socket = path.with_extension("sock");
+    let mut server = Command::new("qemu-nbd")
+        .args(["-r", "-f", "qcow2", "-B", name, "-k"])
+        .arg(&socket)
+        .arg(path)
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("qemu-nbd is installed");
+    let start = Instant::now();
+    while !socket.exists() {
+        assert!(start.elapsed() < PATIENCE, "qemu-nbd does not listen");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let options = format!(
+        "driver=nbd,server.type=unix,server.path={},x-dirty-bitmap=qemu:dirty-bitmap:{name}",
+        socket.display()
+    );
+    let text = sh(&format!(
+        "qemu-img map --output=json --image-opts {options}"
+    ));
+    // It ends with its last client.
+    server.wait().expect("wait");
+    let map: Vec<Value> = serde_json::from_str(&text).expect("JSON");
+    let dirty = map.iter().filter(|entry| entry["data"] == false);
+    dirty
+        .map(|entry| {
+            let start = entry["start"].as_u64().expect("a number");
+            start..start + entry["length"].as_u64().expect("a number")
+        })
+        .collect()
 }

@@ -1,0 +1,363 @@
+//! What becomes of the bitmaps in a commit.
+//!
+//! A bitmap of a chain is one name in its layers: each has noted what was written while it was the top. So where all
+//! the layers that are committed have a bitmap, it is theirs and the base's together. Two things can make that too
+//! little, and neither can be seen in the bitmap: it was added to a layer late, or cleared there. So everything that
+//! the layers above the lowest one with the bitmap define and the bitmap does not name is compared, and what differs
+//! is marked.
+
+use std::ops::Range;
+
+use crate::bitmap::Bitmap;
+use crate::chain::Chain;
+use crate::directory::StoredBitmap;
+use crate::edit::Edit;
+use crate::error::Result;
+use crate::header::{to_u64, to_usize};
+use crate::layer::Layer;
+use crate::units::GuestOffset;
+
+use super::{Incomplete, Views};
+
+/// How many bytes are compared at a time.
+const STEP_BYTES: u64 = 1 << 20;
+
+/// What became of a bitmap.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BitmapFate {
+    /// The base's has everything that the layers' of that name have.
+    Merged {
+        /// Bytes that the layers changed and none of their bitmaps names: they are marked too. They were written before
+        /// the bitmap was added to their layer, or it was cleared there.
+        unnamed_bytes: u64,
+    },
+    /// The base did not have it, and now has what the layers' have together.
+    Carried {
+        /// As for [`BitmapFate::Merged`].
+        unnamed_bytes: u64,
+    },
+    /// Only the base has it: everything that the commit changes is marked in it.
+    Marked,
+    /// Only the base has it, and it does not record writes: it says what it said, and nothing of this commit.
+    Kept,
+    /// It could not be complete, and everything that the commit changes is marked in the base's instead.
+    MarkedInstead {
+        /// Why it could not.
+        reason: String,
+    },
+    /// The base does not have it any more, or does not get it. Layers above keep theirs.
+    Dropped {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// A bitmap and what became of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BitmapOutcome {
+    /// Its name.
+    pub name: Vec<u8>,
+    /// What became of it.
+    pub fate: BitmapFate,
+}
+
+/// What is to be done in the base.
+enum Step {
+    Merge(Bitmap),
+    Add(Bitmap),
+    Remove(Vec<u8>),
+}
+
+/// What was decided, before anything is written.
+pub(super) struct Decided {
+    steps: Vec<Step>,
+    pub outcomes: Vec<BitmapOutcome>,
+}
+
+impl Decided {
+    /// Changes the base's bitmaps; the disk has its new length already.
+    pub fn store(&self, edit: &mut Edit) -> Result<()> {
+        for step in &self.steps {
+            match step {
+                Step::Merge(bits) => {
+                    let Some(index) = edit.find_bitmap(bits.name()) else {
+                        unreachable!("the base has the bitmap");
+                    };
+                    edit.merge_bitmap(index, bits)?;
+                }
+                Step::Add(bits) => {
+                    let index = edit.add_bitmap(bits.name(), bits.granularity_bits(), true)?;
+                    edit.merge_bitmap(index, bits)?;
+                }
+                Step::Remove(name) => {
+                    let Some(index) = edit.find_bitmap(name) else {
+                        unreachable!("the base has the bitmap");
+                    };
+                    edit.remove_bitmap(index)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a layer has of a bitmap.
+enum Has {
+    Nothing(String),
+    Unusable(String),
+    Disabled(String),
+    Usable(StoredBitmap),
+}
+
+fn has(layer: &Layer, name: &[u8]) -> Result<Has> {
+    let path = layer.path().display();
+    let stored = layer.stored_bitmaps()?;
+    let Some(stored) = stored.into_iter().find(|stored| stored.name == name) else {
+        let void = layer.header().bitmaps.is_some() && !layer.header().bitmaps_consistent();
+        let why = if void {
+            ": a program that does not know bitmaps changed it, so all it had are void"
+        } else {
+            ""
+        };
+        return Ok(Has::Nothing(format!("{path} does not have it{why}")));
+    };
+    Ok(match &stored {
+        stored if stored.in_use => {
+            Has::Unusable(format!("it was not saved when {path} was last used"))
+        }
+        stored if !stored.is_known() => {
+            Has::Unusable(format!("in {path} it is of a kind that is not known"))
+        }
+        stored if !stored.auto => Has::Disabled(format!(
+            "it is disabled in {path}, so it does not record writes"
+        )),
+        _ => Has::Usable(stored),
+    })
+}
+
+/// All names, the base's first.
+fn names(views: &Views) -> Result<Vec<Vec<u8>>> {
+    let mut names: Vec<Vec<u8>> = Vec::new();
+    let layers = std::iter::once(views.above).chain(0..views.above);
+    for layer in layers.filter_map(|index| views.top.layer(index)) {
+        for stored in layer.stored_bitmaps()? {
+            if !names.contains(&stored.name) {
+                names.push(stored.name);
+            }
+        }
+    }
+    Ok(names)
+}
+
+/// Decides on all bitmaps of the base and the layers above it. Only reads.
+pub(super) fn decide(views: &Views, incomplete: Incomplete) -> Result<Decided> {
+    let mut decided = Decided {
+        steps: Vec::new(),
+        outcomes: Vec::new(),
+    };
+    for name in names(views)? {
+        let (fate, step) = decide_one(views, &name, incomplete)?;
+        decided.steps.extend(step);
+        decided.outcomes.push(BitmapOutcome { name, fate });
+    }
+    Ok(decided)
+}
+
+/// Why a bitmap is not complete in the layers above, or all of theirs.
+fn above(
+    views: &Views,
+    name: &[u8],
+) -> Result<std::result::Result<Vec<(usize, StoredBitmap)>, String>> {
+    let mut all = Vec::new();
+    let mut missing = None;
+    for index in 0..views.above {
+        let Some(layer) = views.top.layer(index) else {
+            unreachable!("a layer above the base is qcow2");
+        };
+        match has(layer, name)? {
+            Has::Usable(stored) => all.push((index, stored)),
+            Has::Nothing(reason) => missing = Some(reason),
+            Has::Unusable(reason) | Has::Disabled(reason) => return Ok(Err(reason)),
+        }
+    }
+    Ok(match missing {
+        Some(reason) if !all.is_empty() => Err(reason),
+        Some(_) | None => Ok(all),
+    })
+}
+
+fn decide_one(
+    views: &Views,
+    name: &[u8],
+    incomplete: Incomplete,
+) -> Result<(BitmapFate, Option<Step>)> {
+    let above = above(views, name)?;
+    let base = match views.base.layer(0) {
+        Some(layer) => has(layer, name)?,
+        None => {
+            let reason = "the base is raw and has no bitmaps".to_owned();
+            return dropped(views, name, incomplete, reason, None);
+        }
+    };
+    let gone = || Some(Step::Remove(name.to_vec()));
+    match (base, above) {
+        (Has::Unusable(reason), _) => dropped(views, name, incomplete, reason, gone()),
+        (Has::Disabled(_), Ok(all)) if all.is_empty() => Ok((BitmapFate::Kept, None)),
+        (Has::Disabled(reason), _) => dropped(views, name, incomplete, reason, gone()),
+        (Has::Usable(own), Ok(all)) if all.is_empty() => {
+            let bits = Some(Step::Merge(changed(views, &own)?));
+            Ok((BitmapFate::Marked, bits))
+        }
+        (Has::Usable(own), Ok(all)) => {
+            let (bits, unnamed_bytes) = together(views, Some(&own), &all)?;
+            Ok((
+                BitmapFate::Merged { unnamed_bytes },
+                Some(Step::Merge(bits)),
+            ))
+        }
+        (Has::Usable(own), Err(reason)) if incomplete == Incomplete::Mark => {
+            let bits = Some(Step::Merge(changed(views, &own)?));
+            Ok((BitmapFate::MarkedInstead { reason }, bits))
+        }
+        (Has::Usable(_), Err(reason)) => dropped(views, name, incomplete, reason, gone()),
+        (Has::Nothing(_), Ok(all)) => carried(views, name, &all, incomplete),
+        (Has::Nothing(_), Err(reason)) => dropped(views, name, incomplete, reason, None),
+    }
+}
+
+fn carried(
+    views: &Views,
+    name: &[u8],
+    all: &[(usize, StoredBitmap)],
+    incomplete: Incomplete,
+) -> Result<(BitmapFate, Option<Step>)> {
+    let old = views
+        .base
+        .layer(0)
+        .is_some_and(|base| base.header().version < 3);
+    if old {
+        let reason = "the base is of version 2 and has no bitmaps".to_owned();
+        return dropped(views, name, incomplete, reason, None);
+    }
+    let (bits, unnamed_bytes) = together(views, None, all)?;
+    Ok((BitmapFate::Carried { unnamed_bytes }, Some(Step::Add(bits))))
+}
+
+fn dropped(
+    views: &Views,
+    name: &[u8],
+    incomplete: Incomplete,
+    reason: String,
+    step: Option<Step>,
+) -> Result<(BitmapFate, Option<Step>)> {
+    if incomplete == Incomplete::Refuse {
+        let name = String::from_utf8_lossy(name);
+        return Err(views.refused(
+            views.above,
+            format!("the bitmap {name:?} would be lost: {reason}"),
+        ));
+    }
+    Ok((BitmapFate::Dropped { reason }, step))
+}
+
+/// Everything that the commit changes, as fine as the base's bitmap.
+fn changed(views: &Views, own: &StoredBitmap) -> Result<Bitmap> {
+    let length = views.top.len().max(views.base.len());
+    let mut bits = Bitmap::new(&own.name, own.granularity_bits, length)?;
+    for range in views.top.allocated(views.above) {
+        set(&mut bits, &range?);
+    }
+    Ok(bits)
+}
+
+fn set(bits: &mut Bitmap, range: &Range<u64>) {
+    bits.set(GuestOffset(range.start), range.end - range.start);
+}
+
+/// What the layers' bitmaps have together, and what they should have named: how many bytes that was.
+fn together(
+    views: &Views,
+    own: Option<&StoredBitmap>,
+    all: &[(usize, StoredBitmap)],
+) -> Result<(Bitmap, u64)> {
+    let finest = all.iter().map(|(_, stored)| stored).chain(own);
+    let granularity = finest.clone().map(|stored| stored.granularity_bits).min();
+    let (Some(granularity), Some(any)) = (granularity, all.first()) else {
+        unreachable!("at least one layer has the bitmap");
+    };
+    let length = views.top.len().max(views.base.len());
+    let mut bits = Bitmap::new(&any.1.name, granularity, length)?;
+    for (index, stored) in all {
+        let Some(layer) = views.top.layer(*index) else {
+            unreachable!("a layer above the base is qcow2");
+        };
+        bits.merge(&layer.read_bitmap(stored)?);
+    }
+    // The lowest layer with the bitmap noted itself what was written to it.
+    let lowest = views.above - usize::from(own.is_none());
+    let unnamed = unnamed(views, lowest, &bits)?;
+    let before = bits.dirty_bytes();
+    for range in &unnamed {
+        set(&mut bits, range);
+    }
+    let added = bits.dirty_bytes() - before;
+    Ok((bits, added))
+}
+
+/// What the top `layers` define, `bits` does not name, and is other than what lies below them.
+fn unnamed(views: &Views, layers: usize, bits: &Bitmap) -> Result<Vec<Range<u64>>> {
+    let Some(lower) = views.top.below(layers).filter(|_| layers > 0) else {
+        return Ok(Vec::new());
+    };
+    let mut rest = Bitmap::new(bits.name(), bits.granularity_bits(), bits.disk_length())?;
+    for range in views.top.allocated(layers) {
+        set(&mut rest, &range?);
+    }
+    for range in bits.dirty_ranges() {
+        rest.clear(GuestOffset(range.start), range.end - range.start);
+    }
+    let mut found = Vec::new();
+    for range in rest.dirty_ranges() {
+        let mut at = range.start;
+        while at < range.end.min(views.top.len()) {
+            let end = range.end.min(views.top.len()).min(at + STEP_BYTES);
+            compare(
+                &views.top,
+                &lower,
+                at..end,
+                (bits.granularity(), &mut found),
+            )?;
+            at = end;
+        }
+    }
+    Ok(found)
+}
+
+/// Adds the granules of `range` in which two disks differ.
+fn compare(
+    one: &Chain,
+    other: &Chain,
+    range: Range<u64>,
+    (granularity, found): (u64, &mut Vec<Range<u64>>),
+) -> Result<()> {
+    let (here, there) = (read(one, &range)?, read(other, &range)?);
+    let step = to_usize(granularity.min(STEP_BYTES));
+    for (index, (here, there)) in here.chunks(step).zip(there.chunks(step)).enumerate() {
+        if here != there {
+            let start = range.start + to_u64(index * step);
+            found.push(start..start + to_u64(here.len()));
+        }
+    }
+    Ok(())
+}
+
+/// Behind the end of a disk are zeros.
+fn read(chain: &Chain, range: &Range<u64>) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; to_usize(range.end - range.start)];
+    let there = chain.len().min(range.end).saturating_sub(range.start);
+    let data = &mut bytes[..to_usize(there)];
+    if !data.is_empty() {
+        chain.read_at(range.start, data)?;
+    }
+    Ok(bytes)
+}
