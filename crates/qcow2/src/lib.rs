@@ -6,7 +6,7 @@
 //! * [`check`] holds every reference against its refcount, and finds overlaps and leaks.
 //! * [`create_overlay`] makes an empty layer, [`write_image`] and [`ImageBuilder`] a full one.
 //! * [`edit`] changes an image in one step, which is done whole or not at all; [`ops`] has the changes:
-//!   internal snapshots, another length.
+//!   internal snapshots, another length, bitmaps, rebase and flatten, commit.
 //!
 //! Decoding never writes. Files are untrusted: every offset, length and count is bounded before it is
 //! used, and a hostile file costs an error. What qcow2 itself cannot show is a flipped bit in guest
@@ -69,3 +69,8 @@ pub use make::{
 };
 pub use map::{MapEntries, MapEntry};
 pub use units::{ClusterSize, GuestOffset, HostOffset};
+
+/// The example of the README is compiled, so that it stays right.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
