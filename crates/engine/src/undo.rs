@@ -416,6 +416,11 @@ fn file_name(path: &Path) -> String {
 /// a process of this program that is about to become one. Anybody else there, a shell for instance, is not meant.
 fn processes_in(folder: &Path) -> io::Result<Vec<ProcessId>> {
     let own = fs::read_link("/proc/self/exe")?;
+    let is_meant = |pid: i32| match fs::read_link(format!("/proc/{pid}/exe")) {
+        Ok(exe) => exe == own || is_qemu(&exe),
+        // One that is ending has no program any more, and its files still.
+        Err(_) => true,
+    };
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")? {
         let name = entry?.file_name();
@@ -424,8 +429,7 @@ fn processes_in(folder: &Path) -> io::Result<Vec<ProcessId>> {
         };
         let works_there = fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == folder);
         if works_there
-            && fs::read_link(format!("/proc/{pid}/exe"))
-                .is_ok_and(|exe| exe == own || is_qemu(&exe))
+            && is_meant(pid)
             && let Ok(process) = ProcessId::of(pid)
         {
             found.push(process);
