@@ -62,7 +62,7 @@ check: ## formatting, lints, documentation, dependencies and their licences
 .PHONY: bench
 bench: setup-dev build ## measure Steadfast beside QEMU's own means
 	cargo build --release --package stead-bench
-	$(AS_ROOT) target/release/stead-bench
+	$(AS_ROOT) target/release/stead-bench --out BENCHMARKS.md
 
 .PHONY: soak
 soak: setup-dev agent ## the tests again and again, with new random cases, for MINUTES=60

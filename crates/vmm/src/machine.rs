@@ -49,7 +49,7 @@ pub struct Machine {
     pub cpu_model: String,
     /// vCPUs.
     pub cpus: u16,
-    /// RAM in bytes, a multiple of [`MIB`].
+    /// RAM in bytes, a multiple of 1 MiB.
     pub memory_bytes: u64,
     /// What executes guest code.
     pub accelerator: Accelerator,

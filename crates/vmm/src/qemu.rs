@@ -102,7 +102,7 @@ pub struct Qemu {
 }
 
 impl Qemu {
-    /// Asks the program `binary`, or [`BINARY`] found in `PATH`, what it is.
+    /// Asks the program `binary`, or `qemu-system-x86_64` found in `PATH`, what it is.
     ///
     /// # Errors
     /// [`Error::Unusable`] with what it said when it is not a QEMU that speaks QMP.

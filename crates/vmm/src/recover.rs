@@ -37,7 +37,7 @@ impl Vm {
     /// Can be repeated, and does no harm to a VM that runs.
     ///
     /// # Errors
-    /// [`Error::RunState`] when the VM is in a state that no capture leaves behind; else as [`Vm::ask`].
+    /// [`crate::Error::RunState`] when the VM is in a state that no capture leaves behind; else as [`Vm::ask`].
     pub fn recover_running(&mut self) -> Result<Recovered> {
         let recovered = self.recover_steps();
         recovered.map_err(|error| self.explain(error))
