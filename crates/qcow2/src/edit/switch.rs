@@ -364,7 +364,7 @@ impl Switch<'_> {
     }
 }
 
-/// What [`recover`] found.
+/// What [`recover`](super::recover) found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Recovery {
     /// No change was in progress.
