@@ -8,6 +8,7 @@ mod dd;
 mod info;
 mod map;
 mod measure;
+mod rebase;
 mod recover;
 mod resize;
 mod snapshot;
@@ -46,5 +47,6 @@ pub(crate) const COMMANDS: &[Command] = &[
     dd::COMMAND,
     resize::COMMAND,
     snapshot::COMMAND,
+    rebase::COMMAND,
     recover::COMMAND,
 ];
