@@ -1,5 +1,6 @@
 //! The subcommands.
 
+mod bitmap;
 mod check;
 mod compare;
 mod convert;
@@ -48,5 +49,6 @@ pub(crate) const COMMANDS: &[Command] = &[
     resize::COMMAND,
     snapshot::COMMAND,
     rebase::COMMAND,
+    bitmap::COMMAND,
     recover::COMMAND,
 ];
