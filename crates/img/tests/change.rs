@@ -214,7 +214,7 @@ fn help_and_version_are_there_under_both_names() {
     assert!(help.contains("Supported formats: raw qcow2\n"));
     for command in [
         "create", "info", "check", "map", "measure", "convert", "compare", "dd", "resize",
-        "snapshot", "rebase", "bitmap", "recover",
+        "snapshot", "rebase", "bitmap", "commit", "recover",
     ] {
         assert!(help.contains(&format!("\n  {command}")), "{command}");
         let own = text(&format!("{command} --help"));

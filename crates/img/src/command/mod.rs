@@ -2,6 +2,7 @@
 
 mod bitmap;
 mod check;
+mod commit;
 mod compare;
 mod convert;
 mod create;
@@ -50,5 +51,6 @@ pub(crate) const COMMANDS: &[Command] = &[
     snapshot::COMMAND,
     rebase::COMMAND,
     bitmap::COMMAND,
+    commit::COMMAND,
     recover::COMMAND,
 ];
