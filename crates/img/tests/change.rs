@@ -178,6 +178,9 @@ fn an_image_in_use_is_not_changed_and_its_user_is_named() {
     let lines = [
         "snapshot -c x a.qcow2",
         "resize a.qcow2 1G",
+        "rebase -b '' a.qcow2",
+        "rebase -u a.qcow2",
+        "bitmap --add a.qcow2 n",
         "recover a.qcow2",
     ];
     let refused = lines.map(|line| (bench.ours(line), bench.theirs(line)));

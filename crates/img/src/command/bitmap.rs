@@ -20,17 +20,20 @@ pub(crate) const COMMAND: Command = Command {
     about: "Add, remove and change dirty bitmaps",
     usage: "(--add [-g SIZE] | --remove | --clear | --enable | --disable | --merge NAME [-b FILE2 [-F FMT]])... \
             [-f FMT | --image-opts] [--dry-run] [--json] FILE BITMAP",
-    help: "All that is asked is done to BITMAP, in that order and in one step: after an error or a crash the image is\n\
+    help: "All that is asked is done to BITMAP, in that order and in one step: after an error or a crash the image is \
            as it was.\n\n\
            \x20     --add             add it, empty, recording writes\n\
-           \x20 -g, --granularity SIZE  how many bytes one of its bits stands for: a power of 2 from 512 to 2G\n\
+           \x20 -g, --granularity SIZE\n\
+           \x20                       how many bytes one of its bits stands for: a power of 2 from 512 to 2G\n\
            \x20     --remove          remove it\n\
            \x20     --clear           forget what it has marked\n\
            \x20     --enable          record writes from now on\n\
            \x20     --disable         record no writes from now on\n\
            \x20     --merge NAME      mark also what the bitmap NAME has marked\n\
-           \x20 -b, --source-file FILE2  the image that NAME is in; else it is FILE\n\
-           \x20 -F, --source-format FMT  its format\n\
+           \x20 -b, --source-file FILE2\n\
+           \x20                       the image that NAME is in; else it is FILE\n\
+           \x20 -F, --source-format FMT\n\
+           \x20                       its format\n\
            \x20 -f, --format FMT      the format of FILE; else its first bytes tell\n\
            \x20     --image-opts      FILE is an option string\n\
            \x20     --dry-run         only say how much room it takes\n\

@@ -25,7 +25,7 @@ pub(crate) const COMMAND: Command = Command {
     name: "commit",
     about: "Put what an image has itself into one below it",
     usage: "[-f FMT | --image-opts] [-b BASE] [-d] [-p] [-q] [-t CACHE] [-r RATE] [--dry-run] [--json] FILE",
-    help: "The base then shows what FILE shows, and FILE is emptied. An interrupted commit is finished by recover, run on\n\
+    help: "The base then shows what FILE shows, and FILE is emptied. An interrupted commit is finished by recover, run on \
            the base, or on FILE where the base is raw. Other images over the base show other bytes afterwards.\n\n\
            \x20 -b, --base BASE       the image to put it into, with all that lies between; FILE is not emptied;\n\
            \x20                       else the one directly below\n\

@@ -21,10 +21,11 @@ pub(crate) const COMMAND: Command = Command {
     name: "rebase",
     about: "Give an image another backing file, or none",
     usage: "[-f FMT | --image-opts] [-u] [-b NAME [-F FMT]] [-p] [-q] [-U] [-t CACHE] [-T CACHE] [--dry-run] [--json] FILE",
-    help: "What the active disk and every internal snapshot show stays: where the new file below shows something else,\n\
+    help: "What the active disk and every internal snapshot show stays: where the new file below shows something else, \
            the image gets the old bytes itself. It is changed in one step: after an error or a crash it is as it was.\n\n\
            \x20 -b, --backing NAME    the new backing file, which starts in FILE's folder; \"\": none, FILE gets everything\n\
-           \x20 -F, --backing-format FMT  its format\n\
+           \x20 -F, --backing-format FMT\n\
+           \x20                       its format\n\
            \x20 -u, --backing-unsafe  change only the name, for a file that was moved; without -b: none\n\
            \x20 -f, --format FMT      the format of FILE; else its first bytes tell\n\
            \x20     --image-opts      FILE is an option string\n\
