@@ -7,7 +7,7 @@ use stead_qcow2::{Chain, Error};
 use crate::common;
 use crate::format::Format;
 use crate::open_error;
-use crate::opened::{self, Sharing};
+use crate::opened::{self, OpenedChain, Sharing};
 use crate::reference;
 use crate::target;
 
@@ -17,6 +17,26 @@ pub(crate) fn below(
     name: &str,
     format: Option<&str>,
 ) -> Result<(Chain, Format), String> {
+    // Nothing of it is kept, so it may be in use meanwhile.
+    let opened = open_below(image, name, format, Sharing::Shared)?;
+    Ok((opened.chain, opened.format))
+}
+
+/// As [`below`]; nobody writes to it meanwhile.
+pub(crate) fn below_locked(
+    image: &Path,
+    name: &str,
+    format: Option<&str>,
+) -> Result<OpenedChain, String> {
+    open_below(image, name, format, Sharing::Locked)
+}
+
+fn open_below(
+    image: &Path,
+    name: &str,
+    format: Option<&str>,
+    sharing: Sharing,
+) -> Result<OpenedChain, String> {
     let folder = image.parent().unwrap_or(Path::new(""));
     let full = match reference::protocol(name.as_bytes()) {
         Some(_) => PathBuf::from(name),
@@ -27,9 +47,7 @@ pub(crate) fn below(
         let known = Format::by_name(format);
         reference.format = Some(known.ok_or_else(|| format!("Unknown driver '{format}'"))?);
     }
-    // Nothing of it is kept, so it may be in use meanwhile.
-    let opened = opened::chain_or_why(&reference, Sharing::Shared, &common::follow_all())?;
-    Ok((opened.chain, opened.format))
+    opened::chain_or_why(&reference, sharing, &common::follow_all())
 }
 
 /// Why an image was not made.

@@ -12,7 +12,8 @@ use crate::json;
 pub(crate) const DRY_RUN: Opt = Opt::flag("dry-run", "", &["dry-run"]);
 pub(crate) const JSON: Opt = Opt::flag("json", "", &["json"]);
 
-fn room(plan: &Plan) -> Value {
+/// The room of a change.
+pub(crate) fn room(plan: &Plan) -> Value {
     json!({
         "needed-bytes": plan.new_bytes,
         "peak-bytes": plan.peak_bytes,

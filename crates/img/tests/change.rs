@@ -178,6 +178,9 @@ fn an_image_in_use_is_not_changed_and_its_user_is_named() {
     let lines = [
         "snapshot -c x a.qcow2",
         "resize a.qcow2 1G",
+        "rebase -b '' a.qcow2",
+        "rebase -u a.qcow2",
+        "bitmap --add a.qcow2 n",
         "recover a.qcow2",
     ];
     let refused = lines.map(|line| (bench.ours(line), bench.theirs(line)));
@@ -214,7 +217,7 @@ fn help_and_version_are_there_under_both_names() {
     assert!(help.contains("Supported formats: raw qcow2\n"));
     for command in [
         "create", "info", "check", "map", "measure", "convert", "compare", "dd", "resize",
-        "snapshot", "recover",
+        "snapshot", "rebase", "bitmap", "commit", "recover",
     ] {
         assert!(help.contains(&format!("\n  {command}")), "{command}");
         let own = text(&format!("{command} --help"));

@@ -1,6 +1,8 @@
 //! The subcommands.
 
+mod bitmap;
 mod check;
+mod commit;
 mod compare;
 mod convert;
 mod create;
@@ -8,6 +10,7 @@ mod dd;
 mod info;
 mod map;
 mod measure;
+mod rebase;
 mod recover;
 mod resize;
 mod snapshot;
@@ -46,5 +49,8 @@ pub(crate) const COMMANDS: &[Command] = &[
     dd::COMMAND,
     resize::COMMAND,
     snapshot::COMMAND,
+    rebase::COMMAND,
+    bitmap::COMMAND,
+    commit::COMMAND,
     recover::COMMAND,
 ];

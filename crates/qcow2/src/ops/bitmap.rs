@@ -3,7 +3,7 @@
 //! Several steps are one change: all of them are done, or none.
 
 use crate::bitmap::Bitmap;
-use crate::edit::{Done, Edit, Editor};
+use crate::edit::{Done, Edit, Editor, Plan};
 use crate::error::{Error, Result};
 use crate::layer::Layer;
 
@@ -58,6 +58,14 @@ pub struct Step<'a> {
 /// [`Error::InvalidBitmap`] for names and granularities that QEMU does not open; else as [`Editor::apply`].
 pub fn change(editor: &mut Editor, steps: &[Step<'_>]) -> Result<Done<()>> {
     editor.apply(|edit| steps.iter().try_for_each(|step| run(edit, step)))
+}
+
+/// How much room [`change`] needs; nothing is written.
+///
+/// # Errors
+/// As [`change`].
+pub fn plan(editor: &Editor, steps: &[Step<'_>]) -> Result<Plan> {
+    editor.plan(|edit| steps.iter().try_for_each(|step| run(edit, step)))
 }
 
 fn run(edit: &mut Edit, step: &Step<'_>) -> Result<()> {

@@ -1,0 +1,188 @@
+//! `commit`: what an image has itself goes into one that lies below it.
+
+use std::ffi::OsStr;
+use std::path::Path;
+
+use serde_json::{Value, json};
+use stead_qcow2::ops::commit::{
+    self, BitmapFate, BitmapOutcome, CommitOptions, CommitReport, Incomplete, LongerBase,
+};
+use stead_qcow2::{Chain, LayerFile};
+
+use crate::command::Command;
+use crate::common::{self, FORMAT, IMAGE_OPTS, OBJECT, PROGRESS, QUIET};
+use crate::console::Console;
+use crate::editing;
+use crate::failure::{Failure, Outcome};
+use crate::getopt::{Opt, Parsed};
+use crate::json;
+use crate::opened::{self, Sharing};
+use crate::progress::Progress;
+use crate::reference::Reference;
+use crate::report::{self, DRY_RUN, JSON};
+
+pub(crate) const COMMAND: Command = Command {
+    name: "commit",
+    about: "Put what an image has itself into one below it",
+    usage: "[-f FMT | --image-opts] [-b BASE] [-d] [-p] [-q] [-t CACHE] [-r RATE] [--dry-run] [--json] FILE",
+    help: "The base then shows what FILE shows, and FILE is emptied. An interrupted commit is finished by recover, run on \
+           the base, or on FILE where the base is raw. Other images over the base show other bytes afterwards.\n\n\
+           \x20 -b, --base BASE       the image to put it into, with all that lies between; FILE is not emptied;\n\
+           \x20                       else the one directly below\n\
+           \x20 -d                    do not empty FILE\n\
+           \x20 -f, --format FMT      the format of FILE; else its first bytes tell\n\
+           \x20     --image-opts      FILE is an option string\n\
+           \x20 -p, --progress        show that it is done\n\
+           \x20     --dry-run         only say how much room it takes\n\
+           \x20     --json            say as JSON what was done, also to each bitmap\n\
+           \x20 -q, --quiet           print nothing\n\
+           \x20 -t, -r                accepted for scripts\n\n\
+           Example:\n  {program} commit -p overlay.qcow2\n",
+    opts: &[
+        FORMAT,
+        Opt::value("cache", "t", &["cache"]),
+        Opt::value("base", "b", &["base"]),
+        Opt::flag("keep", "d", &["drop"]),
+        Opt::value("rate-limit", "r", &["rate-limit"]),
+        PROGRESS,
+        QUIET,
+        OBJECT,
+        IMAGE_OPTS,
+        DRY_RUN,
+        JSON,
+    ],
+    run,
+    last_is_operand: false,
+};
+
+fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
+    if let Some(limit) = common::text(parsed, "rate-limit") {
+        common::size(&limit, "rate limit")?;
+    }
+    let name = common::one_operand(parsed, console.program())?;
+    common::cache_mode(parsed, "cache", "cache")?;
+    let image = common::image(parsed, name, FORMAT.id)?;
+    editing::format(&image, console)?;
+    let (files, base) = files(parsed, &image)?;
+    let options = CommitOptions {
+        base,
+        empty_top: !parsed.has("keep") && !parsed.has("base"),
+        longer_base: LongerBase::Keep,
+        incomplete: Incomplete::Mark,
+        ..CommitOptions::default()
+    };
+    let progress = Progress::start(parsed.has(PROGRESS.id) && !parsed.has(QUIET.id));
+    if parsed.has(DRY_RUN.id) {
+        let report = commit::measure(&files, &options)?;
+        drop(progress);
+        planned(parsed, &report, console)?;
+        return Ok(0);
+    }
+    let report = commit::commit(&files, &options)?;
+    progress.done();
+    drop(progress);
+    done(parsed, &report, console)?;
+    Ok(0)
+}
+
+/// The files of the disk, top first, and which of them is the base.
+fn files(parsed: &Parsed, image: &Reference) -> Outcome<(Vec<LayerFile>, usize)> {
+    // Its locks are given back: a commit takes its own, some of them for writing.
+    let opened = opened::chain(image, Sharing::Locked, common::follow_all())?;
+    let chain = &opened.chain;
+    if chain.depth() < 2 {
+        return Err(Failure::new("Image does not have a backing file"));
+    }
+    let base = match parsed.last("base") {
+        None => 1,
+        Some(name) => find(chain, name).ok_or_else(|| {
+            let (name, top) = (name.to_string_lossy(), &image.given);
+            Failure::new(format!(
+                "Did not find '{name}' in the backing chain of '{top}'"
+            ))
+        })?,
+    };
+    let all = (0..chain.depth()).filter_map(|index| chain.file(index));
+    let all = all.map(|(path, format)| LayerFile {
+        path: path.to_owned(),
+        format,
+    });
+    Ok((all.collect(), base))
+}
+
+/// The place in the chain of the image with that name. It starts in the folder of the image that names it.
+fn find(chain: &Chain, name: &OsStr) -> Option<usize> {
+    let is_at = |index: &usize| {
+        let (Some((above, _)), Some((own, _))) = (chain.file(index - 1), chain.file(*index)) else {
+            return false;
+        };
+        let folder = above.parent().unwrap_or(Path::new(""));
+        let wanted = folder.join(name).canonicalize();
+        // What cannot be found is not that image.
+        matches!((wanted, own.canonicalize()), (Ok(wanted), Ok(own)) if wanted == own)
+    };
+    (1..chain.depth()).find(is_at)
+}
+
+fn planned(parsed: &Parsed, report: &CommitReport, console: &mut Console) -> Outcome<()> {
+    if parsed.has(JSON.id) {
+        return console.line(&json::pretty(&as_json(report, "not-begun"))?);
+    }
+    for (whose, room) in [("the base", Some(report.base)), ("the image", report.top)] {
+        if let Some(room) = room {
+            console.line(&format!(
+                "{whose} needs {} free bytes; the file would have {} bytes, at most {} meanwhile",
+                room.new_bytes, room.end_bytes, room.peak_bytes
+            ))?;
+        }
+    }
+    warn_of_bitmaps(report, console)
+}
+
+fn done(parsed: &Parsed, report: &CommitReport, console: &mut Console) -> Outcome<()> {
+    if parsed.has(JSON.id) {
+        return console.line(&json::pretty(&as_json(report, "done"))?);
+    }
+    if !parsed.has(QUIET.id) {
+        console.line("Image committed.")?;
+    }
+    warn_of_bitmaps(report, console)
+}
+
+/// A bitmap that is gone means a full backup.
+fn warn_of_bitmaps(report: &CommitReport, console: &mut Console) -> Outcome<()> {
+    for bitmap in &report.bitmaps {
+        if let BitmapFate::Dropped { reason } = &bitmap.fate {
+            let name = String::from_utf8_lossy(&bitmap.name);
+            let text = format!("WARNING: the base does not keep the bitmap '{name}': {reason}");
+            console.error_line(&text)?;
+        }
+    }
+    Ok(())
+}
+
+fn as_json(report: &CommitReport, outcome: &str) -> Value {
+    json!({
+        "outcome": outcome,
+        "committed-bytes": report.defined_bytes,
+        "room": report::room(&report.base),
+        "image-room": report.top.as_ref().map(report::room),
+        "bitmaps": report.bitmaps.iter().map(bitmap).collect::<Vec<_>>(),
+    })
+}
+
+fn bitmap(outcome: &BitmapOutcome) -> Value {
+    let (fate, reason) = match &outcome.fate {
+        BitmapFate::Merged { .. } => ("merged", None),
+        BitmapFate::Carried { .. } => ("carried", None),
+        BitmapFate::Marked => ("marked", None),
+        BitmapFate::Kept => ("kept", None),
+        BitmapFate::MarkedInstead { reason } => ("marked", Some(reason)),
+        BitmapFate::Dropped { reason } => ("dropped", Some(reason)),
+    };
+    json!({
+        "name": String::from_utf8_lossy(&outcome.name),
+        "fate": fate,
+        "reason": reason,
+    })
+}
