@@ -11,6 +11,8 @@
 //! guest data that is cut off by the end of the file; bitmaps that do not fit the disk; and what
 //! [`crate::consistency`] looks for.
 
+mod references;
+
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -26,6 +28,8 @@ use crate::header::{Encryption, to_u64, to_usize};
 use crate::layer::Layer;
 use crate::refcounts::{self, Refcounts};
 use crate::units::HostOffset;
+
+pub(crate) use references::{References, for_each_reference, unusable_bitmaps};
 
 /// How many findings are kept in full; all are counted.
 pub const MAX_FINDINGS: usize = 1000;
@@ -83,6 +87,13 @@ const USES: [Use; 13] = [
 impl Use {
     const fn bit(self) -> u16 {
         1 << self as u16
+    }
+
+    fn is_of_bitmaps(self) -> bool {
+        matches!(
+            self,
+            Self::BitmapDirectory | Self::BitmapTable | Self::BitmapData
+        )
     }
 }
 
@@ -183,6 +194,15 @@ pub struct CheckReport {
     pub corruptions: u64,
     /// How many clusters are leaked.
     pub leaks: u64,
+    /// How many of the corruptions are [`Finding::Overlap`].
+    #[serde(skip)]
+    pub overlaps: u64,
+    /// How many of the corruptions are [`Finding::Unusable`], those of bitmaps not counted.
+    #[serde(skip)]
+    pub unusable: u64,
+    /// How many of the corruptions are [`Finding::Unusable`] and of bitmaps.
+    #[serde(skip)]
+    pub unusable_bitmaps: u64,
     /// The first [`MAX_FINDINGS`] findings.
     pub findings: Vec<Finding>,
     /// What no refcount shows and no reader stumbles over; see [`Note`].
@@ -227,6 +247,14 @@ impl CheckReport {
             | Finding::Overlap { .. }
             | Finding::WrongCopiedFlag { .. }
             | Finding::Unusable { .. } => self.corruptions += 1,
+        }
+        match &finding {
+            Finding::Overlap { .. } => self.overlaps += 1,
+            Finding::Unusable { usage, .. } if usage.is_of_bitmaps() => self.unusable_bitmaps += 1,
+            Finding::Unusable { .. } => self.unusable += 1,
+            Finding::Leak { .. }
+            | Finding::RefcountTooLow { .. }
+            | Finding::WrongCopiedFlag { .. } => {}
         }
         if self.findings.len() < MAX_FINDINGS {
             self.findings.push(finding);
@@ -335,6 +363,13 @@ impl<'a> Image<'a> {
         image.drop_overlapping_tables(report);
         image.read_l1_tables(report)?;
         Ok(image)
+    }
+
+    fn leave_out_bitmaps(&mut self, tables: &[HostOffset]) {
+        let stays = |at: &HostOffset| !tables.contains(at);
+        self.bitmaps.retain(|bitmap| stays(&bitmap.table));
+        self.regions
+            .retain(|(at, _, usage)| *usage != Use::BitmapTable || stays(at));
     }
 
     fn file_clusters(&self) -> u64 {

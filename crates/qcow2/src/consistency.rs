@@ -160,6 +160,11 @@ pub(crate) fn bitmaps(
     Ok(wrong)
 }
 
+/// Whether a bitmap can be of this disk; one of an unknown kind may be.
+pub(crate) fn is_usable(layer: &Layer, stored: &StoredBitmap) -> bool {
+    !stored.is_known() || unusable(layer, stored).is_none()
+}
+
 /// Why the bitmap cannot be of this disk.
 fn unusable(layer: &Layer, stored: &StoredBitmap) -> Option<String> {
     let disk = layer.header().virtual_size;

@@ -71,7 +71,7 @@ pub(crate) const AUTOCLEAR_BITMAPS: u64 = 1 << 0;
 /// Auto-clear feature bit 1: the external data file, read alone, is the guest's disk.
 pub(crate) const AUTOCLEAR_RAW_DATA: u64 = 1 << 1;
 /// Compatible feature bit 0: refcounts may be written late.
-const COMPATIBLE_LAZY_REFCOUNTS: u64 = 1 << 0;
+pub(crate) const COMPATIBLE_LAZY_REFCOUNTS: u64 = 1 << 0;
 
 /// The header as it lies in the file, version 3 without additional fields.
 ///

@@ -4,14 +4,20 @@ use std::fmt::Debug;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::sync::OnceLock;
 
 use rustix::fs::copy_file_range;
 use rustix::io::Errno;
 
+use crate::direct::{self, ALIGNMENT, AlignedBuffer};
 use crate::share::{self, Shared};
 
 /// How many bytes one step of a copy by reading and writing moves.
 const STEP_BYTES: usize = 1 << 20;
+/// From how many bytes on a copy goes past the page cache.
+const DIRECT_BYTES: u64 = 1 << 20;
+/// How many bytes one step of a copy past the page cache moves.
+const DIRECT_STEP_BYTES: usize = 2 << 20;
 
 /// A file as an image needs it: positioned calls only, usable from several threads.
 #[allow(
@@ -111,6 +117,8 @@ fn copy_by_hand<S: Storage + ?Sized>(storage: &S, source: &File, span: Span) -> 
 pub struct FileStorage {
     file: File,
     device: bool,
+    /// The same file for writes past the page cache, once it was asked for.
+    direct: OnceLock<Option<File>>,
 }
 
 impl FileStorage {
@@ -120,7 +128,11 @@ impl FileStorage {
     /// When the system cannot say what kind of file it is.
     pub fn new(file: File) -> io::Result<Self> {
         let device = file.metadata()?.file_type().is_block_device();
-        Ok(Self { file, device })
+        Ok(Self {
+            file,
+            device,
+            direct: OnceLock::new(),
+        })
     }
 
     /// The file.
@@ -133,6 +145,42 @@ impl FileStorage {
     #[must_use]
     pub fn is_device(&self) -> bool {
         self.device
+    }
+}
+
+impl FileStorage {
+    fn direct(&self) -> io::Result<Option<&File>> {
+        if let Some(known) = self.direct.get() {
+            return Ok(known.as_ref());
+        }
+        let opened = direct::reopen(&self.file)?;
+        Ok(self.direct.get_or_init(|| opened).as_ref())
+    }
+
+    /// Copies whole blocks of a long range past the page cache, as far as that is possible here; how many bytes
+    /// it did. What was copied has to reach the disk anyway, and a second copy in memory costs as much time.
+    fn copy_directly(&self, source: &File, span: Span) -> io::Result<u64> {
+        let length = span.length / ALIGNMENT * ALIGNMENT;
+        if length < DIRECT_BYTES || !span.at.is_multiple_of(ALIGNMENT) {
+            return Ok(0);
+        }
+        let Some(to) = self.direct()? else {
+            return Ok(0);
+        };
+        let mut buffer = AlignedBuffer::new(DIRECT_STEP_BYTES);
+        let mut done = 0;
+        while done < length {
+            let left = usize::try_from(length - done).unwrap_or(DIRECT_STEP_BYTES);
+            let bytes = &mut buffer.bytes_mut()[..left.min(DIRECT_STEP_BYTES)];
+            source.read_exact_at(bytes, span.from + done)?;
+            match to.write_all_at(bytes, span.at + done) {
+                Ok(()) => done += bytes.len() as u64,
+                // Blocks that are larger than usual: the page cache knows them.
+                Err(error) if error.kind() == io::ErrorKind::InvalidInput => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(done)
     }
 }
 
@@ -172,8 +220,10 @@ impl Storage for FileStorage {
         if length == 0 || share::clone_range(source, &self.file, span.shared())? {
             return Ok(());
         }
-        let done = copy_in_kernel(&self.file, source, span)?;
-        copy_by_hand(self, source, span.behind(done))
+        let done = self.copy_directly(source, span)?;
+        let left = span.behind(done);
+        let done = copy_in_kernel(&self.file, source, left)?;
+        copy_by_hand(self, source, left.behind(done))
     }
 }
 
@@ -214,7 +264,13 @@ mod tests {
         let source = storage();
         let bytes: Vec<u8> = (0..3_000_000_u32).map(|n| (n % 251) as u8).collect();
         source.write_all_at(&bytes, 0).expect("write");
-        for (from, at, length) in [(0, 0, 4096), (7, 513, 2_500_000), (4096, 8192, 4096)] {
+        let spans = [
+            (0, 0, 4096),
+            (7, 513, 2_500_000),
+            (4096, 8192, 4096),
+            (513, 4096, 2_900_001),
+        ];
+        for (from, at, length) in spans {
             let [start, place, count] = [from, at, length].map(|n: u64| n as usize);
             let mut expected = vec![9; place + count + 100];
             for by_hand in [false, true] {

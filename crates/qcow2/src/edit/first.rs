@@ -153,6 +153,29 @@ impl FirstCluster {
         self.set_extension(extension::BACKING_FORMAT, format);
     }
 
+    /// Whether a backing file is named.
+    pub fn has_backing(&self) -> bool {
+        self.backing.is_some()
+    }
+
+    /// Writes the header in another version of the format; what version 2 has no fields for goes.
+    pub fn set_version(&mut self, version: u32) {
+        if self.raw.version.get() == version {
+            return;
+        }
+        self.moved = true;
+        self.tail.clear();
+        self.raw.version = U32::new(version);
+        self.raw.incompatible = U64::ZERO;
+        self.raw.compatible = U64::ZERO;
+        self.raw.autoclear = U64::ZERO;
+        self.raw.refcount_order = U32::new(4);
+        self.raw.header_length = U32::new(104);
+        if version < 3 {
+            self.set_extension(extension::FEATURE_NAMES, None);
+        }
+    }
+
     /// The first sector while the change is in progress: a header that nobody reads who does not know bit
     /// 63, what that bit is called, and where the journal is. `self` is the old state's.
     pub fn in_progress(&self, journal: &JournalPlace) -> [u8; SECTOR] {

@@ -28,18 +28,22 @@ mod bitmap_changes;
 mod bitmaps;
 mod bitmaps_proof;
 mod copies;
+mod expand;
 mod fill;
 mod first;
 mod groups;
 mod in_place;
 mod length;
+mod rebuild;
 mod records;
 mod refcounts;
+mod repair;
 mod room;
 mod snapshots;
 mod switch;
 mod tables;
 mod transaction;
+mod versions;
 mod views;
 
 use std::fs::File;
@@ -52,6 +56,7 @@ use stead_sys::storage::{FileStorage, Storage};
 
 use crate::check::{CheckReport, check};
 use crate::error::{Error, Result};
+use crate::file::ImageFile;
 use crate::header::to_usize;
 use crate::layer::Layer;
 
@@ -59,6 +64,7 @@ pub use below::Below;
 pub use fill::Filled;
 pub use in_place::MAX_IN_PLACE_RANGES;
 pub use records::{BitmapRecord, SnapshotName, SnapshotRecord};
+pub(crate) use repair::{BitmapsToDrop, RefcountsFrom};
 pub use room::Plan;
 pub use switch::Recovery;
 pub use transaction::Edit;
@@ -87,6 +93,15 @@ impl Default for EditOptions {
     }
 }
 
+/// What a change leaves behind.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Leaving {
+    /// Free space that must be left for something else, in bytes.
+    pub free_bytes: u64,
+    /// Corruptions that the new state may still have: a repair takes away what it can.
+    pub corruptions: u64,
+}
+
 /// What a change did.
 #[derive(Debug, Clone)]
 pub struct Done<T> {
@@ -110,6 +125,10 @@ pub struct Editor {
     old: Arc<Layer>,
     old_first: Vec<u8>,
     before: CheckReport,
+    /// The image may be damaged, and its repair is what it is open for.
+    damaged: bool,
+    /// Guest data may lie in another file; then only the header and refcounts can be changed.
+    data_elsewhere: bool,
 }
 
 /// Locks the file at `path`, open for reading and writing.
@@ -185,11 +204,33 @@ impl Editor {
     /// When it cannot be opened, is in use ([`Error::InUse`]), in progress ([`Error::InProgress`]), marked
     /// corrupt or dirty, or damaged ([`Error::Damaged`]; leaks are no damage).
     pub fn open(path: &Path, options: EditOptions) -> Result<Self> {
+        Self::open_with(path, |storage| Self::on_storage(storage, path, options))
+    }
+
+    /// As [`Editor::open`], also for an image whose guest data lies in an external data file, which is not opened. Of
+    /// such an image the header and refcounts can be changed ([`crate::ops::amend`]); what touches its tables is refused.
+    ///
+    /// # Errors
+    /// As [`Editor::open`].
+    pub fn open_for_amendments(path: &Path, options: EditOptions) -> Result<Self> {
+        Self::open_with(path, |storage| {
+            let mut editor = Self::read(storage, path, options, true)?;
+            editor.require_whole()?;
+            editor.damaged = false;
+            Ok(editor)
+        })
+    }
+
+    /// As [`Editor::open`], for the repair of an image that may be damaged.
+    pub(crate) fn open_damaged(path: &Path, options: EditOptions) -> Result<Self> {
+        Self::open_with(path, |storage| Self::damaged_on(storage, path, options))
+    }
+
+    fn open_with(path: &Path, read: impl FnOnce(Arc<dyn Storage>) -> Result<Self>) -> Result<Self> {
         let (file, lock) = lock(path)?;
         let duplicate = file.try_clone();
         let duplicate = duplicate.map_err(|source| Error::io("open", path, source))?;
-        let storage: Arc<dyn Storage> = Arc::new(file_storage(duplicate, path)?);
-        let mut editor = Self::on_storage(storage, path, options)?;
+        let mut editor = read(Arc::new(file_storage(duplicate, path)?))?;
         editor.file = Some(file_storage(file, path)?);
         editor._lock = Some(lock);
         Ok(editor)
@@ -205,26 +246,28 @@ impl Editor {
         path: &Path,
         options: EditOptions,
     ) -> Result<Self> {
-        let (old, old_first) = load(&storage, path)?;
-        if old.header().corrupt {
-            return Err(Error::MarkedCorrupt {
-                path: path.to_owned(),
-            });
-        }
-        if old.header().dirty && !options.allow_dirty {
-            return Err(Error::MarkedDirty {
-                path: path.to_owned(),
-            });
-        }
+        let mut editor = Self::damaged_on(storage, path, options)?;
+        editor.require_whole()?;
+        editor.damaged = false;
+        Ok(editor)
+    }
+
+    pub(crate) fn damaged_on(
+        storage: Arc<dyn Storage>,
+        path: &Path,
+        options: EditOptions,
+    ) -> Result<Self> {
+        Self::read(storage, path, options, false)
+    }
+
+    fn read(
+        storage: Arc<dyn Storage>,
+        path: &Path,
+        options: EditOptions,
+        data_elsewhere: bool,
+    ) -> Result<Self> {
+        let (old, old_first) = load(&storage, path, data_elsewhere)?;
         let before = check(&old)?;
-        if before.corruptions > 0 {
-            let first = before.findings.iter().map(ToString::to_string).next();
-            return Err(Error::Damaged {
-                path: path.to_owned(),
-                corruptions: before.corruptions,
-                first: first.unwrap_or_default(),
-            });
-        }
         Ok(Self {
             path: path.to_owned(),
             storage,
@@ -234,7 +277,28 @@ impl Editor {
             old: Arc::new(old),
             old_first,
             before,
+            damaged: true,
+            data_elsewhere,
         })
+    }
+
+    fn require_whole(&self) -> Result<()> {
+        let path = self.path.clone();
+        if self.old.header().corrupt {
+            return Err(Error::MarkedCorrupt { path });
+        }
+        if self.old.header().dirty && !self.options.allow_dirty {
+            return Err(Error::MarkedDirty { path });
+        }
+        if self.before.corruptions > 0 {
+            let first = self.before.findings.iter().map(ToString::to_string).next();
+            return Err(Error::Damaged {
+                path,
+                corruptions: self.before.corruptions,
+                first: first.unwrap_or_default(),
+            });
+        }
+        Ok(())
     }
 
     /// The image as it stands.
@@ -274,27 +338,21 @@ impl Editor {
     /// Those of the change and of writing: then the image is as it was. [`Error::Switch`]: then it is as it was,
     /// or as it was to be, or in progress.
     pub fn apply<T>(&mut self, change: impl FnMut(&mut Edit) -> Result<T>) -> Result<Done<T>> {
-        self.apply_leaving(0, change)
+        self.apply_leaving(Leaving::default(), change)
     }
 
-    /// As [`Editor::apply`], refused also when it would leave less than `bytes` of free space.
-    ///
-    /// # Durability
-    /// As [`Editor::apply`].
-    ///
-    /// # Errors
-    /// As [`Editor::apply`].
-    pub fn apply_leaving<T>(
+    /// As [`Editor::apply`], with what it may or must leave.
+    pub(crate) fn apply_leaving<T>(
         &mut self,
-        bytes: u64,
+        leaving: Leaving,
         mut change: impl FnMut(&mut Edit) -> Result<T>,
     ) -> Result<Done<T>> {
         let room = self.plan(&mut change)?;
-        self.require_room(&room, bytes)?;
+        self.require_room(&room, leaving.free_bytes)?;
         let length = self.storage.len();
         let length =
             length.map_err(|source| Error::io("find the length of", &self.path, source))?;
-        let built = self.build(&mut change);
+        let built = self.build(leaving.corruptions, &mut change);
         let (built, value, check) = match built {
             Ok(built) => built,
             Err(error) => {
@@ -303,7 +361,7 @@ impl Editor {
             }
         };
         built.switch()?;
-        let (old, old_first) = load(&self.storage, &self.path)?;
+        let (old, old_first) = load(&self.storage, &self.path, self.data_elsewhere)?;
         (self.old, self.old_first) = (Arc::new(old), old_first);
         self.before = check.clone();
         Ok(Done { value, room, check })
@@ -311,12 +369,13 @@ impl Editor {
 
     fn build<T>(
         &self,
+        corruptions: u64,
         change: &mut impl FnMut(&mut Edit) -> Result<T>,
     ) -> Result<(Built, T, CheckReport)> {
         let mut edit = self.edit(Arc::clone(&self.storage), false)?;
         let value = change(&mut edit)?;
         let built = edit.build()?;
-        let check = built.prove(&self.before)?;
+        let check = built.prove(&self.before, corruptions)?;
         Ok((built, value, check))
     }
 
@@ -332,6 +391,7 @@ impl Editor {
             plan,
             cache_bytes: self.options.cache_bytes,
             blocks: NewBlocks::new(file, self.old.file_length()),
+            damaged: self.damaged,
         })
     }
 
@@ -379,8 +439,11 @@ fn plan_of(built: &Built) -> Plan {
 }
 
 /// Reads an image and its first cluster.
-fn load(storage: &Arc<dyn Storage>, path: &Path) -> Result<(Layer, Vec<u8>)> {
-    let layer = Layer::from_storage(Arc::clone(storage), path)?;
+fn load(storage: &Arc<dyn Storage>, path: &Path, data_elsewhere: bool) -> Result<(Layer, Vec<u8>)> {
+    let layer = Layer::inspect_image(ImageFile::on(Arc::clone(storage), path)?)?;
+    if !data_elsewhere || layer.header().encryption.is_some() {
+        layer.require_readable()?;
+    }
     let size = layer.cluster_size();
     let mut first = vec![0; size.buffer_len()];
     let there = to_usize(size.bytes().min(layer.file_length()));

@@ -110,6 +110,13 @@ impl SnapshotRecord {
         self.extra_word(1)
     }
 
+    /// Bytes of VM state.
+    #[must_use]
+    pub fn vm_state_bytes(&self) -> u64 {
+        let legacy = u64::from(be_u32(&self.bytes[32..]));
+        self.extra_word(0).unwrap_or(legacy)
+    }
+
     /// Says how long the disk is in this snapshot, where it did not say so; `false` when it has no room
     /// for that.
     pub(super) fn set_virtual_size(&mut self, bytes: u64) {

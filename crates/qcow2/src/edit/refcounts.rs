@@ -24,15 +24,26 @@ const MAX_FILE_BYTES: u64 = 1 << 56;
 
 /// The refcounts of the old state.
 #[derive(Debug)]
-struct Old {
-    layer: Arc<Layer>,
+pub(super) struct Old {
+    pub layer: Arc<Layer>,
     table: Vec<u64>,
     /// The most recently used first.
     pieces: Vec<(u64, Vec<u8>)>,
+    /// What is referred to though its refcount is 0, in an image that is repaired: first cluster, behind the last.
+    pub referenced: BTreeMap<u64, u64>,
 }
 
 impl Old {
-    fn get(&mut self, cluster: u64) -> Result<u64> {
+    /// Whether nothing refers to the cluster, so that it may be written.
+    fn is_free(&mut self, cluster: u64) -> Result<bool> {
+        let range = self.referenced.range(..=cluster).next_back();
+        if range.is_some_and(|(_, behind)| cluster < *behind) {
+            return Ok(false);
+        }
+        Ok(self.get(cluster)? == 0)
+    }
+
+    pub fn get(&mut self, cluster: u64) -> Result<u64> {
         let header = self.layer.header();
         let order = header.refcount_order;
         let (bytes, count) = pieces(header);
@@ -64,13 +75,13 @@ impl Old {
 /// Refcounts and free clusters during a transaction.
 #[derive(Debug)]
 pub(super) struct Refcounts {
-    old: Old,
-    size: ClusterSize,
-    order: u32,
-    per_block: u64,
+    pub(super) old: Old,
+    pub(super) size: ClusterSize,
+    pub(super) order: u32,
+    pub(super) per_block: u64,
     /// Where each block of the new state lies; 0: there is none.
-    table: Vec<u64>,
-    moved: Vec<bool>,
+    pub(super) table: Vec<u64>,
+    pub(super) moved: Vec<bool>,
     /// Single clusters are taken from here on.
     cursor: u64,
     /// Runs of clusters are taken from here on.
@@ -81,15 +92,18 @@ pub(super) struct Refcounts {
     end: u64,
     /// What was taken since it was last asked for: first cluster, count.
     fresh: Vec<(u64, u64)>,
-    changed: bool,
+    pub(super) changed: bool,
+    /// All blocks are written anew: where there is none, refcounts are 0.
+    pub(super) anew: bool,
     /// A refcount came from one to more, or from more to one.
-    crossed: bool,
+    pub(super) crossed: bool,
 }
 
 impl Refcounts {
-    pub fn new(layer: &Arc<Layer>) -> Result<Self> {
+    /// With `damaged`, blocks that cannot be read are none.
+    pub fn new(layer: &Arc<Layer>, damaged: bool) -> Result<Self> {
         let header = layer.header();
-        let table = old_table(layer)?;
+        let table = old_table(layer, damaged)?;
         Ok(Self {
             size: header.cluster_size,
             order: header.refcount_order,
@@ -100,7 +114,9 @@ impl Refcounts {
                 layer: Arc::clone(layer),
                 table,
                 pieces: Vec::new(),
+                referenced: BTreeMap::new(),
             },
+            anew: false,
             cursor: 1,
             run_cursor: 1,
             runs: BTreeMap::new(),
@@ -128,7 +144,7 @@ impl Refcounts {
 
     /// Whether the old state has nothing in the cluster, so that it may be written.
     pub fn is_new(&mut self, cluster: u64) -> Result<bool> {
-        Ok(self.old.get(cluster)? == 0)
+        self.old.is_free(cluster)
     }
 
     /// The refcount in the new state.
@@ -138,6 +154,7 @@ impl Refcounts {
                 let block = tables.get(at)?;
                 Ok(read_refcount(block, cluster % self.per_block, self.order))
             }
+            None if self.anew => Ok(0),
             None => self.old.get(cluster),
         }
     }
@@ -155,7 +172,7 @@ impl Refcounts {
             self.require_place(cluster)?;
             if let Some(behind) = self.run_at(cluster) {
                 (start, length) = (behind, 0);
-            } else if self.old.get(cluster)? == 0 {
+            } else if self.old.is_free(cluster)? {
                 length += 1;
             } else {
                 (start, length) = (cluster + 1, 0);
@@ -174,7 +191,7 @@ impl Refcounts {
             self.require_place(self.cursor)?;
             if let Some(behind) = self.run_at(self.cursor) {
                 self.cursor = behind;
-            } else if self.old.get(self.cursor)? != 0 {
+            } else if !self.old.is_free(self.cursor)? {
                 self.cursor += 1;
             } else {
                 break;
@@ -182,7 +199,7 @@ impl Refcounts {
         }
         let start = self.cursor;
         let mut behind = start + 1;
-        while behind < start + most && self.run_at(behind).is_none() && self.old.get(behind)? == 0 {
+        while behind < start + most && self.run_at(behind).is_none() && self.old.is_free(behind)? {
             self.require_place(behind)?;
             behind += 1;
         }
@@ -239,7 +256,7 @@ impl Refcounts {
         let Some(after) = after else {
             let reason =
                 format!("the refcount of {place} is {before} and would become less than 0");
-            return Err(damaged(&self.old.layer, reason));
+            return Err(not_whole(&self.old.layer, reason));
         };
         let most = most_references(self.order);
         if after > most {
@@ -323,8 +340,15 @@ impl Refcounts {
         &self.table
     }
 
-    /// Behind the last cluster with a refcount in the new state, in clusters.
+    /// Behind the last cluster that the new state uses, in clusters.
     pub fn used_end(&mut self, tables: &mut Tables) -> Result<u64> {
+        let referenced = self.old.referenced.last_key_value();
+        let referenced = referenced.map_or(0, |(_, behind)| *behind);
+        Ok(self.counted_end(tables)?.max(referenced))
+    }
+
+    /// Behind the last cluster with a refcount in the new state, in clusters.
+    pub(super) fn counted_end(&mut self, tables: &mut Tables) -> Result<u64> {
         for block in (0..to_u64(self.table.len())).rev() {
             if self.table[to_usize(block)] == 0 {
                 continue;
@@ -352,7 +376,7 @@ impl Refcounts {
     }
 }
 
-fn damaged(layer: &Layer, first: String) -> Error {
+fn not_whole(layer: &Layer, first: String) -> Error {
     Error::Damaged {
         path: layer.path().to_owned(),
         corruptions: 1,
@@ -361,23 +385,35 @@ fn damaged(layer: &Layer, first: String) -> Error {
 }
 
 /// The refcount table of an image that was checked; its last cluster may be cut off by the file's end.
-fn old_table(layer: &Layer) -> Result<Vec<u64>> {
+fn old_table(layer: &Layer, damaged: bool) -> Result<Vec<u64>> {
     let header = layer.header();
     let length = u64::from(header.refcount_table_clusters) * header.cluster_size.bytes();
     let there = layer.file_length().saturating_sub(header.refcount_table.0);
     let words = to_usize(length.min(there) / 8);
     let file = layer.file();
     let mut table = file.read_words("the refcount table", header.refcount_table, words)?;
+    for word in &mut table {
+        match TableEntry::decode(*word) {
+            TableEntry::Reserved if !damaged => {
+                let reason = format!("an entry of the refcount table is {word:#x}");
+                return Err(not_whole(layer, reason));
+            }
+            TableEntry::Block(at) if !damaged || is_block(layer, at) => {}
+            TableEntry::None => {}
+            TableEntry::Reserved | TableEntry::Block(_) => *word = 0,
+        }
+    }
     while table.last() == Some(&0) {
         table.pop();
     }
-    for word in &table {
-        if let TableEntry::Reserved = TableEntry::decode(*word) {
-            let reason = format!("an entry of the refcount table is {word:#x}");
-            return Err(damaged(layer, reason));
-        }
-    }
     Ok(table)
+}
+
+/// Whether a refcount block at this place can be read.
+fn is_block(layer: &Layer, at: HostOffset) -> bool {
+    let size = layer.cluster_size();
+    let there = layer.file().require("a refcount block", at, size.bytes());
+    size.offset_in(at.0) == 0 && there.is_ok()
 }
 
 /// For texts in errors of other modules of the transaction.

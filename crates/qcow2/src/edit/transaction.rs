@@ -57,6 +57,8 @@ pub(super) struct Start<'a> {
     pub plan: bool,
     pub cache_bytes: u64,
     pub blocks: NewBlocks,
+    /// The old state is damaged, and this is its repair.
+    pub damaged: bool,
 }
 
 impl Edit {
@@ -65,7 +67,12 @@ impl Edit {
         let size = old.cluster_size();
         let storage = start.storage;
         let tables = Tables::new(Arc::clone(&storage), start.path, size, start.cache_bytes);
-        let bitmaps = records::bitmaps(old)?.into_iter().map(Bitmap::new);
+        let bitmaps = match records::bitmaps(old) {
+            // A repair drops them.
+            Err(error) if start.damaged && !matches!(error, Error::Io { .. }) => Vec::new(),
+            bitmaps => bitmaps?,
+        };
+        let bitmaps = bitmaps.into_iter().map(Bitmap::new);
         Ok(Self {
             path: start.path.to_owned(),
             old: Arc::clone(old),
@@ -73,7 +80,7 @@ impl Edit {
             first: FirstCluster::decode(start.old_first, old.header()),
             old_first: start.old_first.to_vec(),
             tables,
-            counts: Refcounts::new(old)?,
+            counts: Refcounts::new(old, start.damaged)?,
             active: old.l1().to_vec(),
             active_changed: false,
             loaded: None,

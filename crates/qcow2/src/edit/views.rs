@@ -204,6 +204,17 @@ impl Edit {
         self.tables.set_word(table, index, word)
     }
 
+    /// Adds a reference to everything that an entry refers to, for another entry that is to say the same.
+    ///
+    /// # Errors
+    /// As [`Edit::share`].
+    pub fn share_mapping(&mut self, mapping: Mapping) -> Result<()> {
+        match self.clusters_of(mapping) {
+            Some((at, count)) => self.share(at, count),
+            None => Ok(()),
+        }
+    }
+
     /// The host clusters that an entry refers to: the first, and how many.
     fn clusters_of(&self, mapping: Mapping) -> Option<(HostOffset, u64)> {
         if let Some(host) = mapping.host() {
@@ -283,6 +294,11 @@ impl Edit {
     }
 
     pub(super) fn l1(&mut self, view: View) -> Result<&[u64]> {
+        if self.shape().external_data.is_some() {
+            let reason =
+                "guest data lies in an external data file, and only the header can be changed";
+            return Err(self.refused("change what the image shows", reason));
+        }
         match view {
             View::Active => Ok(&self.active),
             View::Snapshot(index) => Ok(&self.load(index)?.words),

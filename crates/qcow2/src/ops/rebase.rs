@@ -159,7 +159,7 @@ fn require_fitting(
     Ok(())
 }
 
-fn require_name(path: &Path, new: Option<BackingFile<'_>>) -> Result<()> {
+pub(super) fn require_name(path: &Path, new: Option<BackingFile<'_>>) -> Result<()> {
     let Some(new) = new else { return Ok(()) };
     let length = u32::try_from(new.name.len()).unwrap_or(u32::MAX);
     if (1..=MAX_BACKING_NAME_BYTES).contains(&length) {

@@ -43,7 +43,7 @@ pub fn delete(editor: &mut Editor, called: &[u8]) -> Result<Done<()>> {
     })
 }
 
-fn find(edit: &Edit, operation: &'static str, called: &[u8]) -> Result<usize> {
+pub(super) fn find(edit: &Edit, operation: &'static str, called: &[u8]) -> Result<usize> {
     let all = edit.snapshots();
     let by = |part: fn(&SnapshotRecord) -> &[u8]| all.iter().position(|one| part(one) == called);
     let found = by(SnapshotRecord::id).or_else(|| by(SnapshotRecord::name));

@@ -24,7 +24,7 @@ mod put;
 mod raw;
 
 use crate::chain::{Chain, LayerFile, LayerFormat, Member};
-use crate::edit::{Edit, EditOptions, Editor, Plan, lock_for_reading};
+use crate::edit::{Edit, EditOptions, Editor, Leaving, Plan, lock_for_reading};
 use crate::error::{Error, Result};
 
 pub use bitmaps::{BitmapFate, BitmapOutcome};
@@ -351,7 +351,11 @@ pub fn commit_into(
     options: &CommitOptions,
 ) -> Result<CommitReport> {
     let ready = Ready::new(editor, chain.0, chain.1, options)?;
-    let done = editor.apply_leaving(left, |edit| ready.run(edit))?;
+    let leaving = Leaving {
+        free_bytes: left,
+        ..Leaving::default()
+    };
+    let done = editor.apply_leaving(leaving, |edit| ready.run(edit))?;
     Ok(ready.report(done.room))
 }
 

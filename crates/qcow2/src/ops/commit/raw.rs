@@ -9,7 +9,7 @@ use stead_sys::storage::{FileStorage, Storage};
 use stead_sys::{copy, space};
 
 use crate::chain::{Chain, LayerFile, Member};
-use crate::edit::{Edit, Editor, NewBlocks, Plan, lock};
+use crate::edit::{Edit, Editor, Leaving, NewBlocks, Plan, lock};
 use crate::error::{Error, Result};
 use crate::file::ImageFile;
 
@@ -255,6 +255,10 @@ pub fn commit_into_raw(
     let ready = Ready::new(top, between, base, options)?;
     let plan = ready.plan()?;
     ready.require_room(&plan)?;
-    let done = top.apply_leaving(plan.new_bytes, |edit| ready.run(edit))?;
+    let leaving = Leaving {
+        free_bytes: plan.new_bytes,
+        ..Leaving::default()
+    };
+    let done = top.apply_leaving(leaving, |edit| ready.run(edit))?;
     Ok(ready.report(plan, done.room))
 }
