@@ -200,6 +200,24 @@ fn a_snapshot_above_that_shows_what_would_change_refuses_the_commit() {
 }
 
 #[test]
+fn a_base_is_not_cut_where_a_snapshot_above_shows_it() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let [base, _, top] = names(dir.path());
+    let below = create(&base, "4M", None);
+    io(&base, "write -P 1 3M 64k");
+    let above = create(&top, "4M", Some(&below));
+    sh(&format!("qemu-img snapshot -c cp {}", text(&top)));
+    sh(&format!("qemu-img resize -q --shrink {} 2M", text(&top)));
+    let files = [above, below];
+    let mut cut = options(1);
+    cut.longer_base = LongerBase::Cut;
+    let error = commit(&files, &cut).expect_err("the snapshot would lose its end");
+    assert!(error.to_string().contains("offset 0x200000"), "{error}");
+    cut.longer_base = LongerBase::Keep;
+    commit(&files, &cut).expect("nothing is cut");
+}
+
+#[test]
 fn a_longer_base_is_not_cut_unless_that_is_said() {
     let dir = tempfile::tempdir().expect("temp dir");
     let [base, _, top] = names(dir.path());

@@ -271,7 +271,10 @@ fn changed(views: &Views, own: &StoredBitmap) -> Result<Bitmap> {
 }
 
 fn set(bits: &mut Bitmap, range: &Range<u64>) {
-    bits.set(GuestOffset(range.start), range.end - range.start);
+    bits.set(
+        GuestOffset(range.start),
+        range.end.saturating_sub(range.start),
+    );
 }
 
 /// What the layers' bitmaps have together, and what they should have named: how many bytes that was.
@@ -293,6 +296,8 @@ fn together(
         };
         bits.merge(&layer.read_bitmap(stored)?);
     }
+    // Of what a longer base keeps behind the end of the top, the layers' bitmaps say nothing.
+    set(&mut bits, &(views.top.len()..length));
     // The lowest layer with the bitmap noted itself what was written to it.
     let lowest = views.above - usize::from(own.is_none());
     let unnamed = unnamed(views, lowest, &bits)?;

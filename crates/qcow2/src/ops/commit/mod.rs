@@ -177,15 +177,16 @@ impl Views {
     }
 
     /// Internal snapshots of the layers above show the base where they define nothing themselves; there it must not
-    /// change.
-    fn require_snapshots_unseen(&self) -> Result<()> {
+    /// change, nor be cut off.
+    fn require_snapshots_unseen(&self, target_bytes: u64) -> Result<()> {
         for index in 0..self.above {
             let (Some(layer), Some(chain)) = (self.top.layer(index), self.top.below(index)) else {
                 unreachable!("a layer above the base is qcow2");
             };
             for snapshot in layer.internal_snapshots()? {
                 let view = chain.view_of(&snapshot)?;
-                if let Some(at) = self.first_seen(&view, self.above - index)? {
+                let seen = self.first_seen(&view, self.above - index, target_bytes)?;
+                if let Some(at) = seen {
                     let name = String::from_utf8_lossy(&snapshot.name);
                     let reason = format!(
                         "its internal snapshot {name:?} shows the base at guest offset {at:#x}, which the commit \
@@ -199,8 +200,9 @@ impl Views {
     }
 
     /// Where `view` shows the base and the commit changes it.
-    fn first_seen(&self, view: &Chain, layers: usize) -> Result<Option<u64>> {
-        for range in self.top.allocated(self.above) {
+    fn first_seen(&self, view: &Chain, layers: usize, target_bytes: u64) -> Result<Option<u64>> {
+        let cut = target_bytes..self.base.len();
+        for range in self.top.allocated(self.above).chain([Ok(cut)]) {
             let range = range?;
             let (mut at, end) = (range.start, range.end.min(view.len()));
             while at < end {
@@ -378,7 +380,7 @@ impl<'a> Ready<'a> {
         let base = Member::from_layer(editor.reopen()?)?;
         let views = Views::new(above, base, below)?;
         let target_bytes = views.target_bytes(options)?;
-        views.require_snapshots_unseen()?;
+        views.require_snapshots_unseen(target_bytes)?;
         Ok(Self {
             bitmaps: bitmaps::decide(&views, options.incomplete)?,
             defined_bytes: views.defined_bytes()?,

@@ -81,8 +81,8 @@ impl<'a> Ready<'a> {
         let top = Member::from_layer(top.reopen()?)?;
         let chain = Chain::over(top, between, Member::Raw(raw.clone()))?;
         let views = Views::of(chain, between.len() + 1)?;
-        views.require_snapshots_unseen()?;
         let target_bytes = views.target_bytes(options)?;
+        views.require_snapshots_unseen(target_bytes)?;
         // A file that does not end with a sector has no more bytes for that.
         let same = target_bytes == views.base.len();
         Ok(Self {
