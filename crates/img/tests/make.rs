@@ -464,13 +464,14 @@ fn a_copy_tells_how_far_it_is_when_signalled_and_leaves_nothing_when_it_is_ended
     bench.sh("qemu-img create -q -f raw r.raw 2G; mkdir out");
     // Nothing is left out, so it takes a while.
     let command = "sh -c 'exec ../bin/qemu-img convert -O qcow2 -c -S 0 r.raw out/x.img'";
-    let child = std::process::Command::new("sh")
+    let mut child = std::process::Command::new("sh")
         .args(["-c", &format!("exec {command}")])
         .current_dir(bench.path("."))
         .stderr(std::process::Stdio::piped())
         .spawn()
         .expect("ours");
-    let signal = |name: &str| bench.sh(&format!("kill -{name} {}", child.id()));
+    let pid = child.id();
+    let signal = |name: &str| bench.sh(&format!("kill -{name} {pid}"));
     let begun = || {
         std::fs::read_dir(bench.path("out"))
             .expect("the folder")
@@ -481,14 +482,18 @@ fn a_copy_tells_how_far_it_is_when_signalled_and_leaves_nothing_when_it_is_ended
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
     signal("USR1");
-    std::thread::sleep(std::time::Duration::from_millis(200));
+    let mut stderr = child.stderr.take().expect("piped");
+    let (mut said, mut byte) = (Vec::new(), [0]);
+    while !said.ends_with(b"/100%)") {
+        let read = std::io::Read::read(&mut stderr, &mut byte).expect("read");
+        assert_eq!(read, 1, "it ended: {}", String::from_utf8_lossy(&said));
+        said.push(byte[0]);
+    }
     signal("TERM");
-    let output = child.wait_with_output().expect("ended");
-    let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(1), "{text}");
-    assert!(
-        text.contains("/100%)") && text.contains("cancelled"),
-        "{text}"
-    );
+    std::io::Read::read_to_end(&mut stderr, &mut said).expect("read");
+    let status = child.wait().expect("ended");
+    let text = String::from_utf8_lossy(&said);
+    assert_eq!(status.code(), Some(1), "{text}");
+    assert!(text.contains("cancelled"), "{text}");
     assert!(!begun(), "an unfinished file stays");
 }
