@@ -276,21 +276,33 @@ pub fn check(layer: &Layer) -> Result<CheckReport> {
     };
     let image = Image::read(layer, &mut report)?;
     look_around(&image, &mut report)?;
+    each_window(&image, &mut report, |counts, report| {
+        compare(&image, counts, report)
+    })?;
+    Ok(report)
+}
+
+/// Walks an image window by window, as many clusters at a time as fit the memory, and gives the counts of each.
+fn each_window(
+    image: &Image<'_>,
+    report: &mut CheckReport,
+    mut each: impl FnMut(&Counts, &mut CheckReport) -> Result<()>,
+) -> Result<()> {
     let mut start = 0;
     loop {
         let mut walk = Walk {
-            image: &image,
+            image,
             counts: Counts::new(start),
-            report: &mut report,
+            report: &mut *report,
             first: start == 0,
             follows: None,
         };
         walk.all()?;
         let counts = walk.counts;
-        compare(&image, &counts, &mut report)?;
+        each(&counts, report)?;
         start = counts.end;
         if start >= image.file_clusters() {
-            return Ok(report);
+            return Ok(());
         }
     }
 }

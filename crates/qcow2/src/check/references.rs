@@ -9,7 +9,7 @@ use crate::header::to_usize;
 use crate::layer::Layer;
 use crate::units::HostOffset;
 
-use super::{CheckReport, Image, Use, Walk, require_place};
+use super::{CheckReport, Image, Use, each_window, require_place};
 
 /// What refers to a cluster.
 #[derive(Debug, Clone, Copy)]
@@ -30,23 +30,9 @@ pub(crate) fn for_each_reference(
     let mut report = CheckReport::default();
     let mut image = Image::read(layer, &mut report)?;
     image.leave_out_bitmaps(left_out);
-    let mut start = 0;
-    loop {
-        let mut walk = Walk {
-            image: &image,
-            counts: Counts::new(start),
-            report: &mut report,
-            first: start == 0,
-            follows: None,
-        };
-        walk.all()?;
-        let counts = walk.counts;
-        tell_references(&counts, each)?;
-        start = counts.end;
-        if start >= image.file_clusters() {
-            return Ok(());
-        }
-    }
+    each_window(&image, &mut report, |counts, _report| {
+        tell_references(counts, each)
+    })
 }
 
 fn tell_references(counts: &Counts, each: &mut dyn FnMut(References) -> Result<()>) -> Result<()> {
