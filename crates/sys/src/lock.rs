@@ -12,10 +12,13 @@ const HOLDER_BYTES_MAX: u64 = 512;
 
 /// An exclusive lock, held until dropped or until the process ends.
 ///
+/// It is given back in so many words, not by closing the file: a child that another thread starts at that
+/// moment has the descriptor too until it runs its program, and would keep the lock as long.
+///
 /// The file stays: removing it would let two processes lock two files of one name.
 #[derive(Debug)]
 pub struct FileLock {
-    _file: File,
+    file: File,
     path: PathBuf,
 }
 
@@ -48,7 +51,7 @@ impl FileLock {
                 // stays unnamed.
                 drop(file.write_all_at(holder.as_bytes(), 0));
                 Ok(Attempt::Locked(Self {
-                    _file: file,
+                    file,
                     path: path.to_owned(),
                 }))
             }
@@ -61,6 +64,14 @@ impl FileLock {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+}
+
+impl Drop for FileLock {
+    fn drop(&mut self) {
+        if let Err(_not_given_back) = flock(&self.file, FlockOperation::Unlock) {
+            // It goes with the descriptor.
+        }
     }
 }
 
@@ -96,5 +107,22 @@ mod tests {
             FileLock::attempt(&path, "exec, pid 2").expect("attempt"),
             Attempt::Locked(_)
         ));
+    }
+
+    #[test]
+    fn a_dropped_lock_is_free_even_while_a_starting_child_has_its_descriptor() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let path = dir.path().join("lock");
+        let Attempt::Locked(first) = FileLock::attempt(&path, "checkpoint, pid 1").expect("lock")
+        else {
+            panic!("a fresh lock is free");
+        };
+        let inherited = first.file.try_clone().expect("a second descriptor");
+        drop(first);
+        assert!(matches!(
+            FileLock::attempt(&path, "exec, pid 2").expect("attempt"),
+            Attempt::Locked(_)
+        ));
+        drop(inherited);
     }
 }
