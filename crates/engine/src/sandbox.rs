@@ -187,12 +187,24 @@ impl Engine {
                 crate::launch::owner(row.vm_user),
             )?;
         }
+        self.boot(job, row, machine, &disks, launch).await
+    }
+
+    /// Boots from the disks; the end of the job is recorded with the run.
+    async fn boot(
+        &self,
+        job: &Job,
+        sandbox: &Sandbox,
+        machine: &MachineRecord,
+        disks: &[SandboxDisk],
+        launch: &str,
+    ) -> Result<()> {
         job.step("boot").await?;
         let plan = LaunchPlan {
             launch,
-            sandbox: row,
+            sandbox,
             machine,
-            disks: &disks,
+            disks,
             ram: RamPlan::Fresh,
             incoming: None,
             reason: Reason::Boot,
@@ -200,7 +212,7 @@ impl Engine {
         };
         let running = self.launch(&plan).await?;
         let mut tx = self.records.begin().await?;
-        Records::set_running(&mut tx, &row.id, &running.incarnation(launch)).await?;
+        Records::set_running(&mut tx, &sandbox.id, &running.incarnation(launch)).await?;
         job.finish(&mut tx).await?;
         tx.commit().await?;
         Ok(())
@@ -269,23 +281,7 @@ impl Engine {
             for disk in &disks {
                 self.prove_under(&disk.layer).await?;
             }
-            job.step("boot").await?;
-            let plan = LaunchPlan {
-                launch: &launch,
-                sandbox: &sandbox,
-                machine: &machine,
-                disks: &disks,
-                ram: RamPlan::Fresh,
-                incoming: None,
-                reason: Reason::Boot,
-                timeout: BOOT_TIMEOUT,
-            };
-            let running = self.launch(&plan).await?;
-            let mut tx = self.records.begin().await?;
-            Records::set_running(&mut tx, &sandbox.id, &running.incarnation(&launch)).await?;
-            job.finish(&mut tx).await?;
-            tx.commit().await?;
-            Ok(())
+            self.boot(&job, &sandbox, &machine, &disks, &launch).await
         }
         .await;
         self.undone_on_error(&job, started).await?;
