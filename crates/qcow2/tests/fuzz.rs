@@ -17,7 +17,7 @@ use stead_qcow2::edit::{Recovery, recover_storage_over};
 use stead_qcow2::{Layer, check};
 use untrusted::changes::CHOICES;
 use untrusted::memory::Memory;
-use untrusted::{TARGETS, Target, read_image};
+use untrusted::{TARGETS, Target, read_image, with_directories};
 
 /// Without `STEAD_SOAK`, this many changed images.
 const QUICK_ROUNDS: u64 = 800;
@@ -208,11 +208,19 @@ fn no_input_that_once_broke_something_does_so_again() {
 
 /// Without this a seed could be refused at its first byte, and nobody would notice.
 #[test]
-fn every_seed_image_is_whole_and_the_journals_finish() {
+fn every_seed_is_what_it_is_to_be() {
     for (path, _) in inputs("seeds", "image") {
         let layer = Layer::inspect(&path).expect("a seed opens");
         let report = check(&layer).expect("a seed is checked");
         assert_eq!(report.corruptions, 0, "{}", path.display());
+    }
+    for (path, bytes) in inputs("seeds", "directories") {
+        let disk = Arc::new(Memory::new(&with_directories(&bytes)));
+        let layer = Layer::from_storage(disk, &path).expect("directories lie in an image");
+        let snapshots = layer.internal_snapshots().map(|found| found.len());
+        let bitmaps = layer.stored_bitmaps().map(|found| found.len());
+        let found = snapshots.unwrap_or_default() + bitmaps.unwrap_or_default();
+        assert_eq!(found, 2, "{}", path.display());
     }
     for (path, bytes) in inputs("seeds", "recover") {
         let disk = Arc::new(Memory::new(&bytes));

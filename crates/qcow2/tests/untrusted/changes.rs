@@ -73,7 +73,7 @@ fn choice(bytes: &[u8]) -> u8 {
 pub fn repair(bytes: &[u8]) {
     let (_, storage) = disk(bytes);
     let before = views(&storage);
-    let mode = if choice(bytes) % 2 == 0 {
+    let mode = if choice(bytes).is_multiple_of(2) {
         RepairMode::All
     } else {
         RepairMode::Leaks

@@ -86,19 +86,27 @@ pub fn header(bytes: &[u8]) {
 
 /// The bytes are a snapshot table and a bitmap directory at once; the first byte is how many entries both have.
 pub fn directories(bytes: &[u8]) {
-    let Some((count, rest)) = bytes.split_first() else {
-        return;
-    };
-    let mut file = vec![0; 0x400];
+    image(&with_directories(bytes));
+}
+
+/// An image of one cluster for each table, with the directories behind them.
+pub fn with_directories(bytes: &[u8]) -> Vec<u8> {
+    const L1: usize = 0x200;
+    const REFCOUNTS: usize = 0x400;
+    const DIRECTORIES: usize = 0x600;
+    let (count, rest) = bytes.split_first().unwrap_or((&0, &[]));
+    let mut file = vec![0; DIRECTORIES];
     let mut put = |at: usize, number: &[u8]| file[at..at + number.len()].copy_from_slice(number);
     let word = |number: usize| (number as u64).to_be_bytes();
     put(0, b"QFI\xfb\0\0\0\x03");
     put(20, &9_u32.to_be_bytes());
-    put(24, &word(1 << 20));
-    put(48, &word(0x200));
+    put(24, &word(20 << 10));
+    put(36, &1_u32.to_be_bytes());
+    put(40, &word(L1));
+    put(48, &word(REFCOUNTS));
     put(56, &1_u32.to_be_bytes());
     put(60, &u32::from(*count).to_be_bytes());
-    put(64, &word(0x400));
+    put(64, &word(DIRECTORIES));
     put(88, &word(1));
     put(96, &4_u32.to_be_bytes());
     put(100, &104_u32.to_be_bytes());
@@ -106,10 +114,10 @@ pub fn directories(bytes: &[u8]) {
     put(108, &24_u32.to_be_bytes());
     put(112, &u32::from(*count).to_be_bytes());
     put(120, &word(rest.len()));
-    put(128, &word(0x400));
+    put(128, &word(DIRECTORIES));
     file.extend(rest);
     file.resize(file.len().next_multiple_of(512) + 512, 0);
-    image(&file);
+    file
 }
 
 /// The bytes are opened, checked, mapped and read as an image, and the file is not changed.
