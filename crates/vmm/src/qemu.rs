@@ -350,6 +350,8 @@ fn last_words(child: &mut Child, error: &Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use stead_sys::process::ProcessId;
+
     use super::*;
 
     /// Names the child process below; its value is the file that it writes QEMU's process number to.
@@ -399,15 +401,11 @@ mod tests {
             let bytes = std::fs::read(&answer).ok()?;
             Some(u32::from_le_bytes(bytes.try_into().ok()?))
         });
-        let process = PathBuf::from(format!("/proc/{}", number.expect("QEMU has answered")));
-        assert!(process.exists(), "QEMU runs while it is asked");
+        let number = number.and_then(|number| i32::try_from(number).ok());
+        let qemu = ProcessId::of(number.expect("QEMU has answered")).expect("QEMU runs");
         asking.kill().expect("kill");
         asking.wait().expect("wait");
-        // Who has no parent any more may be left as a zombie where nobody waits for it.
-        let ended = || {
-            let stat = std::fs::read_to_string(process.join("stat")).unwrap_or_default();
-            (stat.is_empty() || stat.contains(") Z ")).then_some(())
-        };
+        let ended = || (!qemu.is_alive().expect("ask")).then_some(());
         within(ended).expect("QEMU ends by itself");
     }
 
