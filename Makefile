@@ -11,7 +11,7 @@ SHELL := /bin/bash
 
 PREFIX ?= /usr/local
 DESTDIR ?=
-# How long `make soak` goes on, in minutes.
+# How long `make soak` and `make fuzz` go on, in minutes.
 MINUTES ?= 60
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo --preserve-env=STEAD_TEMPLATE_CACHE,STEAD_DATA_DIR)
 
@@ -58,6 +58,7 @@ check: ## formatting, lints, documentation, dependencies and their licences
 	scripts/check-guarantees
 	@scripts/setup check
 	cargo deny --log-level error check bans licenses sources
+	cargo deny --manifest-path fuzz/Cargo.toml --log-level error check bans licenses sources
 
 .PHONY: bench
 bench: setup-dev build ## measure Steadfast beside QEMU's own means
@@ -68,6 +69,11 @@ bench: setup-dev build ## measure Steadfast beside QEMU's own means
 soak: setup-dev agent ## the tests again and again, with new random cases, for MINUTES=60
 	cargo build --package stead-cli --features stead-engine/crash-points
 	@scripts/soak $(MINUTES)
+
+.PHONY: fuzz
+fuzz: ## coverage-guided fuzzing of all that reads or changes untrusted bytes, for MINUTES=60
+	@scripts/setup fuzz
+	@scripts/fuzz $(MINUTES)
 
 .PHONY: install
 install: build ## build, and install under PREFIX=/usr/local, with completion and manual pages

@@ -1,16 +1,23 @@
 //! Images changed at random, from a seed: everything that reads them ends with an answer or an error, and no
 //! answer comes from outside of the image. `STEAD_SOAK` is how many seconds to go on; without it a few.
+//!
+//! The inputs in `fuzz/seeds`, which `make fuzz` begins with, and those in `fuzz/regressions`, which once broke
+//! something, are tried as well.
 
 mod images;
+mod untrusted;
 
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use images::{Random, run, sh};
-use stead_qcow2::{
-    Chain, GuestOffset, Layer, LayerFile, LayerFormat, OpenPolicy, check, info, info_chain,
-};
+use stead_qcow2::edit::{Recovery, recover_storage_over};
+use stead_qcow2::{Layer, check};
+use untrusted::changes::CHOICES;
+use untrusted::memory::Memory;
+use untrusted::{TARGETS, Target, read_image, with_directories};
 
 /// Without `STEAD_SOAK`, this many changed images.
 const QUICK_ROUNDS: u64 = 800;
@@ -120,75 +127,6 @@ fn change(random: &mut Random, bytes: &mut Vec<u8>) {
     }
 }
 
-/// Everything that reads an image. What is counted is what opened.
-fn use_image(path: &Path) -> u64 {
-    let file = LayerFile {
-        path: path.to_owned(),
-        format: LayerFormat::Qcow2,
-    };
-    let _either = info(&file);
-    let _either = info_chain(&file, &OpenPolicy::NAMES);
-    let Ok(layer) = Layer::inspect(path) else {
-        return 0;
-    };
-    if let Ok(report) = check(&layer) {
-        let found = report.corruptions + report.leaks;
-        assert_eq!(found > 0, !report.findings.is_empty());
-    }
-    for stored in layer.stored_bitmaps().unwrap_or_default().iter().take(8) {
-        if let Ok(bitmap) = layer.read_bitmap(stored) {
-            let ranges = bitmap.dirty_ranges().take(1000);
-            let ends: Vec<u64> = ranges.map(|range| range.end).collect();
-            assert!(ends.is_sorted() && ends.iter().all(|end| *end <= bitmap.disk_length()));
-        }
-    }
-    use_layer(&layer);
-    let Ok(chain) = Chain::open_following(&file, &OpenPolicy::NAMES) else {
-        return 1;
-    };
-    use_chain(&chain);
-    for snapshot in layer
-        .internal_snapshots()
-        .unwrap_or_default()
-        .iter()
-        .take(4)
-    {
-        if let Ok(view) = chain.view_of(snapshot) {
-            use_chain(&view);
-        }
-        if let Ok(view) = layer.view_of(snapshot) {
-            use_layer(&view);
-        }
-    }
-    1
-}
-
-fn use_layer(layer: &Layer) {
-    let disk = layer.virtual_size();
-    for extent in layer.extents(GuestOffset(0)).take(5000) {
-        let Ok(extent) = extent else { break };
-        assert!(extent.length > 0 && extent.start.0 + extent.length <= disk);
-    }
-    let mut state = vec![0; usize::try_from(layer.vm_state_bytes().min(65_536)).expect("small")];
-    let _either = layer.read_vm_state(0, &mut state);
-}
-
-fn use_chain(chain: &Chain) {
-    let mut end = 0;
-    for entry in chain.map(0).take(5000) {
-        let Ok(entry) = entry else { break };
-        assert!(entry.start == end && entry.length > 0);
-        end += entry.length;
-        assert!(end <= chain.len());
-    }
-    let mut bytes = vec![0; usize::try_from(chain.len().min(300 << 10)).expect("small")];
-    let _either = chain.read_at(0, &mut bytes);
-    let middle = chain.len() / 2;
-    let rest = usize::try_from((chain.len() - middle).min(65_536)).expect("small");
-    bytes.truncate(rest);
-    let _either = chain.read_at(middle, &mut bytes);
-}
-
 #[test]
 fn no_changed_image_makes_any_reader_panic_or_hang() {
     let soak = std::env::var("STEAD_SOAK")
@@ -211,7 +149,7 @@ fn no_changed_image_makes_any_reader_panic_or_hang() {
         file.set_len(0).expect("empty");
         file.write_all_at(&bytes, 0).expect("write");
         let begun = Instant::now();
-        opened += use_image(&path);
+        opened += u64::from(read_image(&path));
         assert!(
             begun.elapsed() < PATIENCE,
             "round {round}: {:?}",
@@ -220,4 +158,74 @@ fn no_changed_image_makes_any_reader_panic_or_hang() {
         round += 1;
     }
     assert!(opened * 4 > round, "{opened} of {round} opened");
+}
+
+/// Every file in a folder of inputs; a target that never broke has no folder of regressions.
+fn inputs(kind: &str, folder: &str) -> Vec<(PathBuf, Vec<u8>)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz");
+    let Ok(entries) = std::fs::read_dir(root.join(kind).join(folder)) else {
+        return Vec::new();
+    };
+    let paths = entries.map(|entry| entry.expect("list").path());
+    paths
+        .map(|path| (path.clone(), std::fs::read(path).expect("read")))
+        .collect()
+}
+
+fn require_survived(target: &Target, path: &Path, bytes: &[u8]) {
+    let begun = Instant::now();
+    let survived = std::panic::catch_unwind(|| (target.run)(bytes));
+    let (name, path) = (target.name, path.display());
+    assert!(survived.is_ok(), "{name} {path}");
+    assert!(begun.elapsed() < PATIENCE, "{name} {path}");
+}
+
+#[test]
+fn every_seed_of_the_fuzzers_is_survived() {
+    for target in &TARGETS {
+        let seeds = inputs("seeds", target.seeds);
+        assert!(!seeds.is_empty(), "no seeds of {}", target.name);
+        for (path, mut bytes) in seeds {
+            require_survived(target, &path, &bytes);
+            // The last byte says which change is made.
+            for choice in 0..CHOICES {
+                bytes.push(choice);
+                require_survived(target, &path, &bytes);
+                bytes.pop();
+            }
+        }
+    }
+}
+
+#[test]
+fn no_input_that_once_broke_something_does_so_again() {
+    for target in &TARGETS {
+        for (path, bytes) in inputs("regressions", target.name) {
+            require_survived(target, &path, &bytes);
+        }
+    }
+}
+
+/// Without this a seed could be refused at its first byte, and nobody would notice.
+#[test]
+fn every_seed_is_what_it_is_to_be() {
+    for (path, _) in inputs("seeds", "image") {
+        let layer = Layer::inspect(&path).expect("a seed opens");
+        let report = check(&layer).expect("a seed is checked");
+        assert_eq!(report.corruptions, 0, "{}", path.display());
+    }
+    for (path, bytes) in inputs("seeds", "directories") {
+        let disk = Arc::new(Memory::new(&with_directories(&bytes)));
+        let layer = Layer::from_storage(disk, &path).expect("directories lie in an image");
+        let snapshots = layer.internal_snapshots().map(|found| found.len());
+        let bitmaps = layer.stored_bitmaps().map(|found| found.len());
+        let found = snapshots.unwrap_or_default() + bitmaps.unwrap_or_default();
+        assert_eq!(found, 2, "{}", path.display());
+    }
+    for (path, bytes) in inputs("seeds", "recover") {
+        let disk = Arc::new(Memory::new(&bytes));
+        let raw = Arc::new(Memory::new(&[7; 20_000]));
+        let done = recover_storage_over(disk, Path::new("seed"), raw).expect("a seed is finished");
+        assert_eq!(done, Recovery::Finished, "{}", path.display());
+    }
 }

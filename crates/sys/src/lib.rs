@@ -1,7 +1,8 @@
 //! What Steadfast asks of the operating system, one idea a module.
 //!
 //! This crate is the only place that makes files durable ([`durable`]) and the only one that may
-//! contain `unsafe` code ([`entropy`] and [`share`], for ioctls that no safe wrapper offers, and [`signal`]).
+//! contain `unsafe` code ([`entropy`] and [`share`], for ioctls that no safe wrapper offers, [`signal`] and
+//! [`bound_child`]).
 //! Everything above forbids `unsafe` and leaves file creation, renaming and syncing to this crate,
 //! so that "what has reached the disk when this returns?" has one place to look.
 
@@ -10,6 +11,7 @@
     reason = "this crate is where files are made durable; everything above calls it"
 )]
 
+pub mod bound_child;
 pub mod copy;
 pub mod direct;
 pub mod durable;

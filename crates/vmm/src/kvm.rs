@@ -7,11 +7,12 @@
 use std::os::unix::fs::{FileExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use stead_sys::bound_child::BoundChild;
 
 use crate::error::{Error, Result};
 use crate::launch::{RunAs, kvm_group};
@@ -103,7 +104,7 @@ impl Attempt<'_> {
                 detail: model,
             });
         }
-        let said = child.stderr.take().map(read_some).unwrap_or_default();
+        let said = child.child.stderr.take().map(read_some).unwrap_or_default();
         let said = output_tail(&said);
         Ok(no(format!("QEMU ended with {status}: {said}")))
     }
@@ -120,7 +121,7 @@ impl Attempt<'_> {
         Ok(())
     }
 
-    fn spawn(&self, qemu: &Qemu, model: &str, disk: &Path) -> Result<Child> {
+    fn spawn(&self, qemu: &Qemu, model: &str, disk: &Path) -> Result<BoundChild> {
         let machine = format!(
             "{},accel={}",
             qemu.default_machine_type()?,
@@ -153,14 +154,16 @@ impl Attempt<'_> {
             };
             command.gid(group).uid(user.uid);
         }
-        command.spawn().map_err(|source| Error::Unusable {
+        // A guest that hangs runs for ever, and in a folder that nobody looks for: it must not outlive us.
+        BoundChild::spawn(&mut command).map_err(|source| Error::Unusable {
             binary: qemu.binary().to_owned(),
             found: source.to_string(),
         })
     }
 
     /// Waits for the end of the guest and brings it about in time; `None` when it had to be killed.
-    fn wait(&self, child: &mut Child) -> Result<Option<ExitStatus>> {
+    fn wait(&self, bound: &mut BoundChild) -> Result<Option<ExitStatus>> {
+        let child = &mut bound.child;
         let until = Instant::now() + self.within;
         while Instant::now() < until {
             if let Some(status) = child.try_wait().map_err(system("wait for the probe"))? {
@@ -180,6 +183,8 @@ fn system(what: &'static str) -> impl Fn(std::io::Error) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use stead_sys::process::ProcessId;
+
     use super::*;
 
     fn attempt(guest: &[u8], within: Duration) -> KvmProbe {
@@ -197,6 +202,63 @@ mod tests {
     fn the_probe_says_yes_where_a_guest_boots() {
         let answer = attempt(&GUEST, Duration::from_secs(60));
         assert!(answer.works, "{}", answer.detail);
+    }
+
+    /// Names the child process below.
+    const PROBING: &str = "STEAD_TEST_BOOTING";
+
+    /// Run by the test below, in a process that is killed. The thread that probes is not its first.
+    #[test]
+    fn a_process_that_boots_a_guest_which_hangs_and_waits_to_be_killed() {
+        if std::env::var_os(PROBING).is_some() {
+            assert!(!attempt(&GUEST[4..], Duration::from_secs(60)).works);
+        }
+    }
+
+    /// The process that `parent` has started to boot the guest.
+    fn booting(parent: u32) -> Option<ProcessId> {
+        let ours = |entry: std::io::Result<std::fs::DirEntry>| {
+            let folder = entry.ok()?.path();
+            let status = std::fs::read_to_string(folder.join("status")).ok()?;
+            let line = std::fs::read_to_string(folder.join("cmdline")).ok()?;
+            let is_it =
+                status.contains(&format!("\nPPid:\t{parent}\n")) && line.contains("isa-debug-exit");
+            is_it
+                .then(|| folder.file_name()?.to_str()?.parse().ok())
+                .flatten()
+        };
+        let pid = std::fs::read_dir("/proc").ok()?.find_map(ours)?;
+        ProcessId::of(pid).ok()
+    }
+
+    fn within<T>(mut found: impl FnMut() -> Option<T>) -> Option<T> {
+        let until = Instant::now() + Duration::from_secs(30);
+        while Instant::now() < until {
+            if let Some(found) = found() {
+                return Some(found);
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        None
+    }
+
+    #[test]
+    fn a_probe_ends_when_who_probes_is_killed() {
+        let this = std::env::current_exe().expect("this program");
+        let mut asking = Command::new(this)
+            .args([
+                "--exact",
+                "kvm::tests::a_process_that_boots_a_guest_which_hangs_and_waits_to_be_killed",
+            ])
+            .env(PROBING, "1")
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("spawn");
+        let qemu = within(|| booting(asking.id())).expect("a guest is booted");
+        asking.kill().expect("kill");
+        asking.wait().expect("wait");
+        let ended = || (!qemu.is_alive().expect("ask")).then_some(());
+        within(ended).expect("QEMU ends with who started it");
     }
 
     /// The twin: QEMU starts and the firmware runs, but the guest proves nothing.

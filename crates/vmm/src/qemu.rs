@@ -250,10 +250,16 @@ fn feature_name(place: &str) -> &str {
         .map_or(place, |(_, feature)| feature)
 }
 
-/// A stopped QEMU that answers questions and ends with this value.
+/// A stopped QEMU that answers questions and ends with this value, or with this process.
+///
+/// It works in no folder, so nobody would find one that outlives us. It waits for a migration on a socket whose other
+/// end is here: when this process is killed, QEMU reads the end of a stream that never began, and gives up. Unlike a
+/// signal at the death of the parent this depends on no thread. A pipe will not do: QEMU 7.2 does not see its end.
 struct ThrowAway {
     child: Child,
     qmp: Qmp,
+    /// The migration that never comes.
+    _life: UnixStream,
 }
 
 impl ThrowAway {
@@ -263,12 +269,12 @@ impl ThrowAway {
             binary: binary.to_owned(),
             found,
         };
-        let (ours, theirs) =
-            UnixStream::pair().map_err(system("make a socket pair for a throw-away QEMU"))?;
-        let input = OwnedFd::from(theirs);
-        let output = input
-            .try_clone()
-            .map_err(system("duplicate a socket for a throw-away QEMU"))?;
+        let pair = || {
+            let pair = UnixStream::pair();
+            pair.map_err(system("make a socket pair for a throw-away QEMU"))
+        };
+        let (qmp, output) = pair()?;
+        let (life, input) = pair()?;
         let mut child = Command::new(binary)
             .args(arguments)
             .args([
@@ -279,14 +285,20 @@ impl ThrowAway {
                 "-vga",
                 "none",
             ])
-            .args(["-S", "-qmp", "stdio"])
-            .stdin(Stdio::from(input))
-            .stdout(Stdio::from(output))
+            .args(["-S", "-incoming", "fd:0"])
+            .args(["-chardev", "socket,id=qmp,fd=1"])
+            .args(["-mon", "chardev=qmp,mode=control"])
+            .stdin(Stdio::from(OwnedFd::from(input)))
+            .stdout(Stdio::from(OwnedFd::from(output)))
             .stderr(Stdio::piped())
             .spawn()
             .map_err(|source| unusable(source.to_string()))?;
-        match Qmp::negotiate(ours, DETECT_WITHIN) {
-            Ok(qmp) => Ok(Self { child, qmp }),
+        match Qmp::negotiate(qmp, DETECT_WITHIN) {
+            Ok(qmp) => Ok(Self {
+                child,
+                qmp,
+                _life: life,
+            }),
             Err(error) => {
                 end(&mut child);
                 Err(unusable(last_words(&mut child, &error)))
@@ -338,7 +350,64 @@ fn last_words(child: &mut Child, error: &Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use stead_sys::process::ProcessId;
+
     use super::*;
+
+    /// Names the child process below; its value is the file that it writes QEMU's process number to.
+    const PROBING: &str = "STEAD_TEST_PROBING";
+
+    /// Run by the test below, in a process that is killed.
+    #[test]
+    fn a_process_that_asks_a_qemu_and_waits_to_be_killed() {
+        let Some(answer) = std::env::var_os(PROBING) else {
+            return;
+        };
+        let machine = ["-machine", "none", "-accel", "tcg"];
+        let asked = ThrowAway::start(Path::new(BINARY), &machine).expect("QEMU is installed");
+        let written = stead_sys::durable::create_scratch(Path::new(&answer), 0o600);
+        let number = asked.child.id().to_le_bytes();
+        std::os::unix::fs::FileExt::write_all_at(&written.expect("create"), &number, 0)
+            .expect("write");
+        std::thread::sleep(Duration::from_secs(60));
+        drop(asked);
+    }
+
+    fn within<T>(mut found: impl FnMut() -> Option<T>) -> Option<T> {
+        let until = Instant::now() + Duration::from_secs(20);
+        while Instant::now() < until {
+            if let Some(found) = found() {
+                return Some(found);
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        None
+    }
+
+    #[test]
+    fn a_qemu_that_is_asked_what_it_can_do_ends_when_who_asks_is_killed() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let answer = dir.path().join("answer");
+        let mut asking = Command::new(std::env::current_exe().expect("this program"))
+            .args([
+                "--exact",
+                "qemu::tests::a_process_that_asks_a_qemu_and_waits_to_be_killed",
+            ])
+            .env(PROBING, &answer)
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("spawn");
+        let number = within(|| {
+            let bytes = std::fs::read(&answer).ok()?;
+            Some(u32::from_le_bytes(bytes.try_into().ok()?))
+        });
+        let number = number.and_then(|number| i32::try_from(number).ok());
+        let qemu = ProcessId::of(number.expect("QEMU has answered")).expect("QEMU runs");
+        asking.kill().expect("kill");
+        asking.wait().expect("wait");
+        let ended = || (!qemu.is_alive().expect("ask")).then_some(());
+        within(ended).expect("QEMU ends by itself");
+    }
 
     #[test]
     fn versions_are_ordered_by_number_and_not_by_text() {

@@ -23,13 +23,13 @@
 //! in progress.
 
 use std::ffi::OsStr;
-use std::fs::File;
 use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use stead_sys::readable;
 use stead_sys::storage::Storage;
 
 use crate::chain::{LayerFile, LayerFormat};
@@ -86,7 +86,7 @@ impl SourceLayer {
 }
 
 fn identity(path: &Path) -> std::io::Result<(u64, [u8; 32])> {
-    let file = File::open(path)?;
+    let file = readable::open(path)?;
     let length = file.metadata()?.len();
     let mut start = vec![0; to_usize(length.min(IDENTITY_BYTES))];
     file.read_exact_at(&mut start, 0)?;

@@ -165,6 +165,9 @@ fn file_storage(file: File, path: &Path) -> Result<FileStorage> {
 
 /// Finishes the change that the image at `path` is in, if it is in one.
 ///
+/// The image says which files the change takes data from and, where it is one into a raw base, which it writes to:
+/// those are opened, so it must be an image of the caller's own.
+///
 /// # Durability
 /// When this returns `Ok`, the image is whole and synced.
 ///

@@ -26,7 +26,7 @@ use crate::units::HostOffset;
 
 use super::bitmaps_proof::says_enough;
 use super::first::{FirstCluster, JournalPlace, SECTOR};
-use super::in_place::{InPlaceRange, Journal, Target};
+use super::in_place::{InPlaceRange, Journal, MAX_IN_PLACE_RANGES, Target};
 use super::records;
 use super::transaction::Edit;
 
@@ -425,6 +425,8 @@ pub(super) fn recover_on(
 fn open_target(switch: &Switch<'_>, target: &Target) -> Result<(Arc<dyn Storage>, ImageLock)> {
     let name = target.path.display();
     let failed = |error: String| switch.unrecoverable(format!("the raw file {name}: {error}"));
+    // A name in a journal is untrusted: what is no file and no device is refused before it is opened for writing.
+    stead_sys::readable::open(&target.path).map_err(|error| failed(error.to_string()))?;
     let (file, lock) = super::lock(&target.path).map_err(|error| failed(error.to_string()))?;
     let storage = FileStorage::new(file).map_err(|error| failed(error.to_string()))?;
     Ok((Arc::new(storage), lock))
@@ -451,16 +453,26 @@ fn read_journal(switch: &Switch<'_>, place: &JournalPlace) -> Result<Journal> {
     Ok(journal)
 }
 
-/// A journal is ours, so what it says holds; but it was read from a file.
+/// A journal is ours, so what it says holds; but it was read from a file, and anybody can make one with a right hash.
 fn require_valid(switch: &Switch<'_>, journal: &Journal, length: u64) -> Result<()> {
     Header::decode(&journal.first, switch.path)?;
+    let invalid = |what: &str| Err(switch.unrecoverable(format!("its journal {what}")));
+    if journal.length > length || journal.length < to_u64(journal.first.len()) {
+        return invalid("gives the file a length that it cannot have");
+    }
     let length = journal.target.as_ref().map_or(length, |other| other.length);
     let inside = |range: &InPlaceRange| {
         let end = range.host.0.checked_add(range.length);
         end.is_some_and(|end| end <= length) && range.guest.0.checked_add(range.length).is_some()
     };
-    if journal.ranges.iter().all(inside) {
-        return Ok(());
+    if !journal.ranges.iter().all(inside) {
+        return invalid("writes out of the file");
     }
-    Err(switch.unrecoverable("its journal writes out of the file".into()))
+    // Nothing is written twice, so this is how long a recovery can take.
+    let lengths = journal.ranges.iter().map(|range| range.length);
+    let all = lengths.fold(0, u64::saturating_add);
+    if all > length || journal.ranges.len() > MAX_IN_PLACE_RANGES {
+        return invalid("writes more than the file has");
+    }
+    Ok(())
 }

@@ -1,0 +1,7 @@
+//! An image in progress that is recovered.
+#![no_main]
+
+#[path = "../../crates/qcow2/tests/untrusted/mod.rs"]
+mod untrusted;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| untrusted::changes::recover(bytes));
