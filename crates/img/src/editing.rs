@@ -1,18 +1,27 @@
 //! Opening an image to change it in place.
 
+use std::ffi::OsStr;
+
 use stead_qcow2::edit::{EditOptions, Editor};
 
+use crate::common::{self, FORMAT};
 use crate::console::Console;
 use crate::failure::{Failure, Outcome};
 use crate::format::Format;
+use crate::getopt::Parsed;
 use crate::new_image;
 use crate::opened::{self, OpenedChain};
 use crate::reference::Reference;
 
-/// The format of an image that is to be changed. A raw disk that nobody called raw gets a warning: whoever can
+/// The image that `name` means by the options `-f` and `--image-opts`, and its format. A raw disk that nobody called raw gets a warning: whoever can
 /// write it decides what it looks like.
-pub(crate) fn format(image: &Reference, console: &mut Console) -> Outcome<Format> {
-    let format = opened::format_of(image)?;
+pub(crate) fn image(
+    parsed: &Parsed,
+    name: &OsStr,
+    console: &mut Console,
+) -> Outcome<(Reference, Format)> {
+    let image = common::image(parsed, name, FORMAT.id)?;
+    let format = opened::format_of(&image)?;
     if format == Format::Raw && image.format.is_none() {
         let name = &image.given;
         console.error_line(&format!(
@@ -22,11 +31,11 @@ pub(crate) fn format(image: &Reference, console: &mut Console) -> Outcome<Format
     }
     if image.window.is_some() {
         return Err(opened::not_open(
-            image,
+            &image,
             "a part of a file cannot be changed",
         ));
     }
-    Ok(format)
+    Ok((image, format))
 }
 
 /// The image, locked and checked.

@@ -9,6 +9,7 @@
 //! | `getopt`, `keyval`, `size` | how a command line, `-o` lists and sizes are read |
 //! | `reference`, `format` | what a user calls an image; which formats there are |
 //! | `create_options`, `new_image`, `target`, `overwrite` | what a new image is to be, and where it goes |
+//! | `amend_options`, `data_file` | what is changed afterwards; how an image names its data file |
 //! | `editing`, `raw_length` | images opened to be changed in place |
 //! | `opened` | images and chains, opened under locks |
 //! | `console`, `failure`, `open_error` | where it is printed, and why a command ended |
@@ -17,10 +18,12 @@
 
 #![forbid(unsafe_code)]
 
+mod amend_options;
 mod command;
 mod common;
 mod console;
 mod create_options;
+mod data_file;
 mod editing;
 mod failure;
 mod format;

@@ -61,8 +61,7 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
     }
     let name = common::one_operand(parsed, console.program())?;
     common::cache_mode(parsed, "cache", "cache")?;
-    let image = common::image(parsed, name, FORMAT.id)?;
-    editing::format(&image, console)?;
+    let (image, _) = editing::image(parsed, name, console)?;
     let (files, base) = files(parsed, &image)?;
     let options = CommitOptions {
         base,

@@ -302,7 +302,7 @@ impl Job {
         }
         let shown = name.to_string_lossy().into_owned();
         let cannot = |why: String| not_converted(&shown, kind, &why);
-        let format = given.new_format().map_err(cannot)?;
+        let format = given.new_format(&path).map_err(cannot)?;
         let place = target::place(&path).map_err(cannot)?;
         let below = below(&given, &path, &shown)?;
         Ok(Self {

@@ -56,8 +56,8 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
         return Err(Failure::usage(console.program(), text));
     };
     let change = Change::parse(&size.to_string_lossy())?;
-    let image = common::image(parsed, name, FORMAT.id)?;
-    match editing::format(&image, console)? {
+    let (image, format) = editing::image(parsed, name, console)?;
+    match format {
         Format::Raw => raw(parsed, &image, change, mode, console)?,
         Format::Qcow2 => qcow2(parsed, &image, change, mode, console)?,
     }

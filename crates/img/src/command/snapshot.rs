@@ -60,15 +60,17 @@ enum Action {
 fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
     let action = action(parsed, console.program())?;
     let name = common::one_operand(parsed, console.program())?;
-    let image = common::image(parsed, name, FORMAT.id)?;
     if let Action::List = action {
+        let image = common::image(parsed, name, FORMAT.id)?;
         return list(parsed, &image, console);
     }
     if parsed.has(FORCE_SHARE.id) {
+        let image = common::image(parsed, name, FORMAT.id)?;
         let why = "force-share=on can only be used with read-only images";
         return Err(opened::not_open(&image, why));
     }
-    if editing::format(&image, console)? == Format::Raw {
+    let (image, format) = editing::image(parsed, name, console)?;
+    if format == Format::Raw {
         return Err(raw(&action));
     }
     let editor = editing::editor(&image)?;
