@@ -11,6 +11,7 @@
 //! | `create_options`, `new_image`, `target`, `overwrite` | what a new image is to be, and where it goes |
 //! | `amend_options`, `data_file` | what is changed afterwards; how an image names its data file |
 //! | `editing`, `raw_length` | images opened to be changed in place |
+//! | `part` | parts of files that are images |
 //! | `opened` | images and chains, opened under locks |
 //! | `console`, `failure`, `open_error` | where it is printed, and why a command ended |
 //! | `tree`, `json`, `report`, `progress` | reports for people and programs, and how far a command is |
@@ -35,6 +36,7 @@ mod new_image;
 mod open_error;
 mod opened;
 mod overwrite;
+mod part;
 mod progress;
 mod raw_length;
 mod reference;

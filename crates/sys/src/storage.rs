@@ -56,6 +56,14 @@ pub trait Storage: Debug + Send + Sync {
     /// When the system refuses.
     fn set_len(&self, length: u64) -> io::Result<()>;
 
+    /// The most bytes that it can have, where it cannot grow as it likes; `None`: the file system decides.
+    ///
+    /// # Errors
+    /// When the system cannot tell.
+    fn room(&self) -> io::Result<Option<u64>> {
+        Ok(None)
+    }
+
     /// Waits until everything written before is on the disk, with what is needed to read it back.
     ///
     /// # Errors

@@ -1,6 +1,5 @@
 //! `amend`: what a qcow2 image is made like, changed afterwards.
 
-use stead_qcow2::edit::{EditOptions, Editor};
 use stead_qcow2::ops::amend;
 use stead_qcow2::{Control, Error};
 use stead_sys::signal;
@@ -10,7 +9,7 @@ use crate::command::Command;
 use crate::common::{self, FORMAT, IMAGE_OPTS, OBJECT, PROGRESS, QUIET};
 use crate::console::Console;
 use crate::data_file;
-use crate::editing;
+use crate::editing::{self, Changes};
 use crate::failure::{Failure, Outcome};
 use crate::format::Format;
 use crate::getopt::{Opt, Parsed};
@@ -105,7 +104,7 @@ fn change(
         cancel: signal::note_stop().ok(),
         progress: Some(&tell),
     };
-    let mut editor = editor(image)?;
+    let mut editor = editing::editor_for(image, Changes::Amendments)?;
     let header = editor.layer().header();
     wanted
         .check(header)
@@ -129,16 +128,6 @@ fn change(
     progress.done();
     drop(progress);
     report::done(parsed, &done, "", console)
-}
-
-/// Of an image that is marked dirty, too: it is found whole, and the mark goes.
-fn editor(image: &Reference) -> Outcome<Editor> {
-    let options = EditOptions {
-        allow_dirty: true,
-        ..EditOptions::default()
-    };
-    let opened = Editor::open_for_amendments(&image.path, options);
-    opened.map_err(|error| Failure::open(&image.given, &error))
 }
 
 /// In qemu-img's words where it has some.

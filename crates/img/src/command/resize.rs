@@ -130,7 +130,12 @@ fn raw(
     mode: Preallocation,
     console: &mut Console,
 ) -> Outcome<()> {
-    let file = RawFile::open(&image.path).map_err(|why| opened::not_open(image, &why))?;
+    if image.window.is_some_and(|window| window.size.is_some()) {
+        return Err(Failure::new("Cannot resize fixed-size raw disks"));
+    }
+    let start = image.window.map_or(0, |window| window.offset);
+    let file =
+        RawFile::open_from(&image.path, start).map_err(|why| opened::not_open(image, &why))?;
     let old = file
         .length()
         .map_err(|error| Failure::new(system_words(&error)))?;

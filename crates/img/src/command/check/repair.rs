@@ -1,6 +1,6 @@
 //! `check -r`: an image is made right, and checked again.
 
-use stead_qcow2::edit::{EditOptions, Editor, Plan};
+use stead_qcow2::edit::Plan;
 use stead_qcow2::ops::repair::{self, PlannedRepair, RepairMode};
 use stead_qcow2::ops::restore;
 use stead_qcow2::{Control, Error};
@@ -8,6 +8,7 @@ use stead_sys::signal;
 
 use crate::common::{FORCE_SHARE, Output};
 use crate::console::Console;
+use crate::editing;
 use crate::failure::{Failure, Outcome};
 use crate::getopt::Parsed;
 use crate::opened;
@@ -82,7 +83,7 @@ impl Wanted {
                 progress: None,
             };
             let layer = opened::inspect(image)?;
-            match repair::repair(&image.path, mode, &control) {
+            match repaired_image(image, mode, &control)? {
                 Ok(done) => {
                     told::findings(&layer, &done.before, console)?;
                     repaired = Repaired::of(&done);
@@ -109,7 +110,7 @@ impl Wanted {
     ) -> Outcome<u8> {
         let mut rooms: Vec<Option<Plan>> = Vec::new();
         if let Some(mode) = self.mode {
-            match repair::plan(&image.path, mode, &Control::default()) {
+            match planned(image, mode)? {
                 Ok(plan) => {
                     dropped(&plan, console)?;
                     rooms.push(plan.room);
@@ -121,13 +122,38 @@ impl Wanted {
             }
         }
         for name in &self.snapshots {
-            let editor = editor(image)?;
+            let editor = editing::editor(image)?;
             let plan = restore::plan(&editor, name.as_bytes());
             rooms.push(Some(plan.map_err(|error| Failure::new(error.to_string()))?));
         }
         console.print(&told::plan(output, &rooms)?)?;
         Ok(0)
     }
+}
+
+/// The repair of an image, or of one in a part of a file.
+fn repaired_image(
+    image: &Reference,
+    mode: RepairMode,
+    control: &Control<'_>,
+) -> Outcome<Result<repair::Repaired, Error>> {
+    let Some(window) = image.window else {
+        return Ok(repair::repair(&image.path, mode, control));
+    };
+    let part = window.open_for_changes(&image.path);
+    let (part, _lock) = part.map_err(|why| opened::not_open(image, &why))?;
+    Ok(repair::repair_storage(part, &image.path, mode, control))
+}
+
+/// As [`repaired_image`], of the plan.
+fn planned(image: &Reference, mode: RepairMode) -> Outcome<Result<PlannedRepair, Error>> {
+    let control = Control::default();
+    let Some(window) = image.window else {
+        return Ok(repair::plan(&image.path, mode, &control));
+    };
+    let part = window.open_for_changes(&image.path);
+    let (part, _lock) = part.map_err(|why| opened::not_open(image, &why))?;
+    Ok(repair::plan_storage(part, &image.path, mode, &control))
 }
 
 fn failed(image: &Reference, error: &Error) -> Failure {
@@ -137,14 +163,9 @@ fn failed(image: &Reference, error: &Error) -> Failure {
     Failure::open(&image.given, error)
 }
 
-fn editor(image: &Reference) -> Outcome<Editor> {
-    let opened = Editor::open(&image.path, EditOptions::default());
-    opened.map_err(|error| Failure::open(&image.given, &error))
-}
-
 /// How many bytes the internal snapshot got back.
 fn restored(image: &Reference, name: &str) -> Outcome<u64> {
-    let mut editor = editor(image)?;
+    let mut editor = editing::editor(image)?;
     let done = restore::restore_from_active(&mut editor, name.as_bytes());
     let done = done.map_err(|error| Failure::new(error.to_string()))?;
     Ok(done.value)
