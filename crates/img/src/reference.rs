@@ -51,6 +51,8 @@ pub(crate) struct Reference {
     pub format: Option<Format>,
     /// The part of the file, where it is not all of it.
     pub window: Option<Window>,
+    /// What `map` calls the file of a qcow2 image that is a part of a file.
+    pub part_name: Option<String>,
     /// The driver is `file`: the file's bytes under no format at all.
     pub bare_file: bool,
 }
@@ -68,6 +70,7 @@ pub(crate) fn from_name(name: &OsStr) -> Result<Reference, String> {
         path,
         format: None,
         window: None,
+        part_name: None,
         bare_file: false,
     })
 }
@@ -171,6 +174,7 @@ fn build(given: &str, options: Options) -> Result<Reference, String> {
         path: PathBuf::new(),
         format: None,
         window: None,
+        part_name: None,
         bare_file: false,
     };
     let mut node = options;
@@ -285,6 +289,7 @@ fn read_file_node(
         let node = format!("{{{head}\"file\": {{\"driver\": \"file\", \"filename\": {file}}}}}");
         match reference.format {
             Some(Format::Qcow2) => {
+                reference.part_name = Some(format!("json:{node}"));
                 format!("json:{{\"driver\": \"qcow2\", \"file\": {node}}}")
             }
             Some(Format::Raw) | None => format!("json:{node}"),

@@ -39,7 +39,7 @@ fn nothing_else_changed(bench: &Bench) {
 #[test]
 fn a_part_of_a_file_is_read_by_every_command_as_qemu_img_reads_it() {
     let (bench, image) = bench(1 << 20);
-    bench.sh("qemu-io -f raw -c 'write -P 3 1M 64k' -c 'write -P 4 3M 5000' a.qcow2 2>/dev/null; truncate -s 4M a.qcow2; cp a.qcow2 sparse");
+    bench.sh("truncate -s 4M sparse; qemu-io -f raw -c 'write -P 3 1M 64k' -c 'write -P 4 3M 4608' sparse");
     let raw = |size| {
         format!(
             r#"'json:{{"driver":"raw","offset":512,"size":{size},"file":{{"driver":"file","filename":"sparse"}}}}'"#
@@ -104,14 +104,12 @@ fn an_image_in_a_part_is_changed_and_nothing_around_it() {
 
 #[test]
 fn a_part_without_room_is_refused_before_anything_is_written() {
-    // qemu-img ends well where it has lost a bitmap for lack of room.
-    let (theirs, image) = bench(3 << 16);
+    // qemu-img ends well, and there is no bitmap.
+    let (theirs, image) = bench(1 << 16);
     let added = theirs.theirs(&format!("bitmap --add {image} b"));
     assert!(added.status.success(), "{added:?}");
-    let snapshot = theirs.theirs(&format!("snapshot -c s {image}"));
     let info = theirs.theirs(&format!("info {image}"));
-    let kept = String::from_utf8_lossy(&info.stdout).contains("name: b");
-    assert!(snapshot.status.success() && !kept, "{snapshot:?}");
+    assert!(!String::from_utf8_lossy(&info.stdout).contains("name: b"));
 
     let (bench, image) = bench(1 << 16);
     for line in [
@@ -122,7 +120,7 @@ fn a_part_without_room_is_refused_before_anything_is_written() {
     ] {
         let output = bench.ours(&line);
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
-        let refused = !output.status.success() && text.contains("needs");
+        let refused = !output.status.success() && text.contains("bytes are needed");
         assert!(refused || output.status.success(), "{line}: {text}");
         if refused {
             bench.sh("cmp w before");

@@ -38,6 +38,7 @@ mod rebuild;
 mod records;
 mod refcounts;
 mod repair;
+mod reserve;
 mod room;
 mod snapshots;
 mod switch;
