@@ -1,19 +1,22 @@
 //! The options behind `-o` when an image is made: which there are, what they take, and the image that
 //! they describe.
 
-use std::path::PathBuf;
+use std::ffi::OsStr;
+use std::path::Path;
 
 use stead_qcow2::{
     Backing, ClusterSize, Compression, DataFile, NewFormat, Preallocation, Qcow2Options, Version,
 };
 
+use crate::data_file;
 use crate::format::Format;
 use crate::keyval;
+use crate::reference;
 use crate::size;
 
 /// What an option takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Takes {
+pub(crate) enum Takes {
     Text,
     OnOff,
     Number,
@@ -33,13 +36,13 @@ impl Takes {
 
 /// An option, with what help says of it.
 #[derive(Debug)]
-struct Definition {
-    name: &'static str,
+pub(crate) struct Definition {
+    pub name: &'static str,
     takes: Takes,
     about: &'static str,
 }
 
-const fn define(name: &'static str, takes: Takes, about: &'static str) -> Definition {
+pub(crate) const fn define(name: &'static str, takes: Takes, about: &'static str) -> Definition {
     Definition { name, takes, about }
 }
 
@@ -164,10 +167,7 @@ pub(crate) fn help(format: Format, file_known: bool) -> String {
         true => "Supported options:\n".to_owned(),
         false => format!("Supported {format} options:\n"),
     };
-    for Definition { name, takes, about } in shown {
-        let head = format!("{name}=<{}>", takes.name());
-        text.push_str(&format!("  {head:<22} - {about}\n"));
-    }
+    text.push_str(&listed(shown));
     if !file_known {
         text.push_str(
             "\nThe protocol level may support further options.\n\
@@ -175,6 +175,21 @@ pub(crate) fn help(format: Format, file_known: bool) -> String {
         );
     }
     text
+}
+
+/// One line for each option, as `-o help` has them.
+pub(crate) fn listed<'a>(options: impl IntoIterator<Item = &'a Definition>) -> String {
+    let mut text = String::new();
+    for Definition { name, takes, about } in options {
+        let head = format!("{name}=<{}>", takes.name());
+        text.push_str(&format!("  {head:<22} - {about}\n"));
+    }
+    text
+}
+
+/// Whether a qcow2 image can be made with an option of that name, wherever it lies.
+pub(crate) fn is_of_qcow2(name: &str) -> bool {
+    QCOW2.iter().any(|definition| definition.name == name)
 }
 
 /// Options that were given, each known and of the right kind.
@@ -210,7 +225,7 @@ impl Given {
         let mut known = definitions(self.format);
         let found = known.find(|definition| definition.name == name);
         let definition = found.ok_or_else(|| format!("Invalid parameter '{name}'"))?;
-        let value = normal(definition, value)?;
+        let value = definition.normal(value)?;
         self.values.retain(|(given, _)| *given != definition.name);
         self.values.push((definition.name, value));
         Ok(())
@@ -251,16 +266,16 @@ impl Given {
         line
     }
 
-    /// The image that the options describe.
+    /// The image at `image` that the options describe.
     ///
     /// # Errors
     /// The text of what cannot be.
-    pub fn new_format(&self) -> Result<NewFormat, String> {
+    pub fn new_format(&self, image: &Path) -> Result<NewFormat, String> {
         match self.format {
             Format::Raw => Ok(NewFormat::Raw {
                 preallocation: self.raw_preallocation()?,
             }),
-            Format::Qcow2 => Ok(NewFormat::Qcow2(self.qcow2()?)),
+            Format::Qcow2 => Ok(NewFormat::Qcow2(self.qcow2(image)?)),
         }
     }
 
@@ -275,10 +290,10 @@ impl Given {
     }
 
     fn is_on(&self, name: &str) -> bool {
-        matches!(self.get(name), Some("on" | "yes" | "true" | "y"))
+        self.get(name).is_some_and(is_on)
     }
 
-    fn qcow2(&self) -> Result<Qcow2Options, String> {
+    fn qcow2(&self, image: &Path) -> Result<Qcow2Options, String> {
         self.refuse_encryption()?;
         let options = Qcow2Options {
             version: self.version()?,
@@ -289,7 +304,7 @@ impl Given {
             refcount_bits: self.refcount_bits(),
             lazy_refcounts: self.is_on("lazy_refcounts"),
             extended_l2: self.is_on("extended_l2"),
-            data_file: self.data_file()?,
+            data_file: self.data_file(image)?,
         };
         check_qcow2(&options)?;
         Ok(options)
@@ -362,14 +377,14 @@ impl Given {
         }
     }
 
-    fn data_file(&self) -> Result<Option<DataFile>, String> {
+    fn data_file(&self, image: &Path) -> Result<Option<DataFile>, String> {
         let raw = self.is_on("data_file_raw");
         match self.get("data_file") {
             None if raw => Err("data-file-raw requires data-file".into()),
             None => Ok(None),
             Some(name) => Ok(Some(DataFile {
-                name: name.to_owned(),
-                path: PathBuf::from(name),
+                name: data_file::name_for(image, name)?,
+                path: reference::plain_path(OsStr::new(name))?,
                 raw,
             })),
         }
@@ -391,22 +406,32 @@ pub(crate) fn preallocation(name: &str) -> Option<Preallocation> {
     }
 }
 
-/// A value in the form in which it is printed.
-fn normal(definition: &Definition, value: &str) -> Result<String, String> {
-    let name = definition.name;
-    match definition.takes {
-        Takes::Text => Ok(value.to_owned()),
-        Takes::OnOff => match value {
-            "on" | "off" | "yes" | "no" | "true" | "false" | "y" | "n" => Ok(value.to_owned()),
-            _ => Err(format!("Parameter '{name}' expects 'on' or 'off'")),
-        },
-        Takes::Number => {
-            number(value).ok_or_else(|| format!("Parameter '{name}' expects a number"))
+/// What a value of [`Takes::OnOff`] says.
+pub(crate) fn is_on(value: &str) -> bool {
+    matches!(value, "on" | "yes" | "true" | "y")
+}
+
+impl Definition {
+    /// A value in the form in which it is printed.
+    ///
+    /// # Errors
+    /// The text for a value of the wrong kind.
+    pub fn normal(&self, value: &str) -> Result<String, String> {
+        let name = self.name;
+        match self.takes {
+            Takes::Text => Ok(value.to_owned()),
+            Takes::OnOff => match value {
+                "on" | "off" | "yes" | "no" | "true" | "false" | "y" | "n" => Ok(value.to_owned()),
+                _ => Err(format!("Parameter '{name}' expects 'on' or 'off'")),
+            },
+            Takes::Number => {
+                number(value).ok_or_else(|| format!("Parameter '{name}' expects a number"))
+            }
+            Takes::Size => match size::parse(value) {
+                Ok(bytes) => Ok(bytes.to_string()),
+                Err(_not_a_size) => Err(size_words(name)),
+            },
         }
-        Takes::Size => match size::parse(value) {
-            Ok(bytes) => Ok(bytes.to_string()),
-            Err(_not_a_size) => Err(size_words(name)),
-        },
     }
 }
 
@@ -519,10 +544,13 @@ mod tests {
             "encrypt.format=luks",
             "encrypt.iter-time=10",
         ] {
-            let error = given(list).new_format().expect_err("refused");
+            let error = given(list)
+                .new_format(Path::new("image"))
+                .expect_err("refused");
             assert!(error.contains("Encryption"), "{error}");
         }
-        given("encryption=off").new_format().expect("not encrypted");
+        let given = given("encryption=off");
+        given.new_format(Path::new("image")).expect("not encrypted");
     }
 
     #[test]

@@ -1,18 +1,30 @@
 //! Opening an image to change it in place.
 
-use stead_qcow2::edit::{EditOptions, Editor};
+use std::ffi::OsStr;
+use std::ops::{Deref, DerefMut};
 
+use stead_qcow2::Error;
+use stead_qcow2::edit::{EditOptions, Editor};
+use stead_sys::image_lock::ImageLock;
+
+use crate::common::{self, FORMAT};
 use crate::console::Console;
 use crate::failure::{Failure, Outcome};
 use crate::format::Format;
+use crate::getopt::Parsed;
 use crate::new_image;
 use crate::opened::{self, OpenedChain};
 use crate::reference::Reference;
 
-/// The format of an image that is to be changed. A raw disk that nobody called raw gets a warning: whoever can
+/// The image that `name` means by the options `-f` and `--image-opts`, and its format. A raw disk that nobody called raw gets a warning: whoever can
 /// write it decides what it looks like.
-pub(crate) fn format(image: &Reference, console: &mut Console) -> Outcome<Format> {
-    let format = opened::format_of(image)?;
+pub(crate) fn image(
+    parsed: &Parsed,
+    name: &OsStr,
+    console: &mut Console,
+) -> Outcome<(Reference, Format)> {
+    let image = common::image(parsed, name, FORMAT.id)?;
+    let format = opened::format_of(&image)?;
     if format == Format::Raw && image.format.is_none() {
         let name = &image.given;
         console.error_line(&format!(
@@ -20,19 +32,74 @@ pub(crate) fn format(image: &Reference, console: &mut Console) -> Outcome<Format
              What a guest writes at its start can look like another format; say -f raw."
         ))?;
     }
-    if image.window.is_some() {
-        return Err(opened::not_open(
-            image,
-            "a part of a file cannot be changed",
-        ));
+    Ok((image, format))
+}
+
+/// An image that is open for changes.
+#[derive(Debug)]
+pub(crate) struct OpenedEditor {
+    editor: Editor,
+    /// That on a file of which the image is a part; else the editor has it.
+    _lock: Option<ImageLock>,
+}
+
+impl Deref for OpenedEditor {
+    type Target = Editor;
+
+    fn deref(&self) -> &Editor {
+        &self.editor
     }
-    Ok(format)
+}
+
+impl DerefMut for OpenedEditor {
+    fn deref_mut(&mut self) -> &mut Editor {
+        &mut self.editor
+    }
+}
+
+/// For which changes an image is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Changes {
+    /// Any; the image is marked clean, and its guest data is its own.
+    Any,
+    /// Of the header and refcounts; a mark that it is dirty goes, and guest data may be in another file.
+    Amendments,
+}
+
+/// The image, locked and checked, for any change.
+pub(crate) fn editor(image: &Reference) -> Outcome<OpenedEditor> {
+    editor_for(image, Changes::Any)
 }
 
 /// The image, locked and checked.
-pub(crate) fn editor(image: &Reference) -> Outcome<Editor> {
-    let opened = Editor::open(&image.path, EditOptions::default());
-    opened.map_err(|error| Failure::open(&image.given, &error))
+pub(crate) fn editor_for(image: &Reference, changes: Changes) -> Outcome<OpenedEditor> {
+    let options = EditOptions {
+        allow_dirty: changes == Changes::Amendments,
+        ..EditOptions::default()
+    };
+    let path = &image.path;
+    let cannot = |error: Error| Failure::open(&image.given, &error);
+    let Some(window) = image.window else {
+        let opened = match changes {
+            Changes::Any => Editor::open(path, options),
+            Changes::Amendments => Editor::open_for_amendments(path, options),
+        };
+        let editor = opened.map_err(cannot)?;
+        return Ok(OpenedEditor {
+            editor,
+            _lock: None,
+        });
+    };
+    let part = window.open_for_changes(path);
+    let (storage, lock) = part.map_err(|why| opened::not_open(image, &why))?;
+    let opened = match changes {
+        Changes::Any => Editor::on_storage(storage, path, options),
+        Changes::Amendments => Editor::for_amendments_on(storage, path, options),
+    };
+    Ok(OpenedEditor {
+        editor: opened.map_err(cannot)?,
+        _lock: Some(lock),
+    })
 }
 
 /// The disk below the image, which nobody writes to meanwhile.

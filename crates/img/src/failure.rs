@@ -30,6 +30,12 @@ impl Failure {
         }
     }
 
+    /// A failure with status 1: the first line of `why` behind `what`, the others below it.
+    pub fn lines(what: &str, why: &str) -> Self {
+        let (first, more) = why.split_once('\n').unwrap_or((why, ""));
+        Self::new(format!("{what}{first}")).with_more(more)
+    }
+
     /// The command line is wrong: points to the help of `program`.
     pub fn usage(program: &str, text: impl Into<String>) -> Self {
         let more = format!("Try '{program} --help' for more information");

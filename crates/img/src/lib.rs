@@ -9,7 +9,9 @@
 //! | `getopt`, `keyval`, `size` | how a command line, `-o` lists and sizes are read |
 //! | `reference`, `format` | what a user calls an image; which formats there are |
 //! | `create_options`, `new_image`, `target`, `overwrite` | what a new image is to be, and where it goes |
+//! | `amend_options`, `data_file` | what is changed afterwards; how an image names its data file |
 //! | `editing`, `raw_length` | images opened to be changed in place |
+//! | `part` | parts of files that are images |
 //! | `opened` | images and chains, opened under locks |
 //! | `console`, `failure`, `open_error` | where it is printed, and why a command ended |
 //! | `tree`, `json`, `report`, `progress` | reports for people and programs, and how far a command is |
@@ -17,10 +19,12 @@
 
 #![forbid(unsafe_code)]
 
+mod amend_options;
 mod command;
 mod common;
 mod console;
 mod create_options;
+mod data_file;
 mod editing;
 mod failure;
 mod format;
@@ -32,6 +36,7 @@ mod new_image;
 mod open_error;
 mod opened;
 mod overwrite;
+mod part;
 mod progress;
 mod raw_length;
 mod reference;

@@ -1,10 +1,10 @@
 //! Opening what a reference names, under the locks that keep writers away.
 
 use std::io;
-use std::ops::Range;
 use std::path::Path;
 
-use stead_qcow2::{Chain, Error, Layer, LayerFile, OpenPolicy, probe_format};
+use stead_qcow2::{Chain, Error, ImageInfo, Layer, LayerFile, OpenPolicy};
+use stead_qcow2::{info, info_layer, probe_format};
 use stead_sys::image_lock::{Access, Attempt, Holder, ImageLock};
 use stead_sys::readable;
 
@@ -13,6 +13,7 @@ use crate::failure::{Failure, Outcome, system_words};
 use crate::format::Format;
 use crate::getopt::Parsed;
 use crate::open_error;
+use crate::part::Window;
 use crate::reference::Reference;
 
 /// Whether others may write an image while it is read.
@@ -91,7 +92,38 @@ fn format_or_why(reference: &Reference) -> Result<Format, String> {
 
 /// The header and directories of one qcow2 image; nothing that it names is opened.
 pub(crate) fn inspect(reference: &Reference) -> Outcome<Layer> {
-    Layer::inspect(&reference.path).map_err(|error| Failure::open(&reference.given, &error))
+    let path = &reference.path;
+    let layer = match reference.window {
+        None => Layer::inspect(path),
+        Some(window) => {
+            let part = window.open(path).map_err(|why| not_open(reference, &why))?;
+            Layer::inspect_storage(part, path)
+        }
+    };
+    layer.map_err(|error| Failure::open(&reference.given, &error))
+}
+
+/// What an image says of itself; nothing that it names is opened.
+pub(crate) fn describe(reference: &Reference, format: Format) -> Outcome<ImageInfo> {
+    let cannot = |error: Error| Failure::open(&reference.given, &error);
+    if format == Format::Qcow2 && reference.window.is_some() {
+        let layer = inspect(reference)?;
+        let mut found = info_layer(&layer).map_err(cannot)?;
+        let taken = stead_sys::space::allocated_bytes(&reference.path);
+        found.actual_size = taken.map_err(|error| not_open(reference, &system_words(&error)))?;
+        return Ok(found);
+    }
+    let file = LayerFile {
+        path: reference.path.clone(),
+        format: format.into(),
+    };
+    let mut found = info(&file).map_err(cannot)?;
+    if let Some(window) = reference.window {
+        let size = window.bytes_of(found.file_length);
+        let size = size.map_err(|why| not_open(reference, &why))?;
+        found.virtual_size = size.next_multiple_of(512);
+    }
+    Ok(found)
 }
 
 /// A disk: an image and those below it, locked for reading.
@@ -101,8 +133,8 @@ pub(crate) struct OpenedChain {
     pub chain: Chain,
     /// The top image's format.
     pub format: Format,
-    #[expect(dead_code, reason = "they are held, not used")]
-    locks: Vec<ReadLock>,
+    /// Keep writers away from all of them.
+    pub locks: Vec<ReadLock>,
 }
 
 /// Opens the disk whose top image is `reference`.
@@ -120,41 +152,12 @@ pub(crate) fn chain_or_why(
     sharing: Sharing,
     policy: &OpenPolicy,
 ) -> Result<OpenedChain, String> {
-    if reference.window.is_some() {
-        return Err("a part of a file (offset, size) is known to info, convert and dd only".into());
-    }
-    open_chain(reference, sharing, policy)
-}
-
-/// As [`chain`], and the part of the disk that the reference names, if it is not all of it.
-pub(crate) fn part(
-    reference: &Reference,
-    sharing: Sharing,
-    policy: &OpenPolicy,
-) -> Outcome<(OpenedChain, Option<Range<u64>>)> {
-    let cannot = |why: String| not_open(reference, &why);
-    let opened = open_chain(reference, sharing, policy).map_err(cannot)?;
-    let Some(window) = reference.window else {
-        return Ok((opened, None));
-    };
-    let size = window.bytes_of(opened.chain.len()).map_err(cannot)?;
-    let part = window.offset..window.offset + size;
-    Ok((opened, Some(part)))
-}
-
-fn open_chain(
-    reference: &Reference,
-    sharing: Sharing,
-    policy: &OpenPolicy,
-) -> Result<OpenedChain, String> {
     let format = format_or_why(reference)?;
     let mut locks = vec![lock_for_reading(&reference.path, sharing)?];
-    let top = LayerFile {
-        path: reference.path.clone(),
-        format: format.into(),
-    };
-    let chain = Chain::open_following(&top, policy);
-    let chain = chain.map_err(|error| chain_words(reference, &error))?;
+    let chain = match reference.window {
+        None => whole(reference, format, policy),
+        Some(window) => part(reference, window, format, policy),
+    }?;
     for index in 1..chain.depth() {
         let Some((path, _)) = chain.file(index) else {
             unreachable!("the chain is that deep");
@@ -166,6 +169,32 @@ fn open_chain(
         format,
         locks,
     })
+}
+
+fn whole(reference: &Reference, format: Format, policy: &OpenPolicy) -> Result<Chain, String> {
+    let top = LayerFile {
+        path: reference.path.clone(),
+        format: format.into(),
+    };
+    let chain = Chain::open_following(&top, policy);
+    chain.map_err(|error| chain_words(reference, &error))
+}
+
+fn part(
+    reference: &Reference,
+    window: Window,
+    format: Format,
+    policy: &OpenPolicy,
+) -> Result<Chain, String> {
+    let path = &reference.path;
+    let chain = match format {
+        Format::Raw => {
+            let bytes = window.bytes_in(path)?;
+            Chain::open_raw_part(path, window.offset, bytes)
+        }
+        Format::Qcow2 => Chain::follow_storage(window.open(path)?, path, policy),
+    };
+    chain.map_err(|error| chain_words(reference, &error))
 }
 
 fn below(why: &str) -> String {

@@ -19,35 +19,41 @@ const STEP_BYTES: u64 = 1 << 20;
 #[derive(Debug)]
 pub(crate) struct RawFile {
     file: File,
+    /// Where the disk starts in the file, in bytes.
+    start: u64,
     _lock: ImageLock,
 }
 
 impl RawFile {
-    /// Locks and opens the file.
+    /// Locks and opens the file, of which the disk is what follows `start`.
     ///
     /// # Errors
     /// The reason, in qemu-img's words.
-    pub fn open(path: &Path) -> Result<Self, String> {
+    pub fn open_from(path: &Path, start: u64) -> Result<Self, String> {
         let shown = path.display();
         let cannot =
             |error: io::Error| format!("Could not open '{shown}': {}", system_words(&error));
         let file = File::options().read(true).write(true).open(path);
         let file = file.map_err(cannot)?;
         match ImageLock::attempt(&file, Access::Write).map_err(cannot)? {
-            Attempt::Locked(lock) => Ok(Self { file, _lock: lock }),
+            Attempt::Locked(lock) => Ok(Self {
+                file,
+                start,
+                _lock: lock,
+            }),
             Attempt::HeldBy(holders) => Err(held("Failed to get \"write\" lock", path, &holders)),
         }
     }
 
-    /// The file's length in bytes.
+    /// The disk's length in bytes.
     ///
     /// # Errors
     /// When the file cannot be asked.
     pub fn length(&self) -> io::Result<u64> {
-        Ok(self.file.metadata()?.len())
+        Ok(self.file.metadata()?.len().saturating_sub(self.start))
     }
 
-    /// Gives the file the length `bytes`. What is added reads as zeros, and takes its room as `mode` says.
+    /// Gives the disk the length `bytes`. What is added reads as zeros, and takes its room as `mode` says.
     ///
     /// # Durability
     /// When this returns `Ok`, the new length has reached the disk.
@@ -55,7 +61,8 @@ impl RawFile {
     /// # Errors
     /// When there is no room or the system fails; then the file has its old length.
     pub fn resize(&self, bytes: u64, mode: Preallocation) -> io::Result<()> {
-        let old = self.length()?;
+        let old = self.file.metadata()?.len();
+        let bytes = self.start.saturating_add(bytes);
         let grown = self.file.set_len(bytes).and_then(|()| match mode {
             Preallocation::Off | Preallocation::Metadata => Ok(()),
             Preallocation::Falloc if bytes > old => {
@@ -100,7 +107,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a folder");
         let path = dir.path().join("raw");
         stead_sys::durable::create_scratch(&path, 0o600).expect("a file");
-        let raw = RawFile::open(&path).expect("free");
+        let raw = RawFile::open_from(&path, 0).expect("free");
         raw.resize(1 << 20, Preallocation::Off).expect("longer");
         raw.resize(3 << 20, Preallocation::Falloc).expect("longer");
         raw.resize(5 << 20, Preallocation::Full).expect("longer");
@@ -108,7 +115,7 @@ mod tests {
         assert!((4 << 20..5 << 20).contains(&taken), "{taken}");
         raw.resize(1000, Preallocation::Off).expect("shorter");
         assert_eq!(raw.length().expect("a file"), 1000);
-        let error = RawFile::open(&path).expect_err("in use");
+        let error = RawFile::open_from(&path, 0).expect_err("in use");
         assert!(error.contains("write"), "{error}");
     }
 }

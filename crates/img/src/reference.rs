@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use crate::format::Format;
 use crate::keyval;
+use crate::part::Window;
 use crate::size;
 
 /// The deepest nesting of nodes that is read.
@@ -37,37 +38,6 @@ const HARMLESS_FILE: [&str; 6] = [
     "aio-max-batch",
 ];
 
-/// A part of a file that is used as a raw disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Window {
-    /// Where it starts, in bytes.
-    pub offset: u64,
-    /// How many bytes it has; `None`: to the end of the file.
-    pub size: Option<u64>,
-}
-
-impl Window {
-    /// How many bytes it has in a file of `length` bytes.
-    ///
-    /// # Errors
-    /// The text where the file ends before.
-    pub fn bytes_of(&self, length: u64) -> Result<u64, String> {
-        let offset = self.offset;
-        let size = match self.size {
-            Some(size) => size,
-            None => length.saturating_sub(offset),
-        };
-        let end = offset.checked_add(size);
-        if end.is_some_and(|end| end <= length) {
-            return Ok(size);
-        }
-        Err(format!(
-            "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the  \
-             actual size of the containing file ({length})"
-        ))
-    }
-}
-
 /// An image as the user names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Reference {
@@ -81,6 +51,8 @@ pub(crate) struct Reference {
     pub format: Option<Format>,
     /// The part of the file, where it is not all of it.
     pub window: Option<Window>,
+    /// What `map` calls the file of a qcow2 image that is a part of a file.
+    pub part_name: Option<String>,
     /// The driver is `file`: the file's bytes under no format at all.
     pub bare_file: bool,
 }
@@ -98,6 +70,7 @@ pub(crate) fn from_name(name: &OsStr) -> Result<Reference, String> {
         path,
         format: None,
         window: None,
+        part_name: None,
         bare_file: false,
     })
 }
@@ -201,6 +174,7 @@ fn build(given: &str, options: Options) -> Result<Reference, String> {
         path: PathBuf::new(),
         format: None,
         window: None,
+        part_name: None,
         bare_file: false,
     };
     let mut node = options;
@@ -249,14 +223,14 @@ fn format_node(
         (Format::Qcow2, 0) => {}
         (Format::Raw, 0 | 1) => {
             if bounds.iter().any(Option::is_some) {
+                if reference.window.is_some() {
+                    return Err("a part of a part of a file is not supported".into());
+                }
+                if depth == 1 && reference.format.is_none() {
+                    return Err("the driver of an image in a part of a file must be given".into());
+                }
                 reference.shown = window_name(&bounds);
                 reference.window = Some(window(&bounds)?);
-            }
-            if depth == 1 && reference.window.is_some() {
-                return Err(
-                    "a qcow2 image in a part of a file is not supported; give the whole file"
-                        .into(),
-                );
             }
         }
         (Format::Raw | Format::Qcow2, _) => {
@@ -312,7 +286,14 @@ fn read_file_node(
     reference.shown = if reference.window.is_some() {
         let file = Value::String(name);
         let head = reference.shown;
-        format!("json:{{{head}\"file\": {{\"driver\": \"file\", \"filename\": {file}}}}}")
+        let node = format!("{{{head}\"file\": {{\"driver\": \"file\", \"filename\": {file}}}}}");
+        match reference.format {
+            Some(Format::Qcow2) => {
+                reference.part_name = Some(format!("json:{node}"));
+                format!("json:{{\"driver\": \"qcow2\", \"file\": {node}}}")
+            }
+            Some(Format::Raw) | None => format!("json:{node}"),
+        }
     } else {
         name
     };

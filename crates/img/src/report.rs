@@ -27,10 +27,15 @@ pub(crate) fn planned(parsed: &Parsed, plan: &Plan, console: &mut Console) -> Ou
         let report = json!({ "outcome": "not-begun", "room": room(plan) });
         return console.line(&json::pretty(&report)?);
     }
-    console.line(&format!(
+    console.line(&room_line(plan))
+}
+
+/// The room of a change, for people.
+pub(crate) fn room_line(plan: &Plan) -> String {
+    format!(
         "needs {} free bytes; the file would have {} bytes, at most {} meanwhile",
         plan.new_bytes, plan.end_bytes, plan.peak_bytes
-    ))
+    )
 }
 
 /// It was done and proven. People get `text`, unless they want quiet.

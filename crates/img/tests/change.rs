@@ -91,6 +91,16 @@ fn disks_get_another_length_alike() {
     ] {
         bench.same_image(&format!("resize {line}"), "a.qcow2");
     }
+    for mode in ["metadata", "falloc", "full"] {
+        bench.same_image(
+            &format!("resize --preallocation={mode} a.qcow2 +9M"),
+            "a.qcow2",
+        );
+        bench.same_image(
+            &format!("resize --preallocation={mode} o.qcow2 16M"),
+            "o.qcow2",
+        );
+    }
     bench.same_image("resize o.qcow2 4M", "o.qcow2");
     bench.same_image("resize o.qcow2 16M", "o.qcow2");
     for line in [
@@ -126,6 +136,9 @@ fn disks_get_another_length_alike() {
         "resize -f bogus a.qcow2 1M",
         "resize --preallocation=foo a.qcow2 130M",
         "resize -f raw --preallocation=metadata r.raw 30M",
+        "resize --preallocation=full --shrink a.qcow2 1M",
+        "resize --preallocation=falloc a.qcow2 8M",
+        "resize -f raw --preallocation=full --shrink r.raw 1M",
     ]);
     bench.same_status(&["resize a.qcow2 1E"]);
 }
@@ -225,4 +238,33 @@ fn help_and_version_are_there_under_both_names() {
         assert_eq!(own, text(&format!("{command} -h")));
     }
     bench.same_refusal(&["", "foo", "--bogus", "-T"]);
+}
+
+#[test]
+fn reserved_room_is_there_reads_as_zeros_and_is_known_beforehand() {
+    let bench = image();
+    // What was in use before is free now, and full of something.
+    bench.sh("qemu-io -c 'write -P 9 2M 2M' a.qcow2; qemu-img snapshot -a s1 a.qcow2; qemu-img snapshot -d s2 a.qcow2; qemu-img convert -O raw a.qcow2 a.raw; truncate -s 24M a.raw; cp a.qcow2 first.qcow2");
+    for (mode, least, most) in [("metadata", 0, 8), ("falloc", 16, 32), ("full", 16, 32)] {
+        bench.sh("cp first.qcow2 a.qcow2");
+        let line = format!("--json --preallocation={mode} a.qcow2 24M");
+        let planned = bench.ours(&format!("resize --dry-run {line}"));
+        bench.sh("cmp first.qcow2 a.qcow2");
+        let done = bench.ours(&format!("resize {line}"));
+        assert!(done.status.success(), "{mode}: {done:?}");
+        let [planned, done] = [planned, done].map(|output| {
+            serde_json::from_slice::<serde_json::Value>(&output.stdout).expect("JSON")
+        });
+        assert_eq!(planned["room"], done["room"], "{mode}");
+        bench.sh("qemu-img check -q a.qcow2; qemu-img compare -q -F raw a.qcow2 a.raw");
+        let map = bench.sh("qemu-img map --output=json a.qcow2");
+        assert!(map.contains("offset"), "{mode}: {map}");
+        use std::os::unix::fs::MetadataExt;
+        let found = std::fs::metadata(bench.path("a.qcow2")).expect("the image");
+        let taken = found.blocks() * 512 >> 20;
+        assert!((least..most).contains(&taken), "{mode}: {taken} MiB");
+        let allocated = bench.ours("check a.qcow2");
+        let text = String::from_utf8_lossy(&allocated.stdout).into_owned();
+        assert!(text.contains("/384"), "{mode}: {text}");
+    }
 }

@@ -497,3 +497,40 @@ fn a_copy_tells_how_far_it_is_when_signalled_and_leaves_nothing_when_it_is_ended
     assert!(text.contains("cancelled"), "{text}");
     assert!(!begun(), "an unfinished file stays");
 }
+
+#[test]
+fn several_disks_become_one_with_their_holes() {
+    let bench = Bench::new();
+    bench.sh("qemu-img create -q -f raw r.raw 1M; qemu-io -f raw -c 'write -P 1 64k 64k' -c 'write -P 2 1023k 1k' r.raw; printf odd > odd");
+    bench.sh("qemu-img create -q -f qcow2 -b r.raw -F raw o.qcow2 3M; qemu-io -c 'write -P 3 2M 100k' -c 'write -z 64k 4k' o.qcow2");
+    bench.sh(
+        "qemu-img convert -c -O qcow2 o.qcow2 c.qcow2; qemu-img snapshot -c s o.qcow2; : > empty",
+    );
+    for line in [
+        "-O raw r.raw o.qcow2 c.qcow2 new",
+        "-O qcow2 o.qcow2 r.raw new",
+        "-O qcow2 odd r.raw odd o.qcow2 new",
+        "-c -O qcow2 r.raw c.qcow2 c.qcow2 new",
+        "-O raw -f raw odd empty odd new",
+        "-S 0 -O qcow2 r.raw r.raw new",
+        "-O qcow2 -o cluster_size=4k odd o.qcow2 new",
+    ] {
+        bench.same_image(&format!("convert {line}"), "new");
+    }
+    bench.sh("truncate -s 8M there");
+    bench.same_image("convert -n -O raw r.raw o.qcow2 there", "there");
+    bench.same_refusal(&[
+        "convert -O qcow2 -l s o.qcow2 o.qcow2 new",
+        "convert -O qcow2 --bitmaps o.qcow2 o.qcow2 new",
+        "convert -O qcow2 -B r.raw -F raw r.raw o.qcow2 new",
+        "convert -O raw r.raw nope new",
+        "convert -n -O raw o.qcow2 o.qcow2 o.qcow2 there",
+    ]);
+    let ours = bench.ours("convert --dry-run --json -O qcow2 r.raw o.qcow2 new");
+    let made = bench.ours("convert --verify content --json -O qcow2 r.raw o.qcow2 new");
+    let bytes = |output: &std::process::Output| {
+        let json: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        json["file-bytes"].clone()
+    };
+    assert_eq!(bytes(&ours), bytes(&made));
+}

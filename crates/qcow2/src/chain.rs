@@ -6,6 +6,9 @@
 //! # Disks of different lengths
 //! As in QEMU: the chain is as long as its top layer. A layer that ends early is zeros from there on
 //! for the layers above it, and what lies below it there is not seen.
+//!
+//! # Disks one behind the other
+//! Several chains can be joined to one disk ([`Chain::join`]), a *section* each. There is then no top layer.
 
 use std::fs::File;
 use std::ops::Range;
@@ -13,13 +16,12 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use stead_sys::copy;
-
 use crate::directory::InternalSnapshot;
 use crate::error::{Error, Result};
 use crate::file::ImageFile;
-use crate::header::{SECTOR_BYTES, to_u64, to_usize};
+use crate::header::{to_u64, to_usize};
 use crate::layer::{ExtentKind, Layer};
+use crate::raw::RawDisk;
 use crate::units::{GuestOffset, HostOffset};
 
 /// The most layers in a chain.
@@ -46,14 +48,17 @@ pub struct LayerFile {
 /// A file of a chain, opened.
 #[derive(Debug)]
 pub(crate) enum Member {
-    Raw(ImageFile),
+    Raw(RawDisk),
     Qcow2(Box<Layer>),
 }
 
 impl Member {
     fn open(file: &LayerFile) -> Result<Self> {
         match file.format {
-            LayerFormat::Raw => Ok(Self::Raw(ImageFile::open(&file.path)?)),
+            LayerFormat::Raw => {
+                let file = ImageFile::open(&file.path)?;
+                Ok(Self::Raw(RawDisk::whole(file)))
+            }
             LayerFormat::Qcow2 => Self::from_layer(Layer::open(&file.path)?),
         }
     }
@@ -67,10 +72,10 @@ impl Member {
         Ok(Self::Qcow2(Box::new(layer)))
     }
 
-    /// The disk's length in bytes. A raw file is filled up with zeros to a whole sector.
+    /// The disk's length in bytes.
     pub fn length(&self) -> u64 {
         match self {
-            Self::Raw(file) => file.length().next_multiple_of(SECTOR_BYTES),
+            Self::Raw(raw) => raw.length(),
             Self::Qcow2(layer) => layer.virtual_size(),
         }
     }
@@ -87,7 +92,9 @@ impl Member {
             ours.is_some() && ours == theirs
         };
         match (self, other) {
-            (Self::Raw(ours), Self::Raw(theirs)) => one_file(ours, theirs),
+            (Self::Raw(ours), Self::Raw(theirs)) => {
+                one_file(ours.file(), theirs.file()) && ours.is_same_part(theirs)
+            }
             (Self::Qcow2(ours), Self::Qcow2(theirs)) => {
                 one_file(ours.file(), theirs.file())
                     && one_file(ours.data(), theirs.data())
@@ -103,12 +110,13 @@ impl Member {
 #[derive(Debug, Clone, Copy)]
 enum Source {
     Zero,
-    Raw(usize),
+    /// The member, and where in its disk.
+    Raw(usize, u64),
     Layer(usize, ExtentKind),
 }
 
-/// A piece of the disk with one source. `depth` is the member that defines it, or the number of
-/// members when none does.
+/// A piece of the disk with one source. `depth` is the layer of its section that defines it, or the number of all
+/// files when none does.
 #[derive(Debug, Clone, Copy)]
 struct Piece {
     end: u64,
@@ -121,7 +129,7 @@ struct Piece {
 pub(crate) struct Stored {
     /// Where the range ends.
     pub end: u64,
-    /// The member that defines it, or the number of members when none does.
+    /// The layer that defines it, or the number of all files when none does.
     pub depth: usize,
     pub how: StoredAs,
 }
@@ -146,6 +154,15 @@ pub(crate) enum StoredAs {
 #[derive(Debug)]
 pub struct Chain {
     members: Vec<Arc<Member>>,
+    /// In order; one, but for joined disks.
+    sections: Vec<Section>,
+}
+
+/// A range of the disk that is a chain of its own.
+#[derive(Debug, Clone)]
+struct Section {
+    bytes: Range<u64>,
+    members: Range<usize>,
 }
 
 impl Chain {
@@ -170,7 +187,71 @@ impl Chain {
         }
         let open = |file| Member::open(file).map(Arc::new);
         let members = files.iter().map(open).collect::<Result<_>>()?;
-        Ok(Self { members })
+        Ok(Self::from_shared(members))
+    }
+
+    /// A part of the file at `path` as a raw disk: `bytes` from `start` on.
+    ///
+    /// # Errors
+    /// When the file cannot be opened or ends before.
+    pub fn open_raw_part(path: &Path, start: u64, bytes: u64) -> Result<Self> {
+        let raw = RawDisk::part(ImageFile::open(path)?, start, bytes)?;
+        Ok(Self::from_members(vec![Member::Raw(raw)]))
+    }
+
+    /// The disks one behind the other. What a chain of layers knows (a top with internal snapshots and bitmaps,
+    /// what lies below) a joined disk does not have.
+    ///
+    /// # Errors
+    /// When there is no disk, or they have more than [`MAX_LAYERS`] files or 2^63 bytes.
+    pub fn join(disks: Vec<Self>) -> Result<Self> {
+        let mut joined = Self {
+            members: Vec::new(),
+            sections: Vec::new(),
+        };
+        for disk in disks {
+            joined.append(disk)?;
+        }
+        match joined.members.len() {
+            1..=MAX_LAYERS => Ok(joined),
+            count => Err(Error::InvalidChain {
+                reason: format!("{count} files, expected 1 to {MAX_LAYERS}"),
+            }),
+        }
+    }
+
+    fn append(&mut self, disk: Self) -> Result<()> {
+        let (start, first) = (self.len(), self.members.len());
+        for section in disk.sections {
+            let end = start.checked_add(section.bytes.end);
+            let Some(end) = end.filter(|end| *end <= i64::MAX.unsigned_abs()) else {
+                let reason = "the disks together have more than 2^63 bytes".into();
+                return Err(Error::InvalidChain { reason });
+            };
+            self.sections.push(Section {
+                bytes: start + section.bytes.start..end,
+                members: first + section.members.start..first + section.members.end,
+            });
+        }
+        self.members.extend(disk.members);
+        Ok(())
+    }
+
+    /// Whether it is several disks one behind the other.
+    #[must_use]
+    pub fn is_joined(&self) -> bool {
+        self.sections.len() > 1
+    }
+
+    fn from_shared(members: Vec<Arc<Member>>) -> Self {
+        let section = Section {
+            bytes: 0..members[0].length(),
+            members: 0..members.len(),
+        };
+        Self {
+            members,
+            sections: vec![section],
+        }
     }
 
     /// The layers `above`, top first, over an open layer over the files `below` it.
@@ -207,7 +288,7 @@ impl Chain {
                 let file = self.qcow2(index).data().file();
                 file.map(|file| (file, place.0))
             }
-            Source::Raw(_) | Source::Zero | Source::Layer(..) => None,
+            Source::Raw(..) | Source::Zero | Source::Layer(..) => None,
         };
         Ok((piece.end - at, place))
     }
@@ -215,15 +296,18 @@ impl Chain {
     /// A chain of what was opened and found to fit.
     pub(crate) fn from_members(members: Vec<Member>) -> Self {
         assert!(!members.is_empty(), "a chain has a top");
-        let members = members.into_iter().map(Arc::new).collect();
-        Self { members }
+        Self::from_shared(members.into_iter().map(Arc::new).collect())
     }
 
     /// The disk as it was when `snapshot` of the top layer was made, over the same layers below.
     ///
     /// # Errors
-    /// When the top is raw, or as [`Layer::view_of`].
+    /// When the top is raw, or there is none, or as [`Layer::view_of`].
     pub fn view_of(&self, snapshot: &InternalSnapshot) -> Result<Self> {
+        if self.is_joined() {
+            let reason = "several disks in a row have no internal snapshots".into();
+            return Err(Error::InvalidChain { reason });
+        }
         let Member::Qcow2(top) = &*self.members[0] else {
             let reason = "its top is raw, which has no internal snapshots".into();
             return Err(Error::InvalidChain { reason });
@@ -231,21 +315,22 @@ impl Chain {
         let view = Member::Qcow2(Box::new(top.view_of(snapshot)?));
         let mut members = self.members.clone();
         members[0] = Arc::new(view);
-        Ok(Self { members })
+        Ok(Self::from_shared(members))
     }
 
     /// The disk below the top `layers` files, over the same files; `None` when nothing is below them.
     #[must_use]
     pub fn below(&self, layers: usize) -> Option<Self> {
         let members = self.members.get(layers..)?.to_vec();
-        (!members.is_empty()).then_some(Self { members })
+        let some = !members.is_empty() && !self.is_joined();
+        some.then(|| Self::from_shared(members))
     }
 
     /// The path and format of the file at `index`, 0 being the top.
     #[must_use]
     pub fn file(&self, index: usize) -> Option<(&Path, LayerFormat)> {
         Some(match &**self.members.get(index)? {
-            Member::Raw(file) => (file.path(), LayerFormat::Raw),
+            Member::Raw(raw) => (raw.file().path(), LayerFormat::Raw),
             Member::Qcow2(layer) => (layer.path(), LayerFormat::Qcow2),
         })
     }
@@ -257,15 +342,13 @@ impl Chain {
     /// A chain of one layer that is open already, as if nothing lay below it.
     #[must_use]
     pub fn of(layer: Layer) -> Self {
-        Self {
-            members: vec![Arc::new(Member::Qcow2(Box::new(layer)))],
-        }
+        Self::from_members(vec![Member::Qcow2(Box::new(layer))])
     }
 
-    /// The disk's length in bytes: that of its top layer.
+    /// The disk's length in bytes: that of its top layer, or of all disks that were joined.
     #[must_use]
     pub fn len(&self) -> u64 {
-        self.members[0].length()
+        self.sections.last().map_or(0, |last| last.bytes.end)
     }
 
     /// Whether the disk has no bytes.
@@ -274,7 +357,7 @@ impl Chain {
         self.len() == 0
     }
 
-    /// How many files the chain has, with the base.
+    /// How many files the chain has, with the base, or all chains that were joined.
     #[must_use]
     pub fn depth(&self) -> usize {
         self.members.len()
@@ -308,7 +391,7 @@ impl Chain {
         while at < end {
             let piece = self.piece(at, end)?;
             let (here, behind) = rest.split_at_mut(to_usize(piece.end - at));
-            self.read_piece(&piece, at, here)?;
+            self.read_piece(&piece, here)?;
             (at, rest) = (piece.end, behind);
         }
         Ok(())
@@ -411,9 +494,9 @@ impl Chain {
         let piece = self.piece(offset, end.min(self.len()))?;
         let how = match piece.source {
             Source::Zero => StoredAs::Zeros,
-            Source::Raw(member) => StoredAs::Plain {
+            Source::Raw(member, at) => StoredAs::Plain {
                 member,
-                at: HostOffset(offset),
+                at: self.raw(member).host(at),
             },
             Source::Layer(member, ExtentKind::Data(at)) => StoredAs::Plain { member, at },
             Source::Layer(member, ExtentKind::Compressed { cluster, skip }) => StoredAs::Packed {
@@ -476,25 +559,29 @@ impl Chain {
 
     /// The open file of a member, where it is one, and how long it is.
     pub(crate) fn member_file(&self, member: usize) -> (Option<&File>, u64) {
-        let file = match &*self.members[member] {
-            Member::Raw(file) => file,
-            Member::Qcow2(layer) => layer.data(),
-        };
+        let file = self.data_file(member);
         (file.file(), file.length())
     }
 
     /// Reads bytes of a member's file.
     pub(crate) fn read_member(&self, member: usize, at: u64, bytes: &mut [u8]) -> Result<()> {
-        let file = match &*self.members[member] {
-            Member::Raw(file) => file,
-            Member::Qcow2(layer) => layer.data(),
-        };
+        let file = self.data_file(member);
         file.read("guest data", HostOffset(at), bytes)
+    }
+
+    fn data_file(&self, member: usize) -> &ImageFile {
+        match &*self.members[member] {
+            Member::Raw(raw) => raw.file(),
+            Member::Qcow2(layer) => layer.data(),
+        }
     }
 
     /// How many top layers this chain has above `below`, when `below` is its lower part: the same files, in the
     /// same views.
     pub(crate) fn layers_above(&self, below: &Self) -> Option<usize> {
+        if self.is_joined() || below.is_joined() {
+            return None;
+        }
         let above = self.depth().checked_sub(below.depth())?;
         let lower = &self.members[above..];
         let mut pairs = lower.iter().zip(&below.members);
@@ -538,19 +625,39 @@ impl Chain {
 
     /// Where the bytes from `at` on come from, up to `end` at most, looking only at the top `layers`.
     fn piece_in(&self, at: u64, end: u64, layers: usize) -> Result<Piece> {
-        let mut end = end;
-        for (depth, member) in self.members.iter().enumerate().take(layers) {
+        let behind = |section: &Section| section.bytes.end <= at;
+        let section = &self.sections[self.sections.partition_point(behind)];
+        let start = section.bytes.start;
+        let end = end.min(section.bytes.end) - start;
+        let piece = self.piece_of(section, at - start..end, layers)?;
+        Ok(Piece {
+            end: piece.end + start,
+            ..piece
+        })
+    }
+
+    /// As [`Chain::piece_in`], with offsets that start at the section.
+    fn piece_of(&self, section: &Section, bytes: Range<u64>, layers: usize) -> Result<Piece> {
+        let Range { start: at, mut end } = bytes;
+        let members = section.members.clone();
+        for (depth, index) in members.enumerate().take(layers) {
+            let member = &self.members[index];
             let length = member.length();
+            let zeros = |end| Piece {
+                end,
+                source: Source::Zero,
+                depth,
+            };
             if at >= length {
-                return Ok(Piece {
-                    end,
-                    source: Source::Zero,
-                    depth,
-                });
+                return Ok(zeros(end));
             }
             end = end.min(length);
             let source = match &**member {
-                Member::Raw(_) => Source::Raw(depth),
+                Member::Raw(raw) if at >= raw.bytes() => return Ok(zeros(end)),
+                Member::Raw(raw) => {
+                    end = end.min(raw.bytes());
+                    Source::Raw(index, at)
+                }
                 Member::Qcow2(layer) => {
                     let extent = layer.extent_at(GuestOffset(at))?;
                     end = end.min(at + extent.length);
@@ -558,7 +665,7 @@ impl Chain {
                         ExtentKind::Unallocated => continue,
                         ExtentKind::Zero => Source::Zero,
                         kind @ (ExtentKind::Data(_) | ExtentKind::Compressed { .. }) => {
-                            Source::Layer(depth, kind)
+                            Source::Layer(index, kind)
                         }
                     }
                 }
@@ -568,17 +675,17 @@ impl Chain {
         Ok(Piece {
             end,
             source: Source::Zero,
-            depth: self.depth(),
+            depth: self.members.len(),
         })
     }
 
-    fn read_piece(&self, piece: &Piece, at: u64, bytes: &mut [u8]) -> Result<()> {
+    fn read_piece(&self, piece: &Piece, bytes: &mut [u8]) -> Result<()> {
         match piece.source {
             Source::Zero => {
                 bytes.fill(0);
                 Ok(())
             }
-            Source::Raw(index) => read_raw(self.raw(index), at, bytes),
+            Source::Raw(index, start) => self.raw(index).read(start, bytes),
             Source::Layer(index, ExtentKind::Data(place)) => {
                 self.qcow2(index).read_data(place, bytes)
             }
@@ -596,25 +703,17 @@ impl Chain {
         match piece.source {
             Source::Zero => Ok(None),
             Source::Layer(..) => Ok(Some(at..piece.end)),
-            Source::Raw(index) => {
-                let file = self.raw(index);
-                let Some(raw) = file.file() else {
-                    // Where holes cannot be asked for, everything may be data.
-                    let end = piece.end.min(file.length());
-                    return Ok((at < end).then_some(at..end));
-                };
-                let data = copy::next_data(raw, at)
-                    .map_err(|source| Error::io("find the holes of", file.path(), source))?;
-                Ok(data
-                    .map(|data| data.start.max(at)..data.end.min(piece.end))
-                    .filter(|data| data.start < data.end))
+            Source::Raw(index, start) => {
+                let end = start + (piece.end - at);
+                let data = self.raw(index).next_data(start, end)?;
+                Ok(data.map(|data| data.start - start + at..data.end - start + at))
             }
         }
     }
 
-    fn raw(&self, index: usize) -> &ImageFile {
+    fn raw(&self, index: usize) -> &RawDisk {
         match &*self.members[index] {
-            Member::Raw(file) => file,
+            Member::Raw(raw) => raw,
             Member::Qcow2(_) => unreachable!("the piece was found in a raw file"),
         }
     }
@@ -625,17 +724,6 @@ impl Chain {
             Member::Raw(_) => unreachable!("the piece was found in a layer"),
         }
     }
-}
-
-/// Reads a raw file; behind its end, in the last sector, are zeros.
-fn read_raw(file: &ImageFile, at: u64, bytes: &mut [u8]) -> Result<()> {
-    let there = file.length().saturating_sub(at).min(to_u64(bytes.len()));
-    let (data, tail) = bytes.split_at_mut(to_usize(there));
-    tail.fill(0);
-    if data.is_empty() {
-        return Ok(());
-    }
-    file.read("raw data", HostOffset(at), data)
 }
 
 #[cfg(test)]

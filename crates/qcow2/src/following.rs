@@ -11,15 +11,18 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::{Map, Value};
 use stead_sys::readable;
+use stead_sys::storage::Storage;
 
 use crate::chain::{Chain, LayerFile, LayerFormat, MAX_LAYERS, Member};
 use crate::error::{Error, Result};
 use crate::file::ImageFile;
 use crate::header::{to_u64, to_usize};
 use crate::layer::Layer;
+use crate::raw::RawDisk;
 use crate::units::HostOffset;
 
 /// The most L1 tables in memory of a chain that is followed, in bytes.
@@ -231,12 +234,18 @@ impl Chain {
     /// When a name is not followed ([`Error::NotFollowed`] says which and why), a file comes up twice,
     /// there are more than [`MAX_LAYERS`] files or 512 MiB of L1 tables, or as [`Chain::open`].
     pub fn open_following(top: &LayerFile, policy: &OpenPolicy) -> Result<Self> {
+        Opened::default().all(Some(top.clone()), policy)
+    }
+
+    /// As [`Chain::open_following`], with a qcow2 image on a storage as the top; names in it start in the folder of
+    /// `path`.
+    ///
+    /// # Errors
+    /// As [`Chain::open_following`].
+    pub fn follow_storage(top: Arc<dyn Storage>, path: &Path, policy: &OpenPolicy) -> Result<Self> {
         let mut opened = Opened::default();
-        let mut next = Some(top.clone());
-        while let Some(file) = next {
-            next = opened.add(&file, policy)?;
-        }
-        Ok(Self::from_members(opened.members))
+        let below = opened.add_layer(ImageFile::on(top, path)?, policy)?;
+        opened.all(below, policy)
     }
 }
 
@@ -277,24 +286,34 @@ impl Seen {
 }
 
 impl Opened {
+    /// Opens `next` and what lies below it.
+    fn all(mut self, mut next: Option<LayerFile>, policy: &OpenPolicy) -> Result<Chain> {
+        while let Some(file) = next {
+            next = self.add(&file, policy)?;
+        }
+        Ok(Chain::from_members(self.members))
+    }
+
     /// Opens `file` and gives the file below it.
     fn add(&mut self, file: &LayerFile, policy: &OpenPolicy) -> Result<Option<LayerFile>> {
         let image = ImageFile::open(&file.path)?;
         self.seen.accept(&image)?;
         match file.format {
             LayerFormat::Raw => {
-                self.members.push(Member::Raw(image));
+                self.members.push(Member::Raw(RawDisk::whole(image)));
                 Ok(None)
             }
-            LayerFormat::Qcow2 => {
-                let layer = Layer::inspect_image(image)?;
-                let layer = self.with_data(layer, policy)?;
-                self.count_l1(&layer)?;
-                let below = below(&layer, policy)?;
-                self.members.push(Member::from_layer(layer)?);
-                Ok(below)
-            }
+            LayerFormat::Qcow2 => self.add_layer(image, policy),
         }
+    }
+
+    fn add_layer(&mut self, image: ImageFile, policy: &OpenPolicy) -> Result<Option<LayerFile>> {
+        let layer = Layer::inspect_image(image)?;
+        let layer = self.with_data(layer, policy)?;
+        self.count_l1(&layer)?;
+        let below = below(&layer, policy)?;
+        self.members.push(Member::from_layer(layer)?);
+        Ok(below)
     }
 
     fn count_l1(&mut self, layer: &Layer) -> Result<()> {

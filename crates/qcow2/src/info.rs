@@ -151,6 +151,14 @@ pub fn info(file: &LayerFile) -> Result<ImageInfo> {
     }
 }
 
+/// As [`info()`], of a layer that is open already.
+///
+/// # Errors
+/// When its directories cannot be read.
+pub fn info_layer(layer: &Layer) -> Result<ImageInfo> {
+    layer_info(layer)
+}
+
 /// What the image `top` and those below it say of themselves, as far as `policy` follows names.
 ///
 /// # Errors

@@ -160,6 +160,14 @@ impl Layer {
         Self::new(ImageFile::new(file, path)?)
     }
 
+    /// As [`Layer::inspect`], from a storage; `path` is only for texts.
+    ///
+    /// # Errors
+    /// As [`Layer::inspect`].
+    pub fn inspect_storage(storage: Arc<dyn Storage>, path: &Path) -> Result<Self> {
+        Self::new(ImageFile::on(storage, path)?)
+    }
+
     /// As [`Layer::open`], from a storage; `path` is only for texts.
     ///
     /// # Errors

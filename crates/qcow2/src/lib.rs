@@ -40,6 +40,7 @@ mod layer;
 mod make;
 mod map;
 pub mod ops;
+mod raw;
 mod refcounts;
 mod units;
 
@@ -59,6 +60,7 @@ pub use header::{
 };
 pub use info::{
     BitmapInfo, EncryptInfo, FormatSpecific, ImageInfo, Qcow2Info, SnapshotInfo, info, info_chain,
+    info_layer,
 };
 pub use layer::{Extent, ExtentKind, Extents, Layer};
 pub use make::{

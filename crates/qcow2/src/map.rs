@@ -15,6 +15,7 @@ use crate::chain::{Chain, Member};
 use crate::error::{Error, Result};
 use crate::file::ImageFile;
 use crate::layer::{ExtentKind, Layer};
+use crate::raw::RawDisk;
 use crate::refcounts::Refcounts;
 
 /// A range of the disk that is of one kind. As JSON it has the fields of `qemu-img map --output=json`.
@@ -80,7 +81,7 @@ impl<'a> MapEntries<'a> {
         let mut end = self.chain.len();
         for (depth, member) in members.iter().enumerate() {
             let mut entry = match &**member {
-                Member::Raw(file) => raw_entry(file, at, end)?,
+                Member::Raw(raw) => raw_entry(raw, at, end)?,
                 Member::Qcow2(layer) => self.layer_entry(layer, depth, at, end)?,
             };
             entry.depth = depth;
@@ -183,8 +184,8 @@ impl<'a> Iterator for MapEntries<'a> {
 }
 
 /// Raw: all of it is there, as data or as zeros.
-fn raw_entry(file: &ImageFile, at: u64, end: u64) -> Result<MapEntry<'_>> {
-    let (zero, length) = hole_at(file, at, end - at)?;
+fn raw_entry(raw: &RawDisk, at: u64, end: u64) -> Result<MapEntry<'_>> {
+    let (zero, length) = raw.hole_at(at, end - at)?;
     Ok(MapEntry {
         start: at,
         length,
@@ -193,8 +194,8 @@ fn raw_entry(file: &ImageFile, at: u64, end: u64) -> Result<MapEntry<'_>> {
         zero,
         data: !zero,
         compressed: false,
-        offset: Some(at),
-        file: Some(file.path()),
+        offset: Some(raw.host(at).0),
+        file: Some(raw.file().path()),
     })
 }
 

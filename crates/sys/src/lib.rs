@@ -18,6 +18,7 @@ pub mod durable;
 pub mod entropy;
 pub mod image_lock;
 pub mod lock;
+pub mod part;
 pub mod process;
 pub mod readable;
 pub mod share;

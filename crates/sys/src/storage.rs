@@ -11,6 +11,7 @@ use rustix::io::Errno;
 
 use crate::direct::{self, ALIGNMENT, AlignedBuffer};
 use crate::share::{self, Shared};
+use crate::space;
 
 /// How many bytes one step of a copy by reading and writing moves.
 const STEP_BYTES: usize = 1 << 20;
@@ -55,6 +56,23 @@ pub trait Storage: Debug + Send + Sync {
     /// # Errors
     /// When the system refuses.
     fn set_len(&self, length: u64) -> io::Result<()>;
+
+    /// The most bytes that it can have, where it cannot grow as it likes; `None`: the file system decides.
+    ///
+    /// # Errors
+    /// When the system cannot tell.
+    fn room(&self) -> io::Result<Option<u64>> {
+        Ok(None)
+    }
+
+    /// Keeps room for `length` bytes at `at`, which lie behind the end, become part of the file and read as zeros;
+    /// `false` where that cannot be, and nothing was done.
+    ///
+    /// # Errors
+    /// When there is no room, or the system fails.
+    fn reserve(&self, _at: u64, _length: u64) -> io::Result<bool> {
+        Ok(false)
+    }
 
     /// Waits until everything written before is on the disk, with what is needed to read it back.
     ///
@@ -209,6 +227,13 @@ impl Storage for FileStorage {
             return Err(io::Error::from(io::ErrorKind::StorageFull));
         }
         Ok(())
+    }
+
+    fn reserve(&self, at: u64, length: u64) -> io::Result<bool> {
+        match self.device {
+            true => Ok(false),
+            false => space::reserve(&self.file, at, length),
+        }
     }
 
     fn sync(&self) -> io::Result<()> {

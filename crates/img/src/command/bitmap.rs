@@ -68,13 +68,13 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
     let [name, bitmap] = parsed.operands.as_slice() else {
         return Err(Failure::new("Expecting filename and bitmap name"));
     };
-    let image = common::image(parsed, name, FORMAT.id)?;
+    let (image, format) = editing::image(parsed, name, console)?;
     let change = Change {
         bitmap: bitmap.to_string_lossy().into_owned(),
         granularity,
         asked,
     };
-    if editing::format(&image, console)? == Format::Raw {
+    if format == Format::Raw {
         return Err(change.refuse_raw(&image.given));
     }
     let mut editor = editing::editor(&image)?;

@@ -61,8 +61,11 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
     }
     let name = common::one_operand(parsed, console.program())?;
     common::cache_mode(parsed, "cache", "cache")?;
-    let image = common::image(parsed, name, FORMAT.id)?;
-    editing::format(&image, console)?;
+    let (image, _) = editing::image(parsed, name, console)?;
+    if image.window.is_some() {
+        let why = "an image in a part of a file cannot be committed";
+        return Err(opened::not_open(&image, why));
+    }
     let (files, base) = files(parsed, &image)?;
     let options = CommitOptions {
         base,

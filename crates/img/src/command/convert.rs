@@ -2,7 +2,6 @@
 
 use std::ffi::{OsStr, OsString};
 use std::num::NonZero;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
@@ -23,7 +22,7 @@ use crate::getopt::{Opt, Parsed};
 use crate::json;
 use crate::keyval;
 use crate::new_image;
-use crate::opened::{self, OpenedChain, Sharing};
+use crate::opened::{self, ReadLock, Sharing};
 use crate::overwrite;
 use crate::progress::Progress;
 use crate::reference;
@@ -34,8 +33,9 @@ use crate::target::{self, Place};
 pub(crate) const COMMAND: Command = Command {
     name: "convert",
     about: "Copy a disk into a new image",
-    usage: "[-f FMT] [-O FMT] [-o OPTIONS] [-B BACKING -F FMT] [-c] [-n] [-l SNAPSHOT] [-p] [-q] [options] FILE NEW",
-    help: "The new file appears when it is whole and proven; before, and after an error, what was there stays.\n\n\
+    usage: "[-f FMT] [-O FMT] [-o OPTIONS] [-B BACKING -F FMT] [-c] [-n] [-l SNAPSHOT] [-p] [-q] [options] FILE... NEW",
+    help: "The new file appears when it is whole and proven; before, and after an error, what was there stays. Several FILEs\n\
+           become one disk, one behind the other.\n\n\
            \x20 -f, --source-format FMT    the format of FILE; else its first bytes tell\n\
            \x20 -O, --target-format FMT    the format of NEW: raw (the default) or qcow2\n\
            \x20 -o, --target-options LIST  its options, key=value,…; -o help lists them\n\
@@ -114,20 +114,18 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
         console.print(&options_help(parsed)?)?;
         return Ok(0);
     }
-    let (source_name, target_name) = operands(parsed)?;
-    let source = source(parsed, source_name)?;
+    let (source_names, target_name) = operands(parsed)?;
+    let source = Source::open(parsed, source_names)?;
     let job = Job::plan(parsed, &lists, &source, target_name)?;
-    warn_of_bitmaps(parsed, &source.opened.chain, console)?;
+    warn_of_bitmaps(parsed, &source.disk, console)?;
     job.run(parsed, &source, &how, console)
 }
 
-fn operands(parsed: &Parsed) -> Outcome<(&OsString, &OsString)> {
+/// What is copied, and where to.
+fn operands(parsed: &Parsed) -> Outcome<(&[OsString], &OsString)> {
     match parsed.operands.as_slice() {
-        [source, target] => Ok((source, target)),
-        [] | [_] => Err(Failure::new("Must specify image file name")),
-        [_, _, ..] => Err(Failure::new(
-            "Several images in a row cannot be copied into one; convert each to raw and join them",
-        )),
+        [sources @ .., target] if !sources.is_empty() => Ok((sources, target)),
+        [..] => Err(Failure::new("Must specify image file name")),
     }
 }
 
@@ -261,18 +259,58 @@ fn refuse_two_ways(parsed: &Parsed) -> Outcome<()> {
 
 /// What is copied.
 struct Source {
-    opened: OpenedChain,
-    part: Option<Range<u64>>,
+    disk: Chain,
+    /// The format of the first image.
+    format: Format,
+    #[expect(dead_code, reason = "they are held, not used")]
+    locks: Vec<ReadLock>,
 }
 
-fn source(parsed: &Parsed, name: &OsStr) -> Outcome<Source> {
-    let image = common::image(parsed, name, "format")?;
-    let policy = common::policy(parsed);
-    let (mut opened, part) = opened::part(&image, Sharing::of(parsed), &policy)?;
-    if let Some(wanted) = common::text(parsed, "snapshot") {
-        opened.chain = snapshot_name::view(&opened.chain, &wanted)?;
+impl Source {
+    fn open(parsed: &Parsed, names: &[OsString]) -> Outcome<Self> {
+        let mut disks = Vec::new();
+        let mut formats = Vec::new();
+        let mut locks = Vec::new();
+        for name in names {
+            let image = common::image(parsed, name, "format")?;
+            let policy = common::policy(parsed);
+            let opened = opened::chain(&image, Sharing::of(parsed), policy)?;
+            disks.push(opened.chain);
+            formats.push(opened.format);
+            locks.extend(opened.locks);
+        }
+        if names.len() > 1 {
+            require_whole_disks(parsed)?;
+        }
+        let mut disk = Chain::join(disks)?;
+        if let Some(wanted) = common::text(parsed, "snapshot") {
+            disk = snapshot_name::view(&disk, &wanted)?;
+        }
+        Ok(Self {
+            disk,
+            format: formats[0],
+            locks,
+        })
     }
-    Ok(Source { opened, part })
+}
+
+/// What belongs to one image cannot be taken from several in a row.
+fn require_whole_disks(parsed: &Parsed) -> Outcome<()> {
+    let refusals = [
+        ("snapshot", "No support for concatenating multiple snapshot"),
+        (
+            "snapshots",
+            "--snapshots is only possible with single source",
+        ),
+        (
+            "bitmaps",
+            "Copying bitmaps only possible with single source",
+        ),
+    ];
+    match refusals.into_iter().find(|(id, _)| parsed.has(id)) {
+        Some((_, why)) => Err(Failure::new(why)),
+        None => Ok(()),
+    }
 }
 
 /// What is to be made, and where.
@@ -291,18 +329,24 @@ impl Job {
         let kind = target_format(parsed)?;
         let path = target_path(parsed, name)?;
         if parsed.has("bitmaps") {
-            require_bitmaps(kind, &source.opened)?;
+            require_bitmaps(kind, source.format)?;
         }
         if parsed.has("no-create") {
             return Self::over(parsed, kind, &path, source, name);
         }
         let given = given(parsed, lists, kind)?;
+        let over = given.get("backing_file");
+        if over.is_some_and(|name| !name.is_empty()) && source.disk.is_joined() {
+            return Err(Failure::new(
+                "Having a backing file for the target makes no sense when concatenating multiple input images",
+            ));
+        }
         if parsed.has("compress") {
             check_compression(kind, &given)?;
         }
         let shown = name.to_string_lossy().into_owned();
         let cannot = |why: String| not_converted(&shown, kind, &why);
-        let format = given.new_format().map_err(cannot)?;
+        let format = given.new_format(&path).map_err(cannot)?;
         let place = target::place(&path).map_err(cannot)?;
         let below = below(&given, &path, &shown)?;
         Ok(Self {
@@ -325,11 +369,7 @@ impl Job {
         name: &OsStr,
     ) -> Outcome<Self> {
         let shown = name.to_string_lossy().into_owned();
-        let needed = match &source.part {
-            Some(part) => part.end - part.start,
-            None => source.opened.chain.len(),
-        };
-        let there = overwrite::existing(path, kind, needed);
+        let there = overwrite::existing(path, kind, source.disk.len());
         let there = there.map_err(|why| overwrite::failure(&shown, why))?;
         if parsed.has("compress") && kind == Format::Raw {
             return Err(Failure::new(NO_COMPRESSION));
@@ -354,7 +394,7 @@ impl Job {
         let options = ConvertOptions {
             format: self.format.clone(),
             disk: self.disk,
-            window: source.part.clone(),
+            window: None,
             keep: Keep {
                 snapshots: parsed.has("snapshots"),
                 bitmaps: parsed.has("bitmaps"),
@@ -374,7 +414,7 @@ impl Job {
             progress: Some(&tell),
         };
         let dry_run = parsed.has("dry-run");
-        let chain = &source.opened.chain;
+        let chain = &source.disk;
         let done = match dry_run {
             true => predict(chain, &self.place.target, &options, &control),
             false => convert(chain, &self.place.target, &options, &control),
@@ -428,8 +468,8 @@ fn not_converted(name: &str, kind: Format, why: &str) -> Failure {
 }
 
 /// Bitmaps can be kept from such a source in such a target.
-fn require_bitmaps(kind: Format, source: &OpenedChain) -> Outcome<()> {
-    match (kind, source.format) {
+fn require_bitmaps(kind: Format, source: Format) -> Outcome<()> {
+    match (kind, source) {
         (Format::Raw, _) => Err(Failure::new("Format driver 'raw' does not support bitmaps")),
         (Format::Qcow2, Format::Raw) => Err(Failure::new("Source lacks bitmap support")),
         (Format::Qcow2, Format::Qcow2) => Ok(()),

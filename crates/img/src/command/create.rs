@@ -171,7 +171,7 @@ fn size_below(image: &Path, name: &str, format: Option<&str>) -> Result<u64, Str
 }
 
 fn make(path: &Path, given: &Given) -> Result<(), String> {
-    let format = given.new_format()?;
+    let format = given.new_format(path)?;
     let size = given.size().unwrap_or(0);
     let disk = size.checked_next_multiple_of(512);
     let disk = disk.ok_or("Could not resize image: Image size cannot be negative")?;

@@ -65,9 +65,8 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
     };
     let image = common::image(parsed, from, FORMAT.id)?;
     let policy = common::policy(parsed);
-    let (opened, part) = opened::part(&image, Sharing::of(parsed), &policy)?;
-    let part = part.unwrap_or(0..opened.chain.len());
-    let taken = operands.blocks.window(part.end - part.start);
+    let opened = opened::chain(&image, Sharing::of(parsed), policy)?;
+    let taken = operands.blocks.window(opened.chain.len());
     if taken.is_none() {
         let program = console.program().to_owned();
         let name = &image.given;
@@ -78,7 +77,7 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
     let taken = taken.unwrap_or(0..0);
     let options = ConvertOptions {
         format: new_format(parsed)?,
-        window: Some(part.start + taken.start..part.start + taken.end),
+        window: Some(taken),
         ..ConvertOptions::default()
     };
     let path = reference::plain_path(to).map_err(Failure::new)?;

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::path::PathBuf;
 
-use stead_qcow2::{BitmapInfo, FormatSpecific, ImageInfo, LayerFile, Qcow2Info, info};
+use stead_qcow2::{BitmapInfo, FormatSpecific, ImageInfo, Qcow2Info};
 
 use crate::command::Command;
 use crate::common::{self, FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, Output};
@@ -106,19 +106,7 @@ impl Image {
     fn read(reference: Reference, sharing: Sharing) -> Outcome<Self> {
         let format = opened::format_of(&reference)?;
         let _lock = opened::lock(&reference, sharing)?;
-        let file = LayerFile {
-            path: reference.path.clone(),
-            format: format.into(),
-        };
-        let found = info(&file).map_err(|error| Failure::open(&reference.given, &error))?;
-        let virtual_size = match reference.window {
-            None => found.virtual_size,
-            Some(window) => {
-                let size = window.bytes_of(found.file_length);
-                let size = size.map_err(|why| opened::not_open(&reference, &why))?;
-                size.next_multiple_of(512)
-            }
-        };
+        let found = opened::describe(&reference, format)?;
         Ok(Self {
             info: ImageInfo {
                 filename: reference.shown,
@@ -127,7 +115,6 @@ impl Image {
                 } else {
                     found.format
                 },
-                virtual_size,
                 ..found
             },
             place: None,

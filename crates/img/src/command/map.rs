@@ -8,6 +8,7 @@ use crate::console::Console;
 use crate::failure::{Failure, Outcome};
 use crate::getopt::{Opt, Parsed};
 use crate::opened::{self, Sharing};
+use crate::reference::Reference;
 
 pub(crate) const COMMAND: Command = Command {
     name: "map",
@@ -51,7 +52,7 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
         Err(error) => Some(Err(error)),
     });
     match output {
-        Output::Human => human(entries, console)?,
+        Output::Human => human(&image, entries, console)?,
         Output::Json => json(start, entries, console)?,
     }
     Ok(0)
@@ -69,7 +70,11 @@ fn clipped(mut entry: MapEntry<'_>, end: u64) -> Option<MapEntry<'_>> {
 /// The entries of a map.
 type Entry<'a> = Result<MapEntry<'a>, stead_qcow2::Error>;
 
-fn human<'a>(entries: impl Iterator<Item = Entry<'a>>, console: &mut Console) -> Outcome<()> {
+fn human<'a>(
+    image: &Reference,
+    entries: impl Iterator<Item = Entry<'a>>,
+    console: &mut Console,
+) -> Outcome<()> {
     console.line("Offset          Length          Mapped to       File")?;
     for entry in entries {
         let entry = entry?;
@@ -82,7 +87,10 @@ fn human<'a>(entries: impl Iterator<Item = Entry<'a>>, console: &mut Console) ->
             ));
         };
         let [start, length, offset] = [entry.start, entry.length, offset].map(hexadecimal);
-        let file = file.display();
+        let file = match &image.part_name {
+            Some(name) if file == image.path => name.clone(),
+            Some(_) | None => file.display().to_string(),
+        };
         console.line(&format!("{start:<16}{length:<16}{offset:<16}{file}"))?;
     }
     Ok(())

@@ -1,5 +1,7 @@
 //! `measure`: how large a new image will be.
 
+use std::path::Path;
+
 use serde_json::json;
 use stead_qcow2::{Chain, Control, ConvertOptions, Error, Measured, NewFiles, NewFormat};
 use stead_qcow2::{Target, measure, measure_empty, predict};
@@ -119,7 +121,7 @@ fn new_format(parsed: &Parsed, lists: &[String]) -> Outcome<NewFormat> {
         more.push_str(&format!("Invalid options for file format '{format}'"));
         Failure::new(first).with_more(more)
     })?;
-    let new = given.new_format();
+    let new = given.new_format(Path::new("measured"));
     new.map_err(|why| Failure::new(why.replace("version=v3", "compat=1.1")))
 }
 

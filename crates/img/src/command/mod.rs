@@ -1,5 +1,6 @@
 //! The subcommands.
 
+mod amend;
 mod bitmap;
 mod check;
 mod commit;
@@ -47,6 +48,7 @@ pub(crate) const COMMANDS: &[Command] = &[
     convert::COMMAND,
     compare::COMMAND,
     dd::COMMAND,
+    amend::COMMAND,
     resize::COMMAND,
     snapshot::COMMAND,
     rebase::COMMAND,

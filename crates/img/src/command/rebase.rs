@@ -59,8 +59,8 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
     let wanted = Wanted::read(parsed, console.program())?;
     common::cache_mode(parsed, "cache", "cache")?;
     common::cache_mode(parsed, "source-cache", "source cache")?;
-    let image = common::image(parsed, name, FORMAT.id)?;
-    if editing::format(&image, console)? == Format::Raw {
+    let (image, format) = editing::image(parsed, name, console)?;
+    if format == Format::Raw {
         wanted.require_known_format()?;
         return Err(wanted.cannot("Operation not supported"));
     }

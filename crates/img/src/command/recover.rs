@@ -1,7 +1,7 @@
 //! `recover`: finishes a change that was interrupted.
 
 use serde_json::json;
-use stead_qcow2::edit::{Recovery, recover};
+use stead_qcow2::edit::{Recovery, recover, recover_storage};
 
 use crate::command::Command;
 use crate::common::{self, FORMAT, IMAGE_OPTS, OBJECT, QUIET};
@@ -9,6 +9,7 @@ use crate::console::Console;
 use crate::failure::{Failure, Outcome};
 use crate::getopt::Parsed;
 use crate::json;
+use crate::opened;
 use crate::report::JSON;
 
 pub(crate) const COMMAND: Command = Command {
@@ -29,7 +30,15 @@ pub(crate) const COMMAND: Command = Command {
 fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
     let name = common::one_operand(parsed, console.program())?;
     let image = common::image(parsed, name, FORMAT.id)?;
-    let done = recover(&image.path).map_err(|error| Failure::open(&image.given, &error))?;
+    let done = match image.window {
+        None => recover(&image.path),
+        Some(window) => {
+            let part = window.open_for_changes(&image.path);
+            let (part, _lock) = part.map_err(|why| opened::not_open(&image, &why))?;
+            recover_storage(part, &image.path)
+        }
+    };
+    let done = done.map_err(|error| Failure::open(&image.given, &error))?;
     let (outcome, text) = match done {
         Recovery::NothingToDo => ("nothing-to-do", "No change was in progress."),
         Recovery::Finished => ("done", "The change is finished; the image is whole."),

@@ -1,7 +1,8 @@
 //! `resize`: another length for a virtual disk.
 
 use stead_qcow2::edit::Editor;
-use stead_qcow2::{Chain, Error, Preallocation, ops};
+use stead_qcow2::ops::resize;
+use stead_qcow2::{Chain, Error, Preallocation};
 
 use crate::command::Command;
 use crate::common::{self, FORMAT, IMAGE_OPTS, OBJECT, QUIET};
@@ -26,7 +27,7 @@ pub(crate) const COMMAND: Command = Command {
            internal snapshots keep their length. What is added reads as zeros.\n\n\
            \x20 -f, --format FMT      raw or qcow2; else the file's first bytes tell\n\
            \x20     --image-opts      FILE is an option string\n\
-           \x20     --preallocation   off, or for raw disks falloc or full: take the room of what is added\n\
+           \x20     --preallocation   off; metadata (qcow2): tables for what is added; falloc, full: take its room too\n\
            \x20     --shrink          allow to lose what lies beyond the new end\n\
            \x20     --dry-run         only say how much room it takes\n\
            \x20     --json            say as JSON what was done\n\
@@ -56,8 +57,8 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
         return Err(Failure::usage(console.program(), text));
     };
     let change = Change::parse(&size.to_string_lossy())?;
-    let image = common::image(parsed, name, FORMAT.id)?;
-    match editing::format(&image, console)? {
+    let (image, format) = editing::image(parsed, name, console)?;
+    match format {
         Format::Raw => raw(parsed, &image, change, mode, console)?,
         Format::Qcow2 => qcow2(parsed, &image, change, mode, console)?,
     }
@@ -123,6 +124,15 @@ fn check_shrink(parsed: &Parsed, old: u64, new: u64) -> Outcome<()> {
     ))
 }
 
+fn check_growth(mode: Preallocation, old: u64, new: u64) -> Outcome<()> {
+    if mode == Preallocation::Off || new > old {
+        return Ok(());
+    }
+    Err(Failure::new(
+        "Preallocation can only be used for growing images",
+    ))
+}
+
 fn raw(
     parsed: &Parsed,
     image: &Reference,
@@ -130,13 +140,19 @@ fn raw(
     mode: Preallocation,
     console: &mut Console,
 ) -> Outcome<()> {
-    let file = RawFile::open(&image.path).map_err(|why| opened::not_open(image, &why))?;
+    if image.window.is_some_and(|window| window.size.is_some()) {
+        return Err(Failure::new("Cannot resize fixed-size raw disks"));
+    }
+    let start = image.window.map_or(0, |window| window.offset);
+    let file =
+        RawFile::open_from(&image.path, start).map_err(|why| opened::not_open(image, &why))?;
     let old = file
         .length()
         .map_err(|error| Failure::new(system_words(&error)))?;
     // A raw disk has whole sectors.
     let new = change.of(old.next_multiple_of(512))?;
     check_shrink(parsed, old, new)?;
+    check_growth(mode, old, new)?;
     if mode == Preallocation::Metadata {
         return Err(Failure::new("Unsupported preallocation mode: metadata"));
     }
@@ -169,18 +185,15 @@ fn qcow2(
     if !new.is_multiple_of(512) {
         return Err(Failure::new("The new size must be a multiple of 512"));
     }
-    if mode != Preallocation::Off {
-        return Err(Failure::new(
-            "--preallocation of qcow2 images is not supported yet; nothing was changed",
-        ));
-    }
+    check_growth(mode, old, new)?;
     let below = below(image, &editor)?;
     let cannot = |error: Error| Failure::new(error.to_string());
     if parsed.has(DRY_RUN.id) {
-        let plan = editor.plan(|edit| edit.resize(new, below.as_ref()));
+        let plan = resize::plan(&editor, new, below.as_ref(), mode);
         return report::planned(parsed, &plan.map_err(cannot)?, console);
     }
-    let done = ops::resize::resize(&mut editor, new, below.as_ref()).map_err(cannot)?;
+    let done = resize::resize_reserving(&mut editor, new, below.as_ref(), mode);
+    let done = done.map_err(cannot)?;
     report::done(parsed, &done, DONE, console)
 }
 

@@ -2,13 +2,13 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use stead_qcow2::edit::{Editor, SnapshotName};
-use stead_qcow2::{Error, LayerFile, info, ops};
+use stead_qcow2::edit::SnapshotName;
+use stead_qcow2::{Error, ops};
 
 use crate::command::Command;
 use crate::common::{self, FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, QUIET};
 use crate::console::Console;
-use crate::editing;
+use crate::editing::{self, OpenedEditor};
 use crate::failure::{Failure, Outcome};
 use crate::format::Format;
 use crate::getopt::{Opt, Parsed};
@@ -60,15 +60,17 @@ enum Action {
 fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
     let action = action(parsed, console.program())?;
     let name = common::one_operand(parsed, console.program())?;
-    let image = common::image(parsed, name, FORMAT.id)?;
     if let Action::List = action {
+        let image = common::image(parsed, name, FORMAT.id)?;
         return list(parsed, &image, console);
     }
     if parsed.has(FORCE_SHARE.id) {
+        let image = common::image(parsed, name, FORMAT.id)?;
         let why = "force-share=on can only be used with read-only images";
         return Err(opened::not_open(&image, why));
     }
-    if editing::format(&image, console)? == Format::Raw {
+    let (image, format) = editing::image(parsed, name, console)?;
+    if format == Format::Raw {
         return Err(raw(&action));
     }
     let editor = editing::editor(&image)?;
@@ -103,11 +105,7 @@ fn action(parsed: &Parsed, program: &str) -> Outcome<Action> {
 fn list(parsed: &Parsed, image: &Reference, console: &mut Console) -> Outcome<u8> {
     let format = opened::format_of(image)?;
     let _lock = opened::lock(image, Sharing::of(parsed))?;
-    let file = LayerFile {
-        path: image.path.clone(),
-        format: format.into(),
-    };
-    let found = info(&file).map_err(|error| Failure::open(&image.given, &error))?;
+    let found = opened::describe(image, format)?;
     console.print(&snapshot_table::table(&found.snapshots))?;
     Ok(0)
 }
@@ -126,7 +124,12 @@ fn raw(action: &Action) -> Failure {
     })
 }
 
-fn create(parsed: &Parsed, mut editor: Editor, name: &str, console: &mut Console) -> Outcome<()> {
+fn create(
+    parsed: &Parsed,
+    mut editor: OpenedEditor,
+    name: &str,
+    console: &mut Console,
+) -> Outcome<()> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     let now = now.unwrap_or_default();
     let called = SnapshotName {
@@ -143,7 +146,12 @@ fn create(parsed: &Parsed, mut editor: Editor, name: &str, console: &mut Console
     report::done(parsed, &done, "", console)
 }
 
-fn apply(parsed: &Parsed, mut editor: Editor, name: &str, console: &mut Console) -> Outcome<()> {
+fn apply(
+    parsed: &Parsed,
+    mut editor: OpenedEditor,
+    name: &str,
+    console: &mut Console,
+) -> Outcome<()> {
     let cannot = |error: Error| failure("apply", name, &error);
     let all = editor.layer().internal_snapshots().map_err(cannot)?;
     let by_id = all.iter().position(|one| one.id == name.as_bytes());
@@ -162,7 +170,12 @@ fn apply(parsed: &Parsed, mut editor: Editor, name: &str, console: &mut Console)
 }
 
 /// By name only, as qemu-img: an id that is also another snapshot's name must not remove the wrong one.
-fn delete(parsed: &Parsed, mut editor: Editor, name: &str, console: &mut Console) -> Outcome<()> {
+fn delete(
+    parsed: &Parsed,
+    mut editor: OpenedEditor,
+    name: &str,
+    console: &mut Console,
+) -> Outcome<()> {
     let cannot = |error: Error| failure("delete", name, &error);
     let all = editor.layer().internal_snapshots().map_err(cannot)?;
     let Some(index) = all.iter().position(|one| one.name == name.as_bytes()) else {

@@ -38,6 +38,7 @@ mod rebuild;
 mod records;
 mod refcounts;
 mod repair;
+mod reserve;
 mod room;
 mod snapshots;
 mod switch;
@@ -47,6 +48,7 @@ mod versions;
 mod views;
 
 use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -217,11 +219,23 @@ impl Editor {
     /// As [`Editor::open`].
     pub fn open_for_amendments(path: &Path, options: EditOptions) -> Result<Self> {
         Self::open_with(path, |storage| {
-            let mut editor = Self::read(storage, path, options, true)?;
-            editor.require_whole()?;
-            editor.damaged = false;
-            Ok(editor)
+            Self::for_amendments_on(storage, path, options)
         })
+    }
+
+    /// As [`Editor::open_for_amendments`], on a storage that nobody else uses; `path` is only for texts.
+    ///
+    /// # Errors
+    /// As [`Editor::open`].
+    pub fn for_amendments_on(
+        storage: Arc<dyn Storage>,
+        path: &Path,
+        options: EditOptions,
+    ) -> Result<Self> {
+        let mut editor = Self::read(storage, path, options, true)?;
+        editor.require_whole()?;
+        editor.damaged = false;
+        Ok(editor)
     }
 
     /// As [`Editor::open`], for the repair of an image that may be damaged.
@@ -240,7 +254,7 @@ impl Editor {
     }
 
     /// As [`Editor::open`], on a storage that nobody else uses; `path` is only for texts. Whether the room for
-    /// a change is there is not looked at.
+    /// a change is there is looked at only where the storage says how long it can be ([`Storage::room`]).
     ///
     /// # Errors
     /// As [`Editor::open`].
@@ -404,15 +418,14 @@ impl Editor {
     }
 
     fn require_room(&self, room: &Plan, left: u64) -> Result<()> {
-        let Some(file) = &self.file else {
-            return Ok(());
-        };
         let error = |source| Error::io("find the room for", &self.path, source);
-        let (needed, available) = if file.is_device() {
-            (room.peak_bytes, file.len().map_err(error)?)
+        let limit = self.storage.room().map_err(error)?;
+        let (needed, available) = if let Some(limit) = limit {
+            (room.peak_bytes, limit)
+        } else if let Some(file) = &self.file {
+            self.room_of(file, room, left).map_err(error)?
         } else {
-            let available = space::available_bytes(&self.path).map_err(error)?;
-            (room.new_bytes.saturating_add(left), available)
+            return Ok(());
         };
         if needed <= available {
             return Ok(());
@@ -422,6 +435,15 @@ impl Editor {
             needed,
             available,
         })
+    }
+
+    /// The bytes that are needed and those that are there, on a device or in a file system.
+    fn room_of(&self, file: &FileStorage, room: &Plan, left: u64) -> io::Result<(u64, u64)> {
+        if file.is_device() {
+            return Ok((room.peak_bytes, file.len()?));
+        }
+        let available = space::available_bytes(&self.path)?;
+        Ok((room.new_bytes.saturating_add(left), available))
     }
 
     /// Cuts off what a change wrote behind the end, when it came to nothing.

@@ -164,6 +164,25 @@ impl Edit {
         Ok(HostOffset(first << self.size().bits()))
     }
 
+    /// As [`Edit::allocate`]; clusters from `end` on, in clusters, stay holes and are not counted as room.
+    pub(super) fn allocate_holes(&mut self, count: u64, end: u64) -> Result<HostOffset> {
+        let first = self.counts.take_run(count)?;
+        let fresh = self.counts.take_fresh();
+        let host = self.own(first, count)?;
+        let bits = self.size().bits();
+        for (start, taken) in fresh {
+            let behind = match start == first {
+                true => (start + taken).min(end.max(start)),
+                false => start + taken,
+            };
+            if self.plan {
+                let added = self.blocks.add(start << bits, (behind - start) << bits);
+                added.map_err(self.io("find the holes of"))?;
+            }
+        }
+        Ok(host)
+    }
+
     /// Counts the room of what was taken.
     pub(super) fn note_taken(&mut self) -> Result<()> {
         let bits = self.size().bits();

@@ -66,6 +66,15 @@ pub(crate) struct Kept {
 impl Kept {
     pub fn read(source: &Chain, keep: Keep) -> Result<Self> {
         let mut kept = Self::default();
+        if source.is_joined() {
+            return match keep == Keep::default() {
+                true => Ok(kept),
+                false => Err(Error::InvalidChain {
+                    reason: "several disks in a row have no internal snapshots and bitmaps that could be kept"
+                        .into(),
+                }),
+            };
+        }
         let Some(top) = source.layer(0) else {
             return Ok(kept);
         };

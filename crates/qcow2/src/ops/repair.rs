@@ -45,6 +45,40 @@ pub struct Repaired {
     pub room: Option<Plan>,
 }
 
+/// What a repair would find and do; nothing was written.
+#[derive(Debug, Clone)]
+pub struct PlannedRepair {
+    /// What a check finds.
+    pub before: CheckReport,
+    /// The names of bitmaps that would be dropped, where they can be read.
+    pub dropped_bitmaps: Vec<String>,
+    /// The room that it would take; `None` where there is nothing to do.
+    pub room: Option<Plan>,
+}
+
+/// What [`repair`] would do, and the room that it needs; nothing is written.
+///
+/// # Errors
+/// As [`repair`].
+pub fn plan(path: &Path, mode: RepairMode, control: &Control<'_>) -> Result<PlannedRepair> {
+    let editor = Editor::open_damaged(path, EditOptions::default())?;
+    plan_with(&editor, mode, control)
+}
+
+/// As [`plan`], on a storage that nobody else uses; `path` is only for texts.
+///
+/// # Errors
+/// As [`repair`].
+pub fn plan_storage(
+    storage: Arc<dyn Storage>,
+    path: &Path,
+    mode: RepairMode,
+    control: &Control<'_>,
+) -> Result<PlannedRepair> {
+    let editor = Editor::damaged_on(storage, path, EditOptions::default())?;
+    plan_with(&editor, mode, control)
+}
+
 /// Repairs the image at `path`.
 ///
 /// # Durability
@@ -72,6 +106,56 @@ pub fn repair_storage(
     repair_with(editor, mode, control)
 }
 
+/// How an image is made right.
+struct Cure {
+    from: RefcountsFrom,
+    drop: BitmapsToDrop,
+    /// Corruptions that stay.
+    left: u64,
+}
+
+impl Cure {
+    /// `None` where there is nothing to do.
+    fn of(editor: &Editor, mode: RepairMode, drop: BitmapsToDrop) -> Result<Option<Self>> {
+        let before = editor.check();
+        if is_whole(before) && drop == BitmapsToDrop::None {
+            return Ok(None);
+        }
+        require_repairable(editor, mode)?;
+        let (from, left) = match mode {
+            RepairMode::Leaks if before.corruptions > 0 => {
+                (RefcountsFrom::WhatIsReferenced, before.corruptions)
+            }
+            RepairMode::Leaks | RepairMode::All => (RefcountsFrom::References, 0),
+        };
+        Ok(Some(Self { from, drop, left }))
+    }
+
+    fn apply(&self, edit: &mut Edit, path: &Path, control: &Control<'_>) -> Result<()> {
+        control.go_on(path)?;
+        edit.rebuild(self.from, &self.drop)?;
+        if self.from == RefcountsFrom::References {
+            edit.mark_clean();
+        }
+        Ok(())
+    }
+}
+
+fn plan_with(editor: &Editor, mode: RepairMode, control: &Control<'_>) -> Result<PlannedRepair> {
+    let drop = bitmaps_to_drop(editor, mode)?;
+    let dropped_bitmaps = names(editor, &drop)?;
+    let path = editor.layer().path();
+    let room = match Cure::of(editor, mode, drop)? {
+        Some(cure) => Some(editor.plan(|edit| cure.apply(edit, path, control))?),
+        None => None,
+    };
+    Ok(PlannedRepair {
+        before: editor.check().clone(),
+        dropped_bitmaps,
+        room,
+    })
+}
+
 fn repair_with(mut editor: Editor, mode: RepairMode, control: &Control<'_>) -> Result<Repaired> {
     let before = editor.check().clone();
     let drop = bitmaps_to_drop(&editor, mode)?;
@@ -81,38 +165,21 @@ fn repair_with(mut editor: Editor, mode: RepairMode, control: &Control<'_>) -> R
         room: None,
         before,
     };
-    if is_whole(&repaired.before) && drop == BitmapsToDrop::None {
+    let Some(cure) = Cure::of(&editor, mode, drop)? else {
         return Ok(repaired);
-    }
-    require_repairable(&editor, mode)?;
-    let corruptions = repaired.before.corruptions;
-    let (from, left) = match mode {
-        RepairMode::Leaks if corruptions > 0 => (RefcountsFrom::WhatIsReferenced, corruptions),
-        RepairMode::Leaks | RepairMode::All => (RefcountsFrom::References, 0),
     };
     let path = editor.layer().path().to_owned();
     let leaving = Leaving {
-        corruptions: left,
+        corruptions: cure.left,
         ..Leaving::default()
     };
-    let done = editor.apply_leaving(leaving, |edit| {
-        control.go_on(&path)?;
-        change(edit, from, &drop)
-    })?;
+    let done = editor.apply_leaving(leaving, |edit| cure.apply(edit, &path, control))?;
     control.tell(1, 1);
     repaired.room = Some(done.room);
     repaired.after = done.check;
     repaired.after.marked_dirty = editor.layer().header().dirty;
     repaired.after.marked_corrupt = editor.layer().header().corrupt;
     Ok(repaired)
-}
-
-fn change(edit: &mut Edit, from: RefcountsFrom, drop: &BitmapsToDrop) -> Result<()> {
-    edit.rebuild(from, drop)?;
-    if from == RefcountsFrom::References {
-        edit.mark_clean();
-    }
-    Ok(())
 }
 
 fn is_whole(report: &CheckReport) -> bool {

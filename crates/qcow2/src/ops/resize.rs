@@ -1,8 +1,9 @@
 //! Another length for the virtual disk.
 
 use crate::chain::Chain;
-use crate::edit::{Done, Editor};
+use crate::edit::{Done, Edit, Editor, Plan};
 use crate::error::Result;
+use crate::make::Preallocation;
 
 /// Gives the virtual disk the length `bytes`, a multiple of 512.
 ///
@@ -18,4 +19,40 @@ use crate::error::Result;
 /// bytes while there are bitmaps; else as [`Editor::apply`].
 pub fn resize(editor: &mut Editor, bytes: u64, below: Option<&Chain>) -> Result<Done<()>> {
     editor.apply(|edit| edit.resize(bytes, below))
+}
+
+/// As [`resize`], with room for what is added: the clusters behind the one that the disk ended in, which read as zeros.
+///
+/// # Durability
+/// As [`Editor::apply`].
+///
+/// # Errors
+/// As [`resize`].
+pub fn resize_reserving(
+    editor: &mut Editor,
+    bytes: u64,
+    below: Option<&Chain>,
+    mode: Preallocation,
+) -> Result<Done<()>> {
+    editor.apply(|edit| change(edit, bytes, below, mode))
+}
+
+/// How much room [`resize_reserving`] needs; nothing is written.
+///
+/// # Errors
+/// As [`resize`].
+pub fn plan(
+    editor: &Editor,
+    bytes: u64,
+    below: Option<&Chain>,
+    mode: Preallocation,
+) -> Result<Plan> {
+    editor.plan(|edit| change(edit, bytes, below, mode))
+}
+
+fn change(edit: &mut Edit, bytes: u64, below: Option<&Chain>, mode: Preallocation) -> Result<()> {
+    let size = edit.old().cluster_size();
+    let before = size.count_for(edit.virtual_size());
+    edit.resize(bytes, below)?;
+    edit.reserve(before..size.count_for(bytes).max(before), mode)
 }

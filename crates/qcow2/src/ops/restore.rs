@@ -7,7 +7,7 @@
 //! known to differ.
 
 use crate::consistency::Note;
-use crate::edit::{Done, Edit, Editor, Mapping, View};
+use crate::edit::{Done, Edit, Editor, Mapping, Plan, View};
 use crate::error::{Error, Result};
 
 const OPERATION: &str = "restore an internal snapshot from the active disk";
@@ -23,10 +23,21 @@ const OPERATION: &str = "restore an internal snapshot from the active disk";
 /// [`Editor::apply`].
 pub fn restore_from_active(editor: &mut Editor, called: &[u8]) -> Result<Done<u64>> {
     require_restorable(editor, called)?;
-    editor.apply(|edit| {
-        let index = super::snapshot::find(edit, OPERATION, called)?;
-        restore(edit, index)
-    })
+    editor.apply(|edit| restore_called(edit, called))
+}
+
+/// How much room [`restore_from_active`] needs; nothing is written.
+///
+/// # Errors
+/// As [`restore_from_active`].
+pub fn plan(editor: &Editor, called: &[u8]) -> Result<Plan> {
+    require_restorable(editor, called)?;
+    editor.plan(|edit| restore_called(edit, called))
+}
+
+fn restore_called(edit: &mut Edit, called: &[u8]) -> Result<u64> {
+    let index = super::snapshot::find(edit, OPERATION, called)?;
+    restore(edit, index)
 }
 
 fn require_restorable(editor: &Editor, called: &[u8]) -> Result<()> {

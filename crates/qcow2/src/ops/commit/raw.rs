@@ -12,6 +12,7 @@ use crate::chain::{Chain, LayerFile, Member};
 use crate::edit::{Edit, Editor, Leaving, NewBlocks, Plan, lock};
 use crate::error::{Error, Result};
 use crate::file::ImageFile;
+use crate::raw::RawDisk;
 
 use super::{CommitOptions, CommitReport, Files, Views, bitmaps};
 
@@ -79,7 +80,7 @@ impl<'a> Ready<'a> {
     ) -> Result<Self> {
         let raw = base.image()?;
         let top = Member::from_layer(top.reopen()?)?;
-        let chain = Chain::over(top, between, Member::Raw(raw.clone()))?;
+        let chain = Chain::over(top, between, Member::Raw(RawDisk::whole(raw.clone())))?;
         let views = Views::of(chain, between.len() + 1)?;
         let target_bytes = views.target_bytes(options)?;
         views.require_snapshots_unseen(target_bytes)?;

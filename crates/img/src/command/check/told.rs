@@ -1,87 +1,115 @@
-//! `check`: whether an image is whole.
+//! What a check found, as it is told to people and programs.
 
-use stead_qcow2::{CheckReport, Finding, HostOffset, Layer, Note, check};
+use serde_json::json as json_value;
+use stead_qcow2::edit::Plan;
+use stead_qcow2::{CheckReport, Finding, HostOffset, Layer, Note, ops};
 
-use crate::command::Command;
-use crate::common::{self, FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, Output, QUIET};
+use crate::common::Output;
 use crate::console::Console;
-use crate::failure::{Failure, Outcome};
-use crate::format::Format;
-use crate::getopt::{Opt, Parsed};
-use crate::opened::{self, Sharing};
+use crate::failure::Outcome;
+use crate::json;
 use crate::reference::Reference;
+use crate::report;
 use crate::tree::Tree;
 
-pub(crate) const COMMAND: Command = Command {
-    name: "check",
-    about: "Find what is wrong in a qcow2 image",
-    usage: "[-f FMT | --image-opts] [-q] [-U] [-T CACHE] [--output=human|json] FILE",
-    help: "Nothing is written, and files that the image names are not opened. Beside what qemu-img finds: overlaps,\n\
-           and damage in the tables of internal snapshots and bitmaps.\n\n\
-           \x20 -f, --format FMT      the format (raw has no check); else the file's first bytes tell\n\
-           \x20     --image-opts      FILE is an option string\n\
-           \x20     --output FORMAT   human or json\n\
-           \x20     --notes           all that is no damage but worth knowing (as JSON always)\n\
-           \x20 -q, --quiet           only what is wrong\n\
-           \x20 -U, --force-share     also while another process writes the image\n\
-           \x20 -T, --cache CACHE     accepted for scripts\n\n\
-           Exit status: 0 whole, 1 the check could not be made, 2 damaged, 3 only room is lost (leaks),\n\
-           63 the format has no check.\n\n\
-           Example:\n  {program} check --output=json disk.qcow2\n",
-    opts: &[
-        FORMAT,
-        OBJECT,
-        IMAGE_OPTS,
-        OUTPUT,
-        FORCE_SHARE,
-        QUIET,
-        Opt::flag("notes", "", &["notes"]),
-        Opt::value("cache", "T", &["cache", "source-cache"]),
-    ],
-    run,
-    last_is_operand: false,
-};
-
-/// The format has no check.
-const STATUS_UNSUPPORTED: u8 = 63;
-/// The image is damaged.
-const STATUS_CORRUPT: u8 = 2;
-/// Nothing is damaged, but room is lost.
-const STATUS_LEAKS: u8 = 3;
-
-fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
-    let output = common::output(parsed)?;
-    let name = common::one_operand(parsed, console.program())?;
-    common::cache_mode(parsed, "cache", "source cache")?;
-    let image = common::image(parsed, name, "format")?;
-    if opened::format_of(&image)? == Format::Raw || image.bare_file {
-        let failure = Failure::new("This image format does not support checks");
-        return Err(failure.with_status(STATUS_UNSUPPORTED));
-    }
-    let _lock = opened::lock(&image, Sharing::of(parsed))?;
-    let layer = opened::inspect(&image)?;
-    let report = check(&layer).map_err(|error| Failure::new(format!("Check failed: {error}")))?;
-    say_findings(&layer, &report, console)?;
-    say_notes(&report, parsed.has("notes"), console)?;
-    match output {
-        Output::Json => console.line(&json(&image, &layer, &report).json())?,
-        Output::Human if parsed.has("quiet") => {}
-        Output::Human => console.print(&human(&layer, &report))?,
-    }
-    Ok(status(&report))
+/// What a repair did.
+#[derive(Debug, Default)]
+pub(super) struct Repaired {
+    leaks: u64,
+    corruptions: u64,
+    /// Marks (dirty, corrupt) that went.
+    marks: bool,
+    /// The names of bitmaps that were dropped.
+    pub dropped_bitmaps: Vec<String>,
+    /// Internal snapshots, and how many bytes they got back.
+    pub restored: Vec<(String, u64)>,
 }
 
-fn status(report: &CheckReport) -> u8 {
-    if report.corruptions > 0 {
-        STATUS_CORRUPT
-    } else if report.leaks > 0 {
-        STATUS_LEAKS
-    } else {
-        0
+impl Repaired {
+    pub fn of(done: &ops::repair::Repaired) -> Self {
+        let (before, after) = (&done.before, &done.after);
+        let marks = |report: &CheckReport| (report.marked_dirty, report.marked_corrupt);
+        Self {
+            leaks: before.leaks.saturating_sub(after.leaks),
+            corruptions: before.corruptions.saturating_sub(after.corruptions),
+            marks: marks(before) != marks(after),
+            dropped_bitmaps: done.dropped_bitmaps.clone(),
+            restored: Vec::new(),
+        }
+    }
+
+    /// Whether findings were made right.
+    fn is_counted(&self) -> bool {
+        self.leaks + self.corruptions > 0
+    }
+
+    /// Whether the image was changed.
+    pub fn is_something(&self) -> bool {
+        let bitmaps = !self.dropped_bitmaps.is_empty();
+        self.is_counted() || self.marks || bitmaps || !self.restored.is_empty()
+    }
+
+    fn tree(&self) -> Tree {
+        let text = |name: &String| Tree::from(name.as_str());
+        let restored = self
+            .restored
+            .iter()
+            .map(|(name, bytes)| Tree::Map(vec![("name", text(name)), ("bytes", (*bytes).into())]));
+        let outcome = match self.is_something() {
+            true => "done",
+            false => "nothing-to-do",
+        };
+        Tree::Map(vec![
+            ("outcome", outcome.into()),
+            ("marks-cleared", self.marks.into()),
+            (
+                "dropped-bitmaps",
+                Tree::List(self.dropped_bitmaps.iter().map(text).collect()),
+            ),
+            ("restored-snapshots", Tree::List(restored.collect())),
+        ])
     }
 }
 
-fn say_findings(layer: &Layer, report: &CheckReport, console: &mut Console) -> Outcome<()> {
+/// What was made right, for people.
+pub(super) fn repaired(done: &Repaired) -> String {
+    let mut text = String::new();
+    for (name, bytes) in &done.restored {
+        text.push_str(&format!(
+            "The internal snapshot '{name}' got {bytes} bytes back from the active disk.\n"
+        ));
+    }
+    if done.is_counted() {
+        text.push_str(&format!(
+            "The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    {} corruptions\n\n\
+             Double checking the fixed image now...\n",
+            done.leaks, done.corruptions
+        ));
+    }
+    text
+}
+
+/// The room that a repair would take, step by step.
+pub(super) fn plan(output: Output, rooms: &[Option<Plan>]) -> Outcome<String> {
+    let all: Vec<&Plan> = rooms.iter().flatten().collect();
+    if output == Output::Json {
+        let outcome = match all.is_empty() {
+            true => "nothing-to-do",
+            false => "not-begun",
+        };
+        let room: Vec<_> = all.iter().map(|plan| report::room(plan)).collect();
+        let value = json_value!({ "outcome": outcome, "room": room });
+        return Ok(json::pretty(&value)? + "\n");
+    }
+    if all.is_empty() {
+        return Ok("There is nothing to repair.\n".to_owned());
+    }
+    let lines = all.iter().map(|plan| report::room_line(plan) + "\n");
+    Ok(lines.collect())
+}
+
+/// What is wrong, on standard error.
+pub(super) fn findings(layer: &Layer, report: &CheckReport, console: &mut Console) -> Outcome<()> {
     for finding in &report.findings {
         console.error_line(&finding_line(layer, finding))?;
     }
@@ -98,7 +126,7 @@ fn say_findings(layer: &Layer, report: &CheckReport, console: &mut Console) -> O
 
 /// Notes in full when asked for. A possible loss is seen in every image whose disk was written since a snapshot
 /// was made, so by itself it is only counted.
-fn say_notes(report: &CheckReport, all: bool, console: &mut Console) -> Outcome<()> {
+pub(super) fn notes(report: &CheckReport, all: bool, console: &mut Console) -> Outcome<()> {
     let possible = |note: &&Note| matches!(note, Note::PossibleLoss { .. });
     for note in report.notes.iter().filter(|note| all || !possible(note)) {
         console.error_line(&format!("Note: {note}"))?;
@@ -141,7 +169,8 @@ fn total_clusters(layer: &Layer) -> u64 {
     layer.cluster_size().count_for(layer.virtual_size())
 }
 
-fn human(layer: &Layer, report: &CheckReport) -> String {
+/// The result for people.
+pub(super) fn human(layer: &Layer, report: &CheckReport) -> String {
     let mut text = String::new();
     if report.corruptions == 0 && report.leaks == 0 {
         text.push_str("No errors were found on the image.\n");
@@ -180,7 +209,13 @@ fn allocation(layer: &Layer, report: &CheckReport) -> String {
     )
 }
 
-fn json(image: &Reference, layer: &Layer, report: &CheckReport) -> Tree {
+/// The result for programs, with what a repair did.
+pub(super) fn json(
+    image: &Reference,
+    layer: &Layer,
+    report: &CheckReport,
+    repaired: Option<&Repaired>,
+) -> Tree {
     let mut parts = vec![
         ("image-end-offset", report.image_end.0.into()),
         ("total-clusters", total_clusters(layer).into()),
@@ -192,6 +227,11 @@ fn json(image: &Reference, layer: &Layer, report: &CheckReport) -> Tree {
     for (name, count) in [
         ("corruptions", report.corruptions),
         ("leaks", report.leaks),
+        (
+            "corruptions-fixed",
+            repaired.map_or(0, |done| done.corruptions),
+        ),
+        ("leaks-fixed", repaired.map_or(0, |done| done.leaks)),
         ("fragmented-clusters", report.fragmented_clusters),
         ("compressed-clusters", report.compressed_clusters),
     ] {
@@ -199,7 +239,7 @@ fn json(image: &Reference, layer: &Layer, report: &CheckReport) -> Tree {
             parts.push((name, count.into()));
         }
     }
-    if !report.findings.is_empty() || !report.notes.is_empty() {
+    if !report.findings.is_empty() || !report.notes.is_empty() || repaired.is_some() {
         let told = |text: String| Tree::from(text);
         let findings = report
             .findings
@@ -211,13 +251,14 @@ fn json(image: &Reference, layer: &Layer, report: &CheckReport) -> Tree {
             .iter()
             .map(|note| told(note.to_string()))
             .collect();
-        let more = Tree::Map(vec![
+        let mut more = vec![
             ("findings", Tree::List(findings)),
             ("notes", Tree::List(notes)),
             ("marked-dirty", report.marked_dirty.into()),
             ("marked-corrupt", report.marked_corrupt.into()),
-        ]);
-        parts.push(("stead", more));
+        ];
+        more.extend(repaired.map(|done| ("repair", done.tree())));
+        parts.push(("stead", Tree::Map(more)));
     }
     Tree::Map(parts)
 }
