@@ -315,7 +315,8 @@ fn a_process_killed_at_any_write_of_the_commit_is_recovered_from() {
 #[test]
 fn without_its_record_a_merge_that_was_cut_off_still_shows_the_same_disk_and_can_be_run_again() {
     let world = World::new("");
-    for step in [3, 4, 5] {
+    // Before the child names the base; behind that, layers are left over and nothing else.
+    for step in [2, 3, 4] {
         let kept = world.keep();
         killed(&world, Some(step), false).status().expect("run");
         fs::remove_file(world.record()).expect("there");
