@@ -9,7 +9,7 @@ use stead_qcow2::LayerFormat;
 use stead_qcow2::edit::{Edit, Plan};
 use stead_qcow2::ops::commit::{self, CommitOptions, CommitReport, Incomplete, LongerBase};
 
-use crate::bitmaps::{BitmapInLayer, Bitmaps, Verdict, text};
+use crate::bitmaps::{Becomes, BitmapInLayer, Bitmaps, Verdict, text};
 use crate::error::{Kind, MergeError, Result, kind_of, next_of};
 use crate::layers::{Layers, Role};
 use crate::open;
@@ -477,6 +477,18 @@ impl Thinking<'_> {
         }
     }
 
+    fn make_room(&self) -> String {
+        let stale = self.plan.bitmaps.iter();
+        let stale = stale.filter(|verdict| verdict.becomes == Becomes::Pruned);
+        match stale.count() {
+            0 => "make room, or extend the device (--extend-cmd)".into(),
+            count => format!(
+                "make room, or extend the device (--extend-cmd); or remove the {count} stale bitmaps first (stead img bitmap \
+                 --remove): what they take can be used only when they are gone"
+            ),
+        }
+    }
+
     fn space(&mut self, report: &CommitReport, child: Option<Plan>) -> Result<u64> {
         let base = &self.layers.base_file().path;
         let top = &self.layers.files[self.layers.top].path;
@@ -491,11 +503,7 @@ impl Thinking<'_> {
                 left += space.needed_bytes;
             }
             if !space.is_there() {
-                self.refuse(
-                    Kind::NoSpace,
-                    space.words(),
-                    "make room, or extend the device (--extend-cmd)",
-                );
+                self.refuse(Kind::NoSpace, space.words(), self.make_room());
             }
             self.plan.space.push(space);
         }

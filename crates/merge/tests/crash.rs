@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{World, content, silent};
+use common::{LAYERS, World, content, silent};
 use stead_merge::{Event, Kind, MergeRequest, Outcome, Step, Watch, recover, run};
 use stead_qcow2::edit::{EditOptions, Editor};
 use stead_qcow2::ops::commit::{Chosen, CommitOptions, Incomplete, commit_into};
@@ -26,6 +26,7 @@ use stead_sys::storage::FileStorage;
 const FOLDER: &str = "STEAD_TEST_MERGE_FOLDER";
 const STEP: &str = "STEAD_TEST_MERGE_STEP";
 const DISK: &str = "STEAD_TEST_MERGE_DISK";
+const BASE: &str = "STEAD_TEST_MERGE_BASE";
 
 fn request_in(folder: &Path, whole_chain: bool) -> MergeRequest {
     let path = |name: &str| folder.join(format!("{name}.qcow2"));
@@ -55,7 +56,11 @@ fn the_merge_that_is_killed() {
             std::process::abort();
         }
     };
-    let request = request_in(Path::new(&folder), std::env::var_os(DISK).is_some());
+    let mut request = request_in(Path::new(&folder), std::env::var_os(DISK).is_some());
+    if let Some(base) = std::env::var_os(BASE) {
+        request.base = Some(base.into());
+        request.drop_bitmaps = true;
+    }
     let watch = Watch {
         tell: &tell,
         cancel: None,
@@ -396,4 +401,81 @@ fn a_wish_to_stop_before_the_base_is_changed_ends_the_merge_with_everything_as_i
             assert!(fs::read(path).expect("there") == *bytes);
         }
     }
+}
+
+/// The layers over another base, at every step and at random times: the disk stays, and recovery ends it.
+fn killed_over(world: &World, base: &Path, image: &Path) {
+    let kept = world.keep();
+    let bytes = fs::read(image).expect("there");
+    let records = world.dir.path().join("records");
+    let (active, mut outcomes) = (world.path("active"), [0; 3]);
+    for turn in 0..16 {
+        world.back(&kept);
+        fs::write(image, &bytes).expect("written");
+        let step = (turn < 8).then_some(turn);
+        let mut command = killed(world, step, false);
+        let mut process = command.env(BASE, base).spawn().expect("run");
+        if step.is_none() {
+            std::thread::sleep(Duration::from_millis(
+                u64::try_from(turn).expect("small") * 15 - 100,
+            ));
+            process.kill().expect("killed");
+        }
+        process.wait().expect("ended");
+        let story = format!("turn {turn}");
+        let busy = LAYERS
+            .iter()
+            .map(|name| world.path(name))
+            .chain([image.to_owned()]);
+        if !busy.clone().any(|path| path.exists() && in_progress(&path)) {
+            assert!(content(&active) == world.disk, "{story}");
+        }
+        let done =
+            recover(base, &records, silent()).unwrap_or_else(|error| panic!("{story}: {error}"));
+        outcomes[match done[0].outcome {
+            Outcome::NothingToDo => 0,
+            Outcome::Undone => 1,
+            Outcome::Finished => 2,
+        }] += 1;
+        assert!(content(&active) == world.disk, "{story}");
+        assert!(
+            fs::read_dir(&records).map_or(0, Iterator::count) == 0,
+            "{story}"
+        );
+        for (name, full) in &world.fulls {
+            if let Some(restored) = common::restored(full, &active, name) {
+                assert!(restored == world.disk, "{name}: {story}");
+            }
+        }
+    }
+    assert!(outcomes[1] > 0 && outcomes[2] > 3, "{outcomes:?}");
+}
+
+#[test]
+fn killed_over_a_raw_base_the_disk_is_the_same_and_no_bitmap_looks_whole() {
+    let world = World::new("");
+    let at = world.dir.path().display();
+    common::sh(&format!(
+        "cd {at} && qemu-img convert -f qcow2 -O raw base.qcow2 base.raw && qemu-img rebase -u -f qcow2 -b base.raw -F raw mid.qcow2"
+    ));
+    let base = world.dir.path().join("base.raw");
+    killed_over(&world, &base, &base);
+}
+
+#[test]
+fn killed_over_a_block_device_the_record_is_found_in_its_folder() {
+    let Some(device) = common::Loop::new(32 << 20) else {
+        eprintln!("no loop devices here");
+        return;
+    };
+    let world = World::new("");
+    let mut bytes = fs::read(world.path("base")).expect("there");
+    bytes.resize(32 << 20, 0);
+    fs::write(device.backing(), bytes).expect("written");
+    common::sh(&format!(
+        "losetup -c {0} && qemu-img rebase -u -f qcow2 -b {0} -F qcow2 {1}",
+        device.device.display(),
+        world.path("mid").display()
+    ));
+    killed_over(&world, &device.device, device.backing());
 }

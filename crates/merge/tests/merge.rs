@@ -375,6 +375,21 @@ fn a_bitmap_that_was_not_saved_in_the_base_stays_so_and_is_never_taken_for_whole
 }
 
 #[test]
+fn the_check_can_fail_when_the_bitmap_that_was_not_saved_is_removed_from_the_base() {
+    let world = World::new("");
+    let base = world.path("base");
+    mark_in_use(&base, "shared");
+    // What protects is taken away: the mark that says that it is broken.
+    sh(&format!(
+        "qemu-img bitmap --remove {} shared",
+        base.display()
+    ));
+    run(&world.request(), silent()).expect("merged");
+    let lies = common::restored(&world.fulls[0].1, &world.path("active"), "shared");
+    assert!(lies.expect("it looks whole") != world.disk);
+}
+
+#[test]
 fn a_bitmap_that_was_not_saved_in_a_merged_layer_is_made_good_by_marking_the_whole_merge() {
     for layer in ["top", "mid"] {
         let world = World::new("");
