@@ -123,6 +123,12 @@ pub enum Command {
         )]
         args: Vec<std::ffi::OsString>,
     },
+    /// Merge layers of a disk into the one below them, with their dirty bitmaps
+    #[command(
+        subcommand,
+        after_help = "Example:\n  stead merge plan active.qcow2 --top old.qcow2 --base base.qcow2\n  stead merge run active.qcow2 --top old.qcow2 --base base.qcow2"
+    )]
+    Merge(MergeCommand),
     /// Set up a store, or rebuild its index
     #[command(
         subcommand,
@@ -436,4 +442,73 @@ pub struct DemoArgs {
     /// Leave workers, store and VMs as they are at the end
     #[arg(long)]
     pub keep: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum MergeCommand {
+    /// Say what a merge would do: layers, bitmaps, the exact room, and why it is refused
+    #[command(
+        after_help = "The exit status is 0 when the merge can be run, else that of the first refusal.\n\nExample:\n  stead merge plan --json active.qcow2 --top old.qcow2 --base base.qcow2 | jq .space"
+    )]
+    Plan(MergeArgs),
+    /// Merge: all of it or nothing; read back before a layer is removed
+    #[command(
+        after_help = "The disk must not be in use. After a crash, `stead merge recover BASE` finishes or undoes it.\n\nExample:\n  stead merge run active.qcow2 --top old.qcow2 --base /dev/vg/base \\\n      --extend-cmd 'f() { lvextend -L \"${2}b\" \"$1\"; }; f'"
+    )]
+    Run(MergeArgs),
+    /// Finish or undo a merge that was interrupted
+    #[command(after_help = "Example:\n  stead merge recover base.qcow2")]
+    Recover(MergeRecoverArgs),
+}
+
+/// What becomes of bitmaps of the base that no layer above has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Stale {
+    /// They are removed: no backup can rely on them
+    Prune,
+    /// They stay, with all that the merge changes marked
+    Keep,
+    /// The merge is refused
+    Refuse,
+}
+
+#[derive(Debug, Args)]
+pub struct MergeArgs {
+    /// The disk's active layer; those below are found by the names in the images
+    #[arg(value_name = "CHAIN")]
+    pub chain: PathBuf,
+    /// The topmost layer that is merged: a file, or a number as `plan` shows it [default: the active layer]
+    #[arg(long, value_name = "LAYER")]
+    pub top: Option<PathBuf>,
+    /// The layer that is merged into [default: the one below the top]
+    #[arg(long, value_name = "LAYER")]
+    pub base: Option<PathBuf>,
+    /// What becomes of bitmaps of the base that no layer above has
+    #[arg(long, value_enum, default_value_t = Stale::Prune)]
+    pub stale: Stale,
+    /// Do not remove merged layers
+    #[arg(long)]
+    pub keep_layers: bool,
+    /// Cut a base that is longer than what the chain shows
+    #[arg(long)]
+    pub cut_base: bool,
+    /// Go on although bitmaps are lost that a backup could rely on
+    #[arg(long)]
+    pub drop_bitmaps: bool,
+    /// Look for other children in this folder, too; repeatable
+    #[arg(long, value_name = "DIR")]
+    pub look_in: Vec<PathBuf>,
+    /// An image that may stand on what is merged; repeatable
+    #[arg(long = "sibling", value_name = "FILE")]
+    pub siblings: Vec<PathBuf>,
+    /// Shell command that extends a device that is too short; it gets the device and the bytes it must have
+    #[arg(long, value_name = "CMD")]
+    pub extend_cmd: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct MergeRecoverArgs {
+    /// The base, another layer of the chain, or a folder
+    #[arg(value_name = "IMAGE")]
+    pub image: PathBuf,
 }

@@ -14,7 +14,7 @@ use crate::args::{
     TemplateImportArgs,
 };
 use crate::size::human;
-use crate::{demo, exec, logs, manual, print, progress};
+use crate::{demo, exec, logs, manual, merge, print, progress};
 
 /// Runs a command and returns the exit status.
 pub async fn run(cli: Cli) -> u8 {
@@ -40,6 +40,9 @@ pub async fn run(cli: Cli) -> u8 {
 }
 
 async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
+    if let Command::Merge(command) = cli.command {
+        return merge::run(command, cli.global, watch).await;
+    }
     let global = &cli.global;
     let settings = settings(global)?;
     if let Command::Demo(args) = &cli.command {
@@ -84,6 +87,7 @@ async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
         | Command::Doctor
         | Command::Completion { .. }
         | Command::Man(_)
+        | Command::Merge(_)
         | Command::Img { .. } => {
             unreachable!("handled before a worker is opened")
         }
@@ -114,7 +118,7 @@ fn on_interrupt(command: &Command) -> Option<&'static str> {
         | Command::Doctor
         | Command::Completion { .. }
         | Command::Man(_) => Some("interrupted (once more to end at once)"),
-        Command::Gc(_) | Command::Store(_) => {
+        Command::Gc(_) | Command::Store(_) | Command::Merge(_) => {
             Some("interrupted; ending where nothing is lost (once more to end at once)")
         }
         Command::Template(_)

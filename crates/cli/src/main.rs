@@ -7,6 +7,7 @@ mod demo;
 mod exec;
 mod logs;
 mod manual;
+mod merge;
 mod print;
 mod progress;
 mod size;

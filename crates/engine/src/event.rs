@@ -79,7 +79,8 @@ impl Watch {
         self.cancelled.load(Ordering::SeqCst)
     }
 
-    pub(crate) fn tell(&self, event: Event) {
+    /// Tells of an event.
+    pub fn tell(&self, event: Event) {
         (self.sink)(event);
     }
 
@@ -97,7 +98,8 @@ impl Watch {
     }
 
     /// The wish to stop itself, for work that looks at it without being told.
-    pub(crate) fn wish_to_stop(&self) -> &AtomicBool {
+    #[must_use]
+    pub fn wish_to_stop(&self) -> &AtomicBool {
         &self.cancelled
     }
 

@@ -393,6 +393,7 @@ impl World {
             } else {
                 LongerBase::Cut
             },
+            chosen: Vec::new(),
             incomplete: if mark {
                 Incomplete::Mark
             } else {

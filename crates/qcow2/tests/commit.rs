@@ -14,7 +14,7 @@ use std::process::Command;
 use images::{Random, convert, layer, make_chain, qemu_dirty, run, sh};
 use stead_qcow2::edit::EditOptions;
 use stead_qcow2::ops::commit::{
-    BitmapFate, CommitOptions, CommitReport, Incomplete, LongerBase, commit, measure,
+    BitmapFate, Chosen, CommitOptions, CommitReport, Incomplete, LongerBase, commit, measure,
 };
 use stead_qcow2::{Chain, Error, Layer, LayerFile, LayerFormat};
 
@@ -331,11 +331,13 @@ fn bitmaps_of_the_layers_are_joined_and_what_they_missed_is_marked() {
     assert_eq!(qemu_dirty(base, "lowest"), places(&[1, 2, 3, 4]));
     assert_eq!(*fate(&report, "frozen"), BitmapFate::Kept);
     assert_eq!(qemu_dirty(base, "frozen"), []);
-    for (name, said) in [
-        ("hole", "does not have it"),
-        ("off", "disabled in"),
-        ("new", "does not have it"),
-    ] {
+    // It began in the top, after the first write there, and says nothing of what was before.
+    assert_eq!(
+        *fate(&report, "new"),
+        BitmapFate::Carried { unnamed_bytes: 0 }
+    );
+    assert_eq!(qemu_dirty(base, "new"), places(&[4]));
+    for (name, said) in [("hole", "does not have it"), ("off", "disabled in")] {
         let BitmapFate::Dropped { reason } = fate(&report, name) else {
             panic!("{name}: {report:?}");
         };
@@ -347,7 +349,37 @@ fn bitmaps_of_the_layers_are_joined_and_what_they_missed_is_marked() {
         .expect("whole");
     let mut left: Vec<_> = stored.into_iter().map(|one| one.name).collect();
     left.sort();
-    assert_eq!(left, [&b"above"[..], b"all", b"frozen", b"lowest"]);
+    assert_eq!(left, [&b"above"[..], b"all", b"frozen", b"lowest", b"new"]);
+    require_clean(&files[2], "");
+}
+
+#[test]
+fn bitmaps_of_the_base_that_the_caller_chooses_go_or_stay_and_none_stays_that_would_say_too_little()
+{
+    let dir = tempfile::tempdir().expect("temp dir");
+    let files = chain_with_bitmaps(dir.path());
+    let before = std::fs::read(&files[2].path).expect("read");
+    for (name, said) in [("all", "records writes"), ("new", "has no bitmap")] {
+        let mut wrong = options(2);
+        wrong.chosen = vec![(name.into(), Chosen::Leave)];
+        let error = commit(&files, &wrong).expect_err("refused");
+        assert!(error.to_string().contains(said), "{error}");
+        assert!(std::fs::read(&files[2].path).expect("read") == before);
+    }
+    let mut chosen = options(2);
+    chosen.chosen = vec![
+        (b"lowest".to_vec(), Chosen::Remove),
+        (b"frozen".to_vec(), Chosen::Leave),
+    ];
+    let report = commit(&files, &chosen).expect("commit");
+    assert_eq!(*fate(&report, "frozen"), BitmapFate::Kept);
+    assert!(matches!(
+        fate(&report, "lowest"),
+        BitmapFate::Dropped { .. }
+    ));
+    let stored = Layer::open(&files[2].path).expect("open");
+    let stored = stored.stored_bitmaps().expect("whole");
+    assert!(stored.iter().all(|one| one.name != b"lowest"));
     require_clean(&files[2], "");
 }
 

@@ -457,6 +457,7 @@ impl Editor {
 fn plan_of(built: &Built) -> Plan {
     Plan {
         peak_bytes: built.peak_bytes,
+        reached_bytes: built.reached_bytes,
         end_bytes: built.end_bytes,
         new_bytes: built.new_bytes,
         journal: built.has_journal(),

@@ -21,6 +21,8 @@ const BLOCK_BYTES: u64 = 4096;
 pub struct Plan {
     /// The file's length when it is longest, in bytes.
     pub peak_bytes: u64,
+    /// Where the last cluster that is used at any time ends, in bytes: a block device must be as long.
+    pub reached_bytes: u64,
     /// The file's length afterwards, in bytes.
     pub end_bytes: u64,
     /// Bytes that the file system must have free: what lies behind the end of the file now or in its

@@ -45,6 +45,8 @@ pub(super) struct Built {
     pub end_bytes: u64,
     /// The longest that the file was, in bytes.
     pub peak_bytes: u64,
+    /// Where the last cluster that was used at any time ends.
+    pub reached_bytes: u64,
     /// Bytes that the file had no room for before; 0 but in a plan.
     pub new_bytes: u64,
 }
@@ -77,7 +79,8 @@ impl Edit {
         self.note_taken()?;
         let before = self.storage.len().map_err(self.io("find the length of"))?;
         let taken = self.counts.taken_end() << self.size().bits();
-        let peak_bytes = before.max(taken).max(end_bytes);
+        let reached_bytes = taken.max(end_bytes);
+        let peak_bytes = before.max(reached_bytes);
         if peak_bytes > before {
             let grown = self.storage.set_len(peak_bytes);
             grown.map_err(self.io("set the length of"))?;
@@ -92,6 +95,7 @@ impl Edit {
             journal,
             end_bytes,
             peak_bytes,
+            reached_bytes,
             edit: self,
         })
     }

@@ -17,7 +17,7 @@ use crate::header::{to_u64, to_usize};
 use crate::layer::Layer;
 use crate::units::GuestOffset;
 
-use super::{Incomplete, Views};
+use super::{Chosen, CommitOptions, Incomplete, Views};
 
 /// How many bytes are compared at a time.
 const STEP_BYTES: u64 = 1 << 20;
@@ -38,7 +38,8 @@ pub enum BitmapFate {
     },
     /// Only the base has it: everything that the commit changes is marked in it.
     Marked,
-    /// Only the base has it, and it does not record writes: it says what it said, and nothing of this commit.
+    /// Only the base has it, and it does not record writes: it says what it said, and nothing of this commit. Or the
+    /// caller wanted it left as it is.
     Kept,
     /// It could not be complete, and everything that the commit changes is marked in the base's instead.
     MarkedInstead {
@@ -150,20 +151,55 @@ fn names(views: &Views) -> Result<Vec<Vec<u8>>> {
 }
 
 /// Decides on all bitmaps of the base and the layers above it. Only reads.
-pub(super) fn decide(views: &Views, incomplete: Incomplete) -> Result<Decided> {
+pub(super) fn decide(views: &Views, options: &CommitOptions) -> Result<Decided> {
     let mut decided = Decided {
         steps: Vec::new(),
         outcomes: Vec::new(),
     };
     for name in names(views)? {
-        let (fate, step) = decide_one(views, &name, incomplete)?;
+        let chosen = options.chosen.iter().find(|(other, _)| *other == name);
+        let (fate, step) = match chosen {
+            Some((_, chosen)) => choose(views, &name, *chosen)?,
+            None => decide_one(views, &name, options.incomplete)?,
+        };
         decided.steps.extend(step);
         decided.outcomes.push(BitmapOutcome { name, fate });
     }
     Ok(decided)
 }
 
-/// Why a bitmap is not complete in the layers above, or all of theirs.
+/// What the caller wants of a bitmap that the base has.
+fn choose(views: &Views, name: &[u8], chosen: Chosen) -> Result<(BitmapFate, Option<Step>)> {
+    let stored = match views.base.layer(0) {
+        Some(layer) => layer.stored_bitmaps()?,
+        None => Vec::new(),
+    };
+    let Some(stored) = stored.iter().find(|stored| stored.name == name) else {
+        let name = String::from_utf8_lossy(name);
+        let reason = format!("the base has no bitmap {name:?} of which something was chosen");
+        return Err(views.refused(views.above, reason));
+    };
+    match chosen {
+        Chosen::Remove => {
+            let reason = "it was to be removed".to_owned();
+            let gone = Some(Step::Remove(name.to_vec()));
+            Ok((BitmapFate::Dropped { reason }, gone))
+        }
+        Chosen::Leave if stored.in_use || !stored.is_known() || !stored.auto => {
+            Ok((BitmapFate::Kept, None))
+        }
+        Chosen::Leave => {
+            let name = String::from_utf8_lossy(name);
+            let reason = format!(
+                "the bitmap {name:?} records writes, so it cannot stay as it is: it would say too little"
+            );
+            Err(views.refused(views.above, reason))
+        }
+    }
+}
+
+/// Why a bitmap is not complete in the layers above, or theirs: those of the top and of the layers that follow it
+/// without a gap. Where they end above the base, the bitmap began there.
 fn above(
     views: &Views,
     name: &[u8],
@@ -175,15 +211,24 @@ fn above(
             unreachable!("a layer above the base is qcow2");
         };
         match has(layer, name)? {
-            Has::Usable(stored) => all.push((index, stored)),
-            Has::Nothing(reason) => missing = Some(reason),
+            Has::Usable(stored) => match missing {
+                None => all.push((index, stored)),
+                Some(reason) => return Ok(Err(reason)),
+            },
+            Has::Nothing(reason) => missing = missing.or(Some(reason)),
             Has::Unusable(reason) | Has::Disabled(reason) => return Ok(Err(reason)),
         }
     }
-    Ok(match missing {
-        Some(reason) if !all.is_empty() => Err(reason),
-        Some(_) | None => Ok(all),
-    })
+    Ok(Ok(all))
+}
+
+/// Why a bitmap that the base has is not in all layers above, if some have it.
+fn gap(views: &Views, all: &[(usize, StoredBitmap)]) -> Option<String> {
+    let lacking = views
+        .top
+        .layer(all.len())
+        .filter(|_| all.len() < views.above);
+    lacking.map(|layer| format!("{} does not have it", layer.path().display()))
 }
 
 fn decide_one(
@@ -208,21 +253,33 @@ fn decide_one(
             let bits = Some(Step::Merge(changed(views, &own)?));
             Ok((BitmapFate::Marked, bits))
         }
-        (Has::Usable(own), Ok(all)) => {
-            let (bits, unnamed_bytes) = together(views, Some(&own), &all)?;
-            Ok((
-                BitmapFate::Merged { unnamed_bytes },
-                Some(Step::Merge(bits)),
-            ))
-        }
-        (Has::Usable(own), Err(reason)) if incomplete == Incomplete::Mark => {
-            let bits = Some(Step::Merge(changed(views, &own)?));
-            Ok((BitmapFate::MarkedInstead { reason }, bits))
-        }
-        (Has::Usable(_), Err(reason)) => dropped(views, name, incomplete, reason, gone()),
+        (Has::Usable(own), Ok(all)) => match gap(views, &all) {
+            None => {
+                let (bits, unnamed_bytes) = together(views, Some(&own), &all)?;
+                let fate = BitmapFate::Merged { unnamed_bytes };
+                Ok((fate, Some(Step::Merge(bits))))
+            }
+            Some(reason) => incomplete_own(views, &own, incomplete, reason),
+        },
+        (Has::Usable(own), Err(reason)) => incomplete_own(views, &own, incomplete, reason),
         (Has::Nothing(_), Ok(all)) => carried(views, name, &all, incomplete),
         (Has::Nothing(_), Err(reason)) => dropped(views, name, incomplete, reason, None),
     }
+}
+
+/// The base's own is usable, and the layers' are not all there.
+fn incomplete_own(
+    views: &Views,
+    own: &StoredBitmap,
+    incomplete: Incomplete,
+    reason: String,
+) -> Result<(BitmapFate, Option<Step>)> {
+    if incomplete == Incomplete::Mark {
+        let bits = Some(Step::Merge(changed(views, own)?));
+        return Ok((BitmapFate::MarkedInstead { reason }, bits));
+    }
+    let gone = Some(Step::Remove(own.name.clone()));
+    dropped(views, &own.name, incomplete, reason, gone)
 }
 
 fn carried(
@@ -299,7 +356,7 @@ fn together(
     // Of what a longer base keeps behind the end of the top, the layers' bitmaps say nothing.
     set(&mut bits, &(views.top.len()..length));
     // The lowest layer with the bitmap noted itself what was written to it.
-    let lowest = views.above - usize::from(own.is_none());
+    let lowest = all.len() - usize::from(own.is_none());
     let unnamed = unnamed(views, lowest, &bits)?;
     let before = bits.dirty_bytes();
     for range in &unnamed {

@@ -57,8 +57,17 @@ pub enum Incomplete {
     Refuse,
 }
 
+/// What a caller wants for a bitmap of the base, whatever the rules say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Chosen {
+    /// The base does not have it any more.
+    Remove,
+    /// The base keeps it bit for bit; only for one that says nothing, or nothing of this commit.
+    Leave,
+}
+
 /// How to commit.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct CommitOptions {
     /// Which file of the chain is the base, 0 being the top; at least 1.
     pub base: usize,
@@ -68,6 +77,8 @@ pub struct CommitOptions {
     pub longer_base: LongerBase,
     /// What becomes of bitmaps that cannot be complete.
     pub incomplete: Incomplete,
+    /// What becomes of single bitmaps of the base, by name, before any rule is asked.
+    pub chosen: Vec<(Vec<u8>, Chosen)>,
     /// How images are opened.
     pub edit: EditOptions,
 }
@@ -79,6 +90,7 @@ impl Default for CommitOptions {
             empty_top: false,
             longer_base: LongerBase::default(),
             incomplete: Incomplete::default(),
+            chosen: Vec::new(),
             edit: EditOptions::default(),
         }
     }
@@ -292,6 +304,7 @@ fn larger(one: Option<Plan>, other: Plan) -> Plan {
     };
     Plan {
         peak_bytes: one.peak_bytes.max(other.peak_bytes),
+        reached_bytes: one.reached_bytes.max(other.reached_bytes),
         end_bytes: other.end_bytes,
         new_bytes: one.new_bytes.max(other.new_bytes),
         journal: one.journal || other.journal,
@@ -382,7 +395,7 @@ impl<'a> Ready<'a> {
         let target_bytes = views.target_bytes(options)?;
         views.require_snapshots_unseen(target_bytes)?;
         Ok(Self {
-            bitmaps: bitmaps::decide(&views, options.incomplete)?,
+            bitmaps: bitmaps::decide(&views, options)?,
             defined_bytes: views.defined_bytes()?,
             sources: above,
             target_bytes,

@@ -38,7 +38,11 @@ impl RawBase {
         }
     }
 
-    fn open(path: &Path) -> Result<(Self, ImageLock)> {
+    /// Opens the file at `path`, and locks it until the lock is dropped.
+    ///
+    /// # Errors
+    /// When it cannot be opened, or is in use ([`Error::InUse`]).
+    pub fn open(path: &Path) -> Result<(Self, ImageLock)> {
         let error = |source| Error::io("open", path, source);
         let (file, lock) = lock(path)?;
         let file = Arc::new(FileStorage::new(file).map_err(error)?);
@@ -87,7 +91,7 @@ impl<'a> Ready<'a> {
         // A file that does not end with a sector has no more bytes for that.
         let same = target_bytes == views.base.len();
         Ok(Self {
-            bitmaps: bitmaps::decide(&views, options.incomplete)?,
+            bitmaps: bitmaps::decide(&views, options)?,
             defined_bytes: views.defined_bytes()?,
             target_bytes: if same { raw.length() } else { target_bytes },
             between,
@@ -169,6 +173,7 @@ impl<'a> Ready<'a> {
         })?;
         Ok(Plan {
             peak_bytes: length.max(self.target_bytes),
+            reached_bytes: self.target_bytes,
             end_bytes: self.target_bytes,
             new_bytes: blocks.bytes(),
             journal: true,

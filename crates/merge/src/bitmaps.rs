@@ -1,0 +1,335 @@
+//! What state each bitmap of each layer is in, and what becomes of it.
+
+use serde::{Deserialize, Serialize};
+use stead_qcow2::ops::commit::{BitmapFate, BitmapOutcome, Chosen};
+use stead_qcow2::{Result, StoredBitmap};
+
+use crate::layers::Layers;
+use crate::plan::StalePolicy;
+
+/// The state of a bitmap in a layer; see `docs/merge.md`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BitmapState {
+    /// It records writes, was saved, and there is no gap up to the topmost layer that has it.
+    Valid,
+    /// It does not record writes.
+    Disabled,
+    /// It was not saved when the image was last used.
+    InUse,
+    /// It is of a kind, or has flags, that are not known.
+    Unknown,
+    /// No layer above has it, so what was written there was not noted.
+    Stale,
+    /// A layer above has it, and one in between has not.
+    Hole,
+    /// Valid, with another granularity than in the topmost layer that has it.
+    Granularity,
+}
+
+impl BitmapState {
+    /// The word for people and programs.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Valid => "valid",
+            Self::Disabled => "disabled",
+            Self::InUse => "in-use",
+            Self::Unknown => "unknown",
+            Self::Stale => "stale",
+            Self::Hole => "hole",
+            Self::Granularity => "granularity",
+        }
+    }
+
+    /// Somebody could rely on it.
+    fn says_something(self) -> bool {
+        match self {
+            Self::Valid | Self::Disabled | Self::Granularity => true,
+            Self::InUse | Self::Unknown | Self::Stale | Self::Hole => false,
+        }
+    }
+}
+
+/// A bitmap in a layer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BitmapInLayer {
+    /// Its name.
+    pub name: String,
+    /// Its state.
+    pub state: BitmapState,
+    /// One bit stands for so many bytes.
+    pub granularity_bytes: u64,
+    /// How many bytes it has marked; none where that cannot be read.
+    pub dirty_bytes: Option<u64>,
+}
+
+/// What becomes of a bitmap in the base.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Becomes {
+    /// The base's and the layers' together.
+    Merged,
+    /// The layers', in a base that had none.
+    Carried,
+    /// Everything that the merge changes is marked in the base's.
+    Marked,
+    /// The base's stays as it is.
+    Left,
+    /// It was stale and is removed.
+    Pruned,
+    /// The base does not have it afterwards.
+    Dropped,
+}
+
+impl Becomes {
+    /// The word for people and programs.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Merged => "merged",
+            Self::Carried => "carried",
+            Self::Marked => "marked",
+            Self::Left => "left",
+            Self::Pruned => "pruned",
+            Self::Dropped => "dropped",
+        }
+    }
+}
+
+/// A bitmap's name, what becomes of it, and why.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Verdict {
+    /// Its name.
+    pub name: String,
+    /// The name as it is stored.
+    #[serde(skip)]
+    pub name_bytes: Vec<u8>,
+    /// What becomes of it.
+    pub becomes: Becomes,
+    /// Why.
+    pub why: String,
+    /// It could have been relied on, and cannot be afterwards.
+    pub lost: bool,
+    /// Layers above the top go on with it and must not: it is removed there.
+    pub void_above: bool,
+}
+
+/// The bitmaps of all layers, the active one's first.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Bitmaps {
+    layers: Vec<Vec<StoredBitmap>>,
+    top: usize,
+    base: usize,
+}
+
+impl Bitmaps {
+    pub fn read(layers: &Layers) -> Result<Self> {
+        let all = (0..layers.files.len()).map(|index| match layers.chain.layer(index) {
+            Some(layer) => layer.stored_bitmaps(),
+            None => Ok(Vec::new()),
+        });
+        Ok(Self {
+            layers: all.collect::<Result<_>>()?,
+            top: layers.top,
+            base: layers.base,
+        })
+    }
+
+    pub fn of(&self, index: usize) -> &[StoredBitmap] {
+        &self.layers[index]
+    }
+
+    fn find(&self, index: usize, name: &[u8]) -> Option<&StoredBitmap> {
+        self.layers[index].iter().find(|stored| stored.name == name)
+    }
+
+    fn any(&self, range: std::ops::Range<usize>, name: &[u8]) -> bool {
+        range
+            .into_iter()
+            .any(|index| self.find(index, name).is_some())
+    }
+
+    pub fn state(&self, index: usize, stored: &StoredBitmap) -> BitmapState {
+        if stored.in_use {
+            return BitmapState::InUse;
+        }
+        if !stored.is_known() {
+            return BitmapState::Unknown;
+        }
+        if !stored.auto {
+            return BitmapState::Disabled;
+        }
+        if index == 0 {
+            return BitmapState::Valid;
+        }
+        let topmost = (0..index).find(|above| self.find(*above, &stored.name).is_some());
+        let Some(topmost) = topmost else {
+            return BitmapState::Stale;
+        };
+        if (topmost..index).any(|between| self.find(between, &stored.name).is_none()) {
+            return BitmapState::Hole;
+        }
+        let other = self.find(topmost, &stored.name);
+        if other.is_some_and(|other| other.granularity_bits != stored.granularity_bits) {
+            return BitmapState::Granularity;
+        }
+        BitmapState::Valid
+    }
+
+    /// What is decided for single bitmaps of the base before the commit's own rules, and which are stale.
+    pub fn choose(&self, policy: StalePolicy) -> (Vec<(Vec<u8>, Chosen)>, Vec<String>) {
+        let (mut chosen, mut stale) = (Vec::new(), Vec::new());
+        for stored in self.of(self.base) {
+            let unusable = stored.in_use || !stored.is_known();
+            let above = self.any(0..self.base, &stored.name);
+            let merged = self.any(self.top..self.base, &stored.name);
+            let disabled = !stored.auto && !unusable;
+            let choice = match policy {
+                _ if disabled => merged.then_some(Chosen::Leave),
+                _ if above => unusable.then_some(Chosen::Leave),
+                StalePolicy::Prune => Some(Chosen::Remove),
+                StalePolicy::Keep => unusable.then_some(Chosen::Leave),
+                StalePolicy::Refuse => {
+                    stale.push(text(&stored.name));
+                    unusable.then_some(Chosen::Leave)
+                }
+            };
+            chosen.extend(choice.map(|choice| (stored.name.clone(), choice)));
+        }
+        (chosen, stale)
+    }
+
+    /// What the commit made, or would make, of a bitmap.
+    pub fn verdict(&self, outcome: &BitmapOutcome, chosen: &[(Vec<u8>, Chosen)]) -> Verdict {
+        let name = &outcome.name;
+        let choice = chosen.iter().find(|(other, _)| other == name);
+        let (becomes, why) = self.say(outcome, choice.map(|(_, choice)| *choice));
+        let gone = becomes == Becomes::Dropped;
+        let topmost =
+            (self.top..=self.base).find_map(|index| Some((index, self.find(index, name)?)));
+        let said =
+            topmost.is_some_and(|(index, stored)| self.state(index, stored).says_something());
+        let goes_on = self.find(self.top, name).is_some() && self.any(0..self.top, name);
+        Verdict {
+            name: text(name),
+            name_bytes: name.clone(),
+            becomes,
+            why,
+            lost: gone && said,
+            void_above: gone && goes_on,
+        }
+    }
+
+    fn say(&self, outcome: &BitmapOutcome, choice: Option<Chosen>) -> (Becomes, String) {
+        let name = &outcome.name;
+        match (choice, &outcome.fate) {
+            (Some(Chosen::Remove), _) => (
+                Becomes::Pruned,
+                "no layer above has it, so what was written there was not noted, and no backup can rely on it".into(),
+            ),
+            (Some(Chosen::Leave), _) => (Becomes::Left, self.why_left(name)),
+            (None, BitmapFate::Merged { unnamed_bytes: 0 }) => {
+                (Becomes::Merged, "the base and all merged layers have it".into())
+            }
+            (None, BitmapFate::Merged { unnamed_bytes }) => (
+                Becomes::Merged,
+                format!("the base and all merged layers have it; {unnamed_bytes} bytes that none of them names differ, and are marked too"),
+            ),
+            (None, BitmapFate::Carried { unnamed_bytes: 0 }) => {
+                (Becomes::Carried, "it began above the base".into())
+            }
+            (None, BitmapFate::Carried { unnamed_bytes }) => (
+                Becomes::Carried,
+                format!("it began above the base; {unnamed_bytes} bytes that it does not name differ, and are marked too"),
+            ),
+            (None, BitmapFate::Marked) if self.any(0..self.top, name) => (
+                Becomes::Marked,
+                "the merged layers do not have it, one above has: all that the merge changes is marked".into(),
+            ),
+            (None, BitmapFate::Marked) => (
+                Becomes::Marked,
+                "no layer above has it, and it is kept as asked: all that the merge changes is marked".into(),
+            ),
+            (None, BitmapFate::Kept) => (Becomes::Left, self.why_left(name)),
+            (None, BitmapFate::MarkedInstead { reason }) => (
+                Becomes::Marked,
+                format!("{reason}: all that the merge changes is marked"),
+            ),
+            (None, BitmapFate::Dropped { reason }) => (Becomes::Dropped, reason.clone()),
+        }
+    }
+
+    fn why_left(&self, name: &[u8]) -> String {
+        let own = self.find(self.base, name);
+        if own.is_some_and(|own| own.in_use) {
+            "it was not saved when the base was last used and says nothing; it stays so that the ones above are not taken for whole. Make a full backup and remove it in all layers".into()
+        } else if own.is_some_and(|own| !own.is_known()) {
+            "it is of a kind that is not known, and is not touched".into()
+        } else {
+            "it is disabled: it says what had changed until then, and nothing of this merge".into()
+        }
+    }
+}
+
+pub(crate) fn text(name: &[u8]) -> String {
+    String::from_utf8_lossy(name).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use stead_qcow2::HostOffset;
+
+    fn stored(name: &str, granularity_bits: u8, (in_use, auto): (bool, bool)) -> StoredBitmap {
+        StoredBitmap {
+            name: name.into(),
+            table: HostOffset(0),
+            table_entries: 1,
+            in_use,
+            auto,
+            granularity_bits,
+            flags: u32::from(in_use) | u32::from(auto) << 1,
+            kind: 1,
+            extra: Vec::new(),
+        }
+    }
+
+    fn on(name: &str) -> StoredBitmap {
+        stored(name, 16, (false, true))
+    }
+
+    #[test]
+    fn a_bitmap_is_stale_without_a_layer_above_and_has_a_hole_where_one_between_lacks_it() {
+        let bitmaps = Bitmaps {
+            layers: vec![
+                vec![on("all"), on("hole"), stored("fine", 12, (false, true))],
+                vec![on("all"), on("fine")],
+                vec![
+                    on("all"),
+                    on("hole"),
+                    on("fine"),
+                    on("stale"),
+                    stored("dead", 16, (true, true)),
+                    stored("off", 16, (false, false)),
+                ],
+            ],
+            top: 1,
+            base: 2,
+        };
+        let states = bitmaps.of(2).iter();
+        let states: Vec<_> = states.map(|stored| bitmaps.state(2, stored)).collect();
+        use BitmapState::{Disabled, Granularity, Hole, InUse, Stale, Valid};
+        assert_eq!(states, [Valid, Hole, Granularity, Stale, InUse, Disabled]);
+        let (chosen, refused) = bitmaps.choose(StalePolicy::Prune);
+        let remove = |name: &str| (name.as_bytes().to_vec(), Chosen::Remove);
+        assert_eq!(chosen, [remove("stale"), remove("dead")]);
+        assert!(refused.is_empty());
+        let (chosen, refused) = bitmaps.choose(StalePolicy::Keep);
+        assert_eq!(chosen, [(b"dead".to_vec(), Chosen::Leave)]);
+        assert!(refused.is_empty());
+        assert_eq!(bitmaps.choose(StalePolicy::Refuse).1, ["stale", "dead"]);
+    }
+}

@@ -1,0 +1,177 @@
+//! The proof: what the top shows is read through the base and compared, and every bitmap with what it must say.
+
+use stead_qcow2::{Bitmap, Chain, GuestOffset, Layer, LayerFile, Result, StoredBitmap};
+
+use crate::bitmaps::{Becomes, text};
+use crate::event::{Event, Watch};
+use crate::record::RecordedBitmap;
+
+/// How many bytes are compared at a time.
+const STEP_BYTES: usize = 1 << 20;
+
+/// The files of a merge, the top first, and which of them is the base.
+pub(crate) struct Proof<'a> {
+    pub files: &'a [LayerFile],
+    pub base: usize,
+    pub bitmaps: &'a [RecordedBitmap],
+    pub watch: Watch<'a>,
+}
+
+impl Proof<'_> {
+    /// Why the base is not what it should be; `None` when it is.
+    pub fn find_fault(&self) -> Result<Option<String>> {
+        let top = Chain::open(self.files)?;
+        let base = Chain::open(&self.files[self.base..])?;
+        if base.len().next_multiple_of(512) != top.len().next_multiple_of(512) {
+            return Ok(Some(format!(
+                "the base has {} bytes and the top {}",
+                base.len(),
+                top.len()
+            )));
+        }
+        // Tables are asked first: they are quicker than the data.
+        for bitmap in self.bitmaps {
+            if let Some(fault) = self.bitmap_fault(bitmap, &top, &base)? {
+                return Ok(Some(format!("the bitmap {:?} {fault}", text(&bitmap.name))));
+            }
+        }
+        self.data_fault(&top, &base)
+    }
+
+    fn data_fault(&self, top: &Chain, base: &Chain) -> Result<Option<String>> {
+        let total = top.len();
+        let mut sides = [Side::new(top), Side::new(base)];
+        let mut buffers = [vec![0; STEP_BYTES], vec![0; STEP_BYTES]];
+        let mut next = top.next_allocated(self.base, 0)?;
+        while let Some(range) = next {
+            let mut at = range.start;
+            while at < range.end {
+                let data = sides[0].data_from(at)?.min(sides[1].data_from(at)?);
+                at = at.max(data);
+                if at >= range.end {
+                    break;
+                }
+                let left = usize::try_from(range.end - at).unwrap_or(usize::MAX);
+                let length = left.min(STEP_BYTES);
+                for (side, buffer) in sides.iter().zip(&mut buffers) {
+                    side.chain.read_at(at, &mut buffer[..length])?;
+                }
+                if buffers[0][..length] != buffers[1][..length] {
+                    return Ok(Some(format!(
+                        "what the base shows from {at:#x} on is not what the top shows"
+                    )));
+                }
+                at += length as u64;
+                (self.watch.tell)(Event::Progress { done: at, total });
+            }
+            next = match range.end < total {
+                true => top.next_allocated(self.base, range.end)?,
+                false => None,
+            };
+        }
+        Ok(None)
+    }
+
+    fn bitmap_fault(
+        &self,
+        wanted: &RecordedBitmap,
+        top: &Chain,
+        base: &Chain,
+    ) -> Result<Option<&'static str>> {
+        let Some(layer) = base.layer(0) else {
+            return Ok(None);
+        };
+        let stored = find(layer, &wanted.name)?;
+        let fault = match (wanted.becomes, stored) {
+            (Becomes::Pruned | Becomes::Dropped, None) => None,
+            (Becomes::Pruned | Becomes::Dropped, Some(_)) => Some("is still there"),
+            (_, None) => Some("is missing"),
+            (Becomes::Left, Some(stored))
+                if stored.in_use || !stored.auto || !stored.is_known() =>
+            {
+                None
+            }
+            (Becomes::Left, Some(_)) => Some("records writes, and should have been left alone"),
+            (_, Some(stored)) if stored.in_use || !stored.is_known() => Some("is not usable"),
+            (_, Some(stored)) if !stored.auto => Some("does not record writes"),
+            (becomes, Some(stored)) => {
+                let bits = layer.read_bitmap(&stored)?;
+                let least = match becomes {
+                    Becomes::Marked => self.changed(&bits, top)?,
+                    Becomes::Merged
+                    | Becomes::Carried
+                    | Becomes::Left
+                    | Becomes::Pruned
+                    | Becomes::Dropped => self.together(&bits, top)?,
+                };
+                let says_enough = says_all_of(&bits, &least);
+                (!says_enough).then_some("says less than it must")
+            }
+        };
+        Ok(fault)
+    }
+
+    /// What the merged layers' bitmaps of that name say together.
+    fn together(&self, like: &Bitmap, top: &Chain) -> Result<Bitmap> {
+        let mut all = Bitmap::new(like.name(), like.granularity_bits(), like.disk_length())?;
+        for index in 0..self.base {
+            let Some(layer) = top.layer(index) else {
+                continue;
+            };
+            let stored = find(layer, like.name())?;
+            if let Some(stored) = stored.filter(|stored| !stored.in_use && stored.is_known()) {
+                all.merge(&layer.read_bitmap(&stored)?);
+            }
+        }
+        Ok(all)
+    }
+
+    /// All that the merged layers define.
+    fn changed(&self, like: &Bitmap, top: &Chain) -> Result<Bitmap> {
+        let mut all = Bitmap::new(like.name(), like.granularity_bits(), like.disk_length())?;
+        let mut next = top.next_allocated(self.base, 0)?;
+        while let Some(range) = next {
+            all.set(GuestOffset(range.start), range.end - range.start);
+            next = match range.end < top.len() {
+                true => top.next_allocated(self.base, range.end)?,
+                false => None,
+            };
+        }
+        Ok(all)
+    }
+}
+
+fn find(layer: &Layer, name: &[u8]) -> Result<Option<StoredBitmap>> {
+    let all = layer.stored_bitmaps()?;
+    Ok(all.into_iter().find(|stored| stored.name == name))
+}
+
+fn says_all_of(bits: &Bitmap, least: &Bitmap) -> bool {
+    let mut both = bits.clone();
+    both.merge(least);
+    both.dirty_bytes() == bits.dirty_bytes()
+}
+
+/// A disk, and where it next has data.
+struct Side<'a> {
+    chain: &'a Chain,
+    known: std::ops::Range<u64>,
+}
+
+impl<'a> Side<'a> {
+    fn new(chain: &'a Chain) -> Self {
+        Self { chain, known: 0..0 }
+    }
+
+    /// The first byte at or after `at` that may be other than zero.
+    fn data_from(&mut self, at: u64) -> Result<u64> {
+        if at >= self.known.end {
+            let end = self.chain.len();
+            self.known = match at < end {
+                true => self.chain.next_data(at)?.unwrap_or(u64::MAX - 1..u64::MAX),
+                false => u64::MAX - 1..u64::MAX,
+            };
+        }
+        Ok(self.known.start.max(at))
+    }
+}

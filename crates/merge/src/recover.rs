@@ -1,0 +1,229 @@
+//! A merge that was interrupted: finished where its proof holds, else undone.
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use stead_qcow2::edit::{self, Recovery};
+use stead_qcow2::{Layer, LayerFormat};
+
+use crate::error::{Kind, MergeError, Result};
+use crate::event::{Step, Watch};
+use crate::layers::Layers;
+use crate::open::{Opened, editor};
+use crate::record::{Phase, RecordedLayer, find};
+use crate::run::Going;
+
+/// How a recovery ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// No merge was going on.
+    NothingToDo,
+    /// The merge is finished.
+    Finished,
+    /// The chain is as it was before; the merge can be run again.
+    Undone,
+}
+
+/// What a recovery did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Recovered {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// The base of the merge.
+    pub base: PathBuf,
+    /// Why it was undone.
+    pub why: Option<String>,
+    /// Merged layers that are gone.
+    pub removed: Vec<PathBuf>,
+    /// Merged layers that are still there.
+    pub kept: Vec<PathBuf>,
+}
+
+/// Finishes or undoes the merges that `path` takes part in; a folder stands for all images in it. `records` is where
+/// records of merges into block devices are kept.
+///
+/// # Durability
+/// When this returns `Ok`, everything is synced.
+///
+/// # Errors
+/// When a file is in use, or cannot be read or written. It can be called again.
+pub fn recover(path: &Path, records: &Path, watch: Watch<'_>) -> Result<Vec<Recovered>> {
+    let found = find(path, records)?;
+    if found.is_empty() {
+        return Ok(vec![without_record(path)?]);
+    }
+    let each = found.into_iter().map(|(path, record)| {
+        let mut going = Going {
+            record,
+            path,
+            watch,
+        };
+        going.recover()
+    });
+    each.collect()
+}
+
+/// The engine's own change of a single image.
+fn without_record(path: &Path) -> Result<Recovered> {
+    let mut outcome = Outcome::NothingToDo;
+    if path.is_file() {
+        outcome = match recover_image(path)? {
+            Recovery::NothingToDo => Outcome::NothingToDo,
+            Recovery::Finished => Outcome::Finished,
+        };
+    }
+    Ok(Recovered {
+        outcome,
+        base: path.to_owned(),
+        why: None,
+        removed: Vec::new(),
+        kept: Vec::new(),
+    })
+}
+
+fn recover_image(path: &Path) -> Result<Recovery> {
+    edit::recover(path).map_err(|error| {
+        MergeError::engine("finish the change of an image", error).left("everything is as it was")
+    })
+}
+
+impl Going<'_> {
+    fn recover(&mut self) -> Result<Recovered> {
+        self.finish_changes()?;
+        if self.is_rewired()? || self.removal_began() {
+            let child = self.record.child().map(|child| editor(&child.file().path));
+            return self.go_on(child.transpose()?, Vec::new());
+        }
+        if let Some(why) = self.other_chain()? {
+            return self.undo(why);
+        }
+        let layers = self.layers()?;
+        let voids = self.record.bitmaps.iter().any(|bitmap| bitmap.void_above);
+        let opened = Opened::open(&layers, voids)?;
+        self.watch.step(Step::Prove);
+        match self.fault(&opened)? {
+            Some(why) => self.undo(why),
+            None => {
+                let (child, above) = opened.into_above();
+                self.go_on(child, above)
+            }
+        }
+    }
+
+    /// Finishes what the engine has begun in an image.
+    fn finish_changes(&self) -> Result<()> {
+        let raw = self.record.layers[self.record.base].file().format == LayerFormat::Raw;
+        let target = if raw {
+            self.record.top
+        } else {
+            self.record.base
+        };
+        for (index, layer) in self.record.layers.iter().enumerate() {
+            let changed = index == target || index < self.record.top;
+            if changed && layer.is_there()? {
+                recover_image(&layer.file().path)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn is_rewired(&self) -> Result<bool> {
+        let (Some(child), Some((name, _))) = (self.record.child(), &self.record.backing) else {
+            return Ok(false);
+        };
+        let path = child.file().path;
+        let layer = Layer::inspect(&path);
+        let layer = layer.map_err(|error| MergeError::engine("read the layer above", error))?;
+        let backing = layer.header().backing.as_ref();
+        Ok(backing.is_some_and(|backing| backing.name == *name))
+    }
+
+    /// Without a child, removing the layers is what comes after the proof, the top first.
+    fn removal_began(&self) -> bool {
+        self.record.phase == Phase::Proven
+            && self.record.child().is_none()
+            && self.record.layers[self.record.top].is_gone()
+    }
+
+    fn layers(&self) -> Result<Layers> {
+        let file = |index: usize| self.record.layers[index].file().path;
+        Layers::read(
+            &file(0),
+            Some(&file(self.record.top)),
+            Some(&file(self.record.base)),
+        )
+    }
+
+    /// Why the chain is not the one of the record any more.
+    fn other_chain(&self) -> Result<Option<String>> {
+        for layer in &self.record.layers {
+            if !layer.is_there()? {
+                let path = layer.file().path;
+                return Ok(Some(format!(
+                    "{} is not the file that it was",
+                    path.display()
+                )));
+            }
+        }
+        let recorded = self.record.layers.iter().map(RecordedLayer::file);
+        let same = match self.layers() {
+            Ok(layers) => recorded.eq(layers.files.iter().cloned()),
+            Err(error) if error.kind() == Kind::Usage => false,
+            Err(error) => return Err(error),
+        };
+        Ok((!same).then(|| "the chain has other layers now".to_owned()))
+    }
+
+    fn go_on(
+        &mut self,
+        child: Option<stead_qcow2::edit::Editor>,
+        above: Vec<stead_qcow2::edit::Editor>,
+    ) -> Result<Recovered> {
+        let (removed, kept) = self.finish_with(child, above)?;
+        Ok(Recovered {
+            outcome: Outcome::Finished,
+            base: self.record.base_path(),
+            why: None,
+            removed,
+            kept,
+        })
+    }
+
+    fn undo(&self, why: String) -> Result<Recovered> {
+        self.forget()?;
+        let kept = self.record.merged().iter().map(|layer| layer.file().path);
+        Ok(Recovered {
+            outcome: Outcome::Undone,
+            base: self.record.base_path(),
+            why: Some(why),
+            removed: Vec::new(),
+            kept: kept.collect(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::Record;
+
+    #[test]
+    fn an_error_names_what_was_tried_what_stands_and_what_to_do() {
+        let path = Path::new("/nowhere/at/all.qcow2");
+        let nothing = recover(
+            path,
+            Path::new("/nowhere"),
+            Watch {
+                tell: &|_| {},
+                cancel: None,
+            },
+        );
+        assert_eq!(
+            nothing.expect("no record").first().map(|one| one.outcome),
+            Some(Outcome::NothingToDo)
+        );
+        assert!(Record::read(path).is_err_and(|error| error.kind() == Kind::NotFound));
+    }
+}
