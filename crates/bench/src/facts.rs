@@ -11,11 +11,7 @@ use crate::program;
 ///
 /// # Errors
 /// When the system cannot be asked.
-pub async fn of_machine(
-    like: &SandboxInfo,
-    plain: &Path,
-    runs: usize,
-) -> Result<Vec<(&'static str, String)>> {
+pub async fn of_machine(plain: &Path, runs: usize) -> Result<Vec<(&'static str, String)>> {
     let qemu = program::run("qemu-system-x86_64", &["--version"]).await?;
     let release =
         std::fs::read_to_string("/proc/sys/kernel/osrelease").doing("read the kernel's release")?;
@@ -25,16 +21,6 @@ pub async fn of_machine(
         ("memory", format!("{} GiB", memory_bytes()? >> 30)),
         ("kernel", release.trim().to_owned()),
         ("QEMU", qemu.lines().next().unwrap_or_default().to_owned()),
-        (
-            "guest",
-            format!(
-                "{} vCPU, {} MiB, {}, {}, Debian, about 100 MB of page cache, a process with 24 MiB of random bytes",
-                like.cpus,
-                like.memory_bytes >> 20,
-                like.accelerator,
-                like.machine_type
-            ),
-        ),
         (
             "file system",
             format!(
@@ -48,6 +34,18 @@ pub async fn of_machine(
             load.split(' ').take(3).collect::<Vec<_>>().join(" "),
         ),
     ])
+}
+
+/// What all guests are.
+pub fn of_guest(like: &SandboxInfo) -> (&'static str, String) {
+    let guest = format!(
+        "{} vCPU, {} MiB, {}, {}, Debian, about 100 MB of page cache, a process with 24 MiB of random bytes",
+        like.cpus,
+        like.memory_bytes >> 20,
+        like.accelerator,
+        like.machine_type
+    );
+    ("guest", guest)
 }
 
 fn processor() -> Result<String> {

@@ -7,6 +7,7 @@ mod facts;
 mod first;
 mod fork;
 mod growth;
+mod image;
 mod memory;
 mod pause;
 mod peer;
@@ -18,6 +19,7 @@ mod scratch;
 mod worker;
 mod workload;
 
+use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::AtomicBool;
@@ -72,6 +74,13 @@ enum Group {
     Pause,
     /// Publishing and fetching.
     Rate,
+    /// Disk images.
+    Image,
+}
+
+impl Group {
+    /// Those that need guests.
+    const OF_GUESTS: [Self; 4] = [Self::Fork, Self::Growth, Self::Pause, Self::Rate];
 }
 
 impl Arguments {
@@ -80,21 +89,41 @@ impl Arguments {
     }
 }
 
-/// A run under way.
+/// A run under way, without guests.
 #[derive(Debug)]
-struct Bench {
+struct Run {
     runs: usize,
-    spec: PeerSpec,
-    worker: Worker,
     report: Report,
     begun: Instant,
-    // Last: the others end before their files go.
     scratch: Scratch,
 }
 
-impl Bench {
+impl Run {
     fn say(&self, what: &str) {
         eprintln!("{:>4} s  {what}", self.begun.elapsed().as_secs());
+    }
+}
+
+/// A run under way, with a template and a worker.
+#[derive(Debug)]
+struct Bench {
+    spec: PeerSpec,
+    worker: Worker,
+    // Last: the others end before their files go.
+    run: Run,
+}
+
+impl Deref for Bench {
+    type Target = Run;
+
+    fn deref(&self) -> &Run {
+        &self.run
+    }
+}
+
+impl DerefMut for Bench {
+    fn deref_mut(&mut self) -> &mut Run {
+        &mut self.run
     }
 }
 
@@ -152,7 +181,21 @@ async fn run(arguments: &Arguments) -> Result<bool> {
 }
 
 async fn measure(arguments: &Arguments) -> Result<Report> {
-    let mut bench = begin(arguments).await?;
+    let mut run = begin(arguments).await?;
+    if arguments.wants(Group::Image) {
+        image::measure(&mut run).await?;
+    }
+    let guests = Group::OF_GUESTS;
+    if guests.into_iter().any(|group| arguments.wants(group)) {
+        run = measure_guests(arguments, run).await?;
+    }
+    let took = format!("{} s", run.begun.elapsed().as_secs());
+    run.report.facts.push(("the run took", took));
+    Ok(std::mem::take(&mut run.report))
+}
+
+async fn measure_guests(arguments: &Arguments, run: Run) -> Result<Run> {
+    let mut bench = with_guests(arguments, run).await?;
     let first = first::prepare(&bench).await?;
     if arguments.wants(Group::Fork) {
         fork::measure(&mut bench, &first).await?;
@@ -172,24 +215,38 @@ async fn measure(arguments: &Arguments) -> Result<Report> {
     if arguments.wants(Group::Rate) {
         rate::measure(&mut bench, &first).await?;
     }
-    bench.report.facts.push((
-        "the run took",
-        format!("{} s", bench.begun.elapsed().as_secs()),
-    ));
-    Ok(std::mem::take(&mut bench.report))
+    Ok(bench.run)
+}
+
+/// An empty scratch folder and report.
+async fn begin(arguments: &Arguments) -> Result<Run> {
+    let begun = Instant::now();
+    let target = target_dir()?;
+    let runs = if arguments.quick {
+        1
+    } else {
+        usize::from(arguments.runs)
+    };
+    Ok(Run {
+        runs,
+        report: Report {
+            facts: facts::of_machine(&target, runs).await?,
+            ..Report::default()
+        },
+        begun,
+        scratch: Scratch::create(&target)?,
+    })
 }
 
 /// Builds the template and opens the worker on the plain file system.
-async fn begin(arguments: &Arguments) -> Result<Bench> {
-    let begun = Instant::now();
-    let target = target_dir()?;
-    let scratch = Scratch::create(&target)?;
-    let cache = arguments
-        .template_cache
-        .clone()
-        .unwrap_or_else(|| target.join("template-cache"));
-    let template = build_template(&scratch.path("template"), &cache)?;
-    let worker = Worker::open(&scratch.path("worker"), &scratch.path("store"), &cache).await?;
+async fn with_guests(arguments: &Arguments, mut run: Run) -> Result<Bench> {
+    let cache = match &arguments.template_cache {
+        Some(cache) => cache.clone(),
+        None => target_dir()?.join("template-cache"),
+    };
+    let template = build_template(&run.scratch.path("template"), &cache)?;
+    let (data, store) = (run.scratch.path("worker"), run.scratch.path("store"));
+    let worker = Worker::open(&data, &store, &cache).await?;
     let request = ImportRequest {
         name: TEMPLATE.to_owned(),
         disk: template.disk.clone(),
@@ -208,22 +265,11 @@ async fn begin(arguments: &Arguments) -> Result<Bench> {
         .remove("model", true)
         .await
         .doing("remove a sandbox")?;
-    let runs = if arguments.quick {
-        1
-    } else {
-        usize::from(arguments.runs)
-    };
-    let report = Report {
-        facts: facts::of_machine(&like, &target, runs).await?,
-        ..Report::default()
-    };
+    run.report.facts.push(facts::of_guest(&like));
     Ok(Bench {
-        runs,
         spec: PeerSpec { template, like },
         worker,
-        report,
-        begun,
-        scratch,
+        run,
     })
 }
 

@@ -17,7 +17,7 @@ const SANDBOX: &str = "paused";
 /// # Errors
 /// When a capture fails.
 pub async fn measure(bench: &mut Bench) -> Result<()> {
-    let mounted = bench.scratch.mount_xfs().await?;
+    let mounted = bench.scratch.mount_xfs("xfs").await?;
     let (data, cache) = (mounted.join("worker"), mounted.join("cache"));
     let xfs = &Worker::open(&data, &bench.worker.store, &cache).await?;
     let folder = bench.scratch.path("pause");

@@ -12,8 +12,9 @@ use crate::error::{BenchError, Doing, Result};
 ///
 /// # Errors
 /// When it cannot be started or its status is not 0; with what it said.
-pub async fn run<S: AsRef<OsStr>>(program: &str, arguments: &[S]) -> Result<String> {
-    let attempt = format!("run {program}");
+pub async fn run<S: AsRef<OsStr>>(program: impl AsRef<OsStr>, arguments: &[S]) -> Result<String> {
+    let program = program.as_ref();
+    let attempt = format!("run {}", program.display());
     let output = Command::new(program)
         .args(arguments)
         .stdin(Stdio::null())

@@ -59,12 +59,12 @@ impl Scratch {
         self.root.join(name)
     }
 
-    /// Makes and mounts XFS; gives its folder.
+    /// Makes and mounts XFS with this name; gives its folder.
     ///
     /// # Errors
     /// When `mkfs.xfs` or `mount` fail.
-    pub async fn mount_xfs(&self) -> Result<PathBuf> {
-        let (image, folder) = (self.path("xfs.img"), self.path("xfs"));
+    pub async fn mount_xfs(&self, name: &str) -> Result<PathBuf> {
+        let (image, folder) = (self.path(&format!("{name}.img")), self.path(name));
         let file = durable::create_scratch(&image, 0o600).doing("create the XFS file")?;
         file.set_len(XFS_BYTES).doing("size the XFS file")?;
         durable::create_dir(&folder, 0o711).doing("create the XFS folder")?;
@@ -73,6 +73,15 @@ impl Scratch {
         let at = folder.display().to_string();
         program::run("mount", &["-t", "xfs", "-o", "loop", &image, &at]).await?;
         Ok(folder)
+    }
+
+    /// Unmounts it and gives its room back.
+    ///
+    /// # Errors
+    /// When it is in use.
+    pub fn unmount_xfs(&self, name: &str) -> Result<()> {
+        unmount_below(&self.path(name))?;
+        durable::remove_file(&self.path(&format!("{name}.img"))).doing("remove the XFS file")
     }
 
     fn clear(&self) -> Result<()> {

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use stead_sys::copy::is_zero;
-use stead_sys::direct::AlignedBuffer;
+use stead_sys::direct::{ALIGNMENT, AlignedBuffer};
 use stead_sys::share::Shared;
 
 use super::compress::Compressor;
@@ -149,7 +149,9 @@ pub(crate) struct Chunk<'a> {
     buffer: AlignedBuffer,
     below: Vec<u8>,
     compressor: Option<Compressor>,
-    packed: Vec<u8>,
+    /// Compressed clusters one after the other, from [`ALIGNMENT`] on.
+    packed: AlignedBuffer,
+    packed_end: usize,
     found: Vec<Found>,
     writes: Vec<Write>,
     tables: Vec<Table>,
@@ -165,7 +167,11 @@ impl<'a> Chunk<'a> {
             buffer: AlignedBuffer::new(length),
             below: vec![0; if job.below.is_some() { length } else { 0 }],
             compressor: compressor.transpose()?,
-            packed: Vec::new(),
+            packed: AlignedBuffer::new(match job.compression {
+                Some(_) => to_usize(ALIGNMENT) + length,
+                None => 0,
+            }),
+            packed_end: 0,
             found: Vec::new(),
             writes: Vec::new(),
             tables: Vec::new(),
@@ -184,7 +190,7 @@ impl<'a> Chunk<'a> {
             "a piece is of whole units and fits the buffer"
         );
         self.range = range;
-        self.packed.clear();
+        self.packed_end = to_usize(ALIGNMENT);
         let units = (self.range.end - self.range.start).div_ceil(self.job.unit);
         self.found = vec![Found::Data(ALL_SUBCLUSTERS); to_usize(units)];
         self.leave_out_equal_layers()?;
@@ -387,11 +393,10 @@ impl<'a> Chunk<'a> {
                 continue;
             }
             let cluster = &self.buffer.bytes()[index * unit..(index + 1) * unit];
-            let start = self.packed.len();
-            self.packed.resize(start + unit - 1, 0);
-            let length = compressor.compress(cluster, &mut self.packed[start..]);
-            self.packed.truncate(start + length.unwrap_or(0));
-            if let Some(length) = length {
+            let start = self.packed_end;
+            let out = &mut self.packed.bytes_mut()[start..start + unit - 1];
+            if let Some(length) = compressor.compress(cluster, out) {
+                self.packed_end = start + length;
                 *found = Found::Packed(start..start + length);
             }
         }
@@ -515,7 +520,7 @@ impl<'a> Chunk<'a> {
                     data.write(write.at, &self.buffer.bytes()[start..start + length])?;
                 }
                 From::Packed(start) => {
-                    data.write(write.at, &self.packed[start..start + length])?;
+                    data.write_packed(write.at, &mut self.packed, start..start + length)?;
                 }
                 From::Room => {
                     let preallocation = self.job.reserve.unwrap_or(Preallocation::Off);

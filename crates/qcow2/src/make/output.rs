@@ -2,20 +2,24 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
-use stead_sys::direct;
+use stead_sys::direct::{self, ALIGNMENT};
 use stead_sys::durable::{Existing, Partial};
 use stead_sys::share::{self, Shared};
 use stead_sys::space;
 
 use super::options::{Preallocation, Target};
 use crate::error::{Error, Result};
-use crate::header::{SECTOR_BYTES, to_usize};
+use crate::header::{SECTOR_BYTES, to_u64, to_usize};
 
 /// Shorter writes go through the page cache.
 const DIRECT_FROM_BYTES: usize = 64 << 10;
+/// A new file is made longer by as many bytes at once. A direct write that makes it longer keeps all others waiting.
+const GROW_BYTES: u64 = 256 << 20;
 /// Zeros are written in pieces of at most this many bytes.
 const ZERO_STEP_BYTES: u64 = 1 << 20;
 
@@ -34,6 +38,8 @@ pub(crate) struct Output {
     path: PathBuf,
     /// The same file, past the page cache, where that is possible.
     direct: Option<File>,
+    /// The length that a new file was given, in bytes. It is that of its content only at the end.
+    given: Mutex<u64>,
     /// Whether what is written is to survive lost power.
     synced: bool,
     #[cfg(test)]
@@ -80,6 +86,7 @@ impl Output {
             place,
             path: path.to_owned(),
             direct: None,
+            given: Mutex::new(0),
             synced: false,
             #[cfg(test)]
             fault: super::fault::Fault::planned(),
@@ -122,10 +129,62 @@ impl Output {
         let bytes = spoiled.as_deref().unwrap_or(bytes);
         let long = bytes.len() >= DIRECT_FROM_BYTES && direct::is_aligned(at, bytes);
         let file = match &self.direct {
-            Some(direct) if long => direct,
+            Some(direct) if long => {
+                self.grow(at + to_u64(bytes.len()))?;
+                direct
+            }
             Some(_) | None => self.file(),
         };
         self.step("write", || file.write_all_at(bytes, at))
+    }
+
+    /// Writes `memory[range]`, which may begin and end anywhere in the file: whole blocks past the page cache,
+    /// what is left at both ends through it.
+    ///
+    /// The bytes are moved in `memory`, down by less than [`ALIGNMENT`], so that both lie alike; there must be as
+    /// many before them that are not needed any more.
+    pub fn write_packed(
+        &self,
+        at: u64,
+        memory: &mut direct::AlignedBuffer,
+        range: Range<usize>,
+    ) -> Result<()> {
+        let alignment = to_usize(ALIGNMENT);
+        let (length, within) = (range.len(), to_usize(at % ALIGNMENT));
+        if self.direct.is_none() || length < DIRECT_FROM_BYTES + 2 * alignment {
+            return self.write(at, &memory.bytes()[range]);
+        }
+        let down = (range.start + alignment - within) % alignment;
+        let start = range.start - down;
+        memory.bytes_mut().copy_within(range, start);
+        let bytes = &memory.bytes()[start..start + length];
+        let (first, rest) = bytes.split_at((alignment - within) % alignment);
+        let (whole, last) = rest.split_at(rest.len() / alignment * alignment);
+        let whole_at = at + to_u64(first.len());
+        for (at, part) in [
+            (at, first),
+            (whole_at, whole),
+            (whole_at + to_u64(whole.len()), last),
+        ] {
+            if !part.is_empty() {
+                self.write(at, part)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a new file long enough for a write up to `end`, and more.
+    fn grow(&self, end: u64) -> Result<()> {
+        let Place::Partial(partial, _) = &self.place else {
+            return Ok(());
+        };
+        let mut given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
+        if end > *given {
+            let length = end.next_multiple_of(GROW_BYTES);
+            self.step("set the length of", || partial.file().set_len(length))?;
+            *given = length;
+        }
+        Ok(())
     }
 
     /// Reads what was written.
@@ -208,7 +267,10 @@ impl Output {
         match &self.place {
             Place::Dropped(_) => Ok(()),
             Place::Partial(partial, _) => {
-                self.step("set the length of", || partial.file().set_len(length))
+                let mut given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
+                self.step("set the length of", || partial.file().set_len(length))?;
+                *given = length;
+                Ok(())
             }
             Place::There(file) => self.step("set the length of", || {
                 let stat = file.metadata()?;

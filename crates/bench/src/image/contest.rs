@@ -1,0 +1,167 @@
+//! One command of ours against one of `qemu-img`, in turns.
+
+use std::io::Read;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use super::Images;
+use crate::error::{Doing, Result};
+use crate::program;
+use crate::report::{Report, Row, Value, median};
+
+/// What is in the page cache when the clock starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cache {
+    /// The files were read just before.
+    Warm,
+    /// Nothing.
+    Cold,
+}
+
+impl Cache {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Warm, Self::Cold];
+
+    /// As it is said in a figure.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Warm => "warm",
+            Self::Cold => "cold",
+        }
+    }
+
+    /// Brings the files in `read` about.
+    fn set(self, read: &[PathBuf]) -> Result<()> {
+        rustix::fs::sync();
+        match self {
+            Self::Warm => read.iter().try_for_each(read_through),
+            Self::Cold => drop_caches(),
+        }
+    }
+}
+
+fn read_through(path: &PathBuf) -> Result<()> {
+    let mut file = std::fs::File::open(path).doing("read an image")?;
+    let mut buffer = vec![0; 1 << 20];
+    while file.read(&mut buffer).doing("read an image")? > 0 {}
+    Ok(())
+}
+
+fn drop_caches() -> Result<()> {
+    use std::io::Write;
+    let opened = std::fs::OpenOptions::new()
+        .write(true)
+        .open("/proc/sys/vm/drop_caches");
+    opened
+        .and_then(|mut file| file.write_all(b"3"))
+        .doing("empty the page cache")
+}
+
+/// Two commands that do the same.
+#[derive(Debug)]
+pub struct Contest<'a> {
+    /// What is measured.
+    pub figure: &'a str,
+    /// The peer in words.
+    pub beside: &'a str,
+    /// The most that our time may be, as a multiple of the peer's.
+    pub target: Option<f64>,
+    /// Files that are copied before each run: from and to.
+    pub fresh: &'a [(&'a str, &'a str)],
+    /// Files that are read before a warm run.
+    pub read: &'a [&'a str],
+    /// Files that are removed after each run.
+    pub made: &'a [&'a str],
+    /// What `stead img` is told.
+    pub ours: &'a [&'a str],
+    /// What `qemu-img` is told.
+    pub peer: &'a [&'a str],
+}
+
+/// The times of both.
+#[derive(Debug, Default)]
+pub struct Times {
+    ours: Vec<Duration>,
+    peer: Vec<Duration>,
+    /// The lengths of what was made last: ours, and the peer's.
+    pub lengths: [u64; 2],
+}
+
+impl Contest<'_> {
+    /// Takes turns and adds a row.
+    ///
+    /// # Errors
+    /// When a command fails.
+    pub async fn run(&self, images: &Images, cache: Cache, report: &mut Report) -> Result<Times> {
+        let mut times = Times::default();
+        for round in 0..images.runs {
+            for turn in 0..2 {
+                let ours = (round + turn) % 2 == 0;
+                let took = self.once(images, cache, ours, &mut times).await?;
+                match ours {
+                    true => times.ours.push(took),
+                    false => times.peer.push(took),
+                }
+            }
+        }
+        report.rows.push(Row {
+            figure: format!("{}, {}", self.figure, cache.name()),
+            ours: Value::Time(median(&times.ours)),
+            peer: Value::Time(median(&times.peer)),
+            beside: self.beside.to_owned(),
+            target: self.target,
+        });
+        Ok(times)
+    }
+
+    async fn once(
+        &self,
+        images: &Images,
+        cache: Cache,
+        ours: bool,
+        times: &mut Times,
+    ) -> Result<Duration> {
+        for (from, to) in self.fresh {
+            program::run("cp", &[images.path(from), images.path(to)]).await?;
+        }
+        let read: Vec<PathBuf> = self.read.iter().map(|n| images.folder.join(n)).collect();
+        cache.set(&read)?;
+        let begun = Instant::now();
+        self.command(images, ours).await?;
+        let took = begun.elapsed();
+        if let Some(made) = self.made.first() {
+            let index = usize::from(!ours);
+            times.lengths[index] = program::length(&images.folder.join(made))?;
+        }
+        let fresh = self.fresh.iter().map(|(_, to)| to);
+        for name in self.made.iter().chain(fresh) {
+            images.remove(name)?;
+        }
+        Ok(took)
+    }
+
+    async fn command(&self, images: &Images, ours: bool) -> Result<String> {
+        match ours {
+            true => program::run(&images.stead, &images.ours(self.ours)).await,
+            false => program::run("qemu-img", &images.arguments(self.peer)).await,
+        }
+    }
+}
+
+impl Images {
+    /// Arguments in which a word that begins with `@` is a file's name.
+    pub fn arguments(&self, words: &[&str]) -> Vec<String> {
+        let word = |word: &&str| match word.strip_prefix('@') {
+            Some(name) => self.path(name),
+            None => (*word).to_owned(),
+        };
+        words.iter().map(word).collect()
+    }
+
+    /// The same for `stead`.
+    pub fn ours(&self, words: &[&str]) -> Vec<String> {
+        let mut arguments = vec!["img".to_owned()];
+        arguments.extend(self.arguments(words));
+        arguments
+    }
+}

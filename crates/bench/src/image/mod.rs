@@ -1,0 +1,105 @@
+//! Disk images: `stead img` beside `qemu-img`, on the same files.
+//!
+//! Figures are taken in turns, the one that begins changing each round; what a command makes or changes is made
+//! anew before each, outside of the clock, and everything is written out before the clock starts. *Warm* means
+//! that the files were read just before, *cold* that the page cache was emptied.
+
+mod content;
+mod contest;
+mod limits;
+mod measured;
+mod rows;
+
+use std::path::{Path, PathBuf};
+
+use stead_sys::durable;
+
+use crate::error::{BenchError, Doing, Result};
+use crate::{Run, program};
+
+/// The disk that is flattened and converted.
+const DISK_BYTES: u64 = 4 << 30;
+/// How many of its bytes lie in the base.
+const DATA_BYTES: u64 = 3_600_000_000;
+
+/// Where images lie while they are measured, and our program.
+#[derive(Debug)]
+struct Images {
+    folder: PathBuf,
+    stead: PathBuf,
+    /// How often each figure is taken.
+    runs: usize,
+}
+
+impl Images {
+    /// The path of a file, as an argument.
+    fn path(&self, name: &str) -> String {
+        self.folder.join(name).display().to_string()
+    }
+
+    fn remove(&self, name: &str) -> Result<()> {
+        durable::remove_file(&self.folder.join(name)).doing("remove an image")
+    }
+
+    /// The same program and counts, with another folder.
+    fn within(&self, folder: &Path) -> Result<Self> {
+        durable::create_dir(folder, 0o700).doing("create a folder")?;
+        Ok(Self {
+            folder: folder.to_owned(),
+            stead: self.stead.clone(),
+            runs: self.runs,
+        })
+    }
+}
+
+/// Measures all of them.
+///
+/// # Errors
+/// When a command fails.
+pub async fn measure(run: &mut Run) -> Result<()> {
+    let own = std::env::current_exe().doing("find the own program")?;
+    let stead = own.with_file_name("stead");
+    if !stead.is_file() {
+        let attempt = "find stead beside the own program";
+        return Err(BenchError::new(attempt, "build it first: make build"));
+    }
+    let here = Images {
+        folder: run.scratch.path("."),
+        stead,
+        runs: run.runs.div_ceil(2),
+    };
+    let images = here.within(&run.scratch.path("images"))?;
+    tables(run, &images).await?;
+    copies(run, &images).await?;
+    durable::remove_tree(&images.folder).doing("remove the images")
+}
+
+/// What moves no data: a check and bitmaps.
+async fn tables(run: &mut Run, images: &Images) -> Result<()> {
+    run.say("images: check of 1 TiB");
+    rows::check(images, &mut run.report).await?;
+    run.say("images: 32 bitmaps");
+    rows::bitmaps(images, &mut run.report).await
+}
+
+/// What moves data.
+async fn copies(run: &mut Run, images: &Images) -> Result<()> {
+    run.say("images: make a base");
+    let base = images.folder.join("base.raw");
+    content::write_random(&base, DATA_BYTES, DISK_BYTES)?;
+    run.say("images: flatten");
+    rows::flatten(images, &mut run.report, rows::EXT4).await?;
+    run.say("images: convert");
+    rows::convert(images, &mut run.report).await?;
+    run.say("images: flatten with shared blocks");
+    let mounted = run.scratch.mount_xfs("images-xfs").await?;
+    let shared = images.within(&mounted.join("images"))?;
+    program::run("cp", &[images.path("base.raw"), shared.path("base.raw")]).await?;
+    rows::flatten(&shared, &mut run.report, rows::XFS).await?;
+    run.scratch.unmount_xfs("images-xfs")?;
+    images.remove("base.raw")?;
+    run.say("images: commit");
+    rows::commit(images, &mut run.report).await?;
+    run.say("images: convert with compression");
+    rows::compress(images, &mut run.report).await
+}

@@ -1,0 +1,350 @@
+//! The figures.
+
+use super::contest::{Cache, Contest};
+use super::limits::{COPIED, Limit, SHARED};
+use super::{Images, content, measured};
+use crate::error::Result;
+use crate::program;
+use crate::report::{Report, Row, Value};
+
+/// A kind of file system, and what is promised there.
+#[derive(Debug)]
+pub struct Place {
+    name: &'static str,
+    target: f64,
+    limit: Limit,
+}
+
+/// Blocks are copied.
+pub const EXT4: Place = Place {
+    name: "ext4",
+    target: 0.5,
+    limit: COPIED,
+};
+
+/// Blocks are shared.
+pub const XFS: Place = Place {
+    name: "XFS with reflink",
+    target: 0.05,
+    limit: SHARED,
+};
+
+/// Makes `name`, an overlay over `base` in which the guest wrote a little.
+async fn overlay(images: &Images, base: [&str; 2], name: &str) -> Result<()> {
+    let [base, format] = base;
+    let (base, image) = (images.path(base), images.path(name));
+    let arguments = [
+        "create", "-q", "-f", "qcow2", "-b", &base, "-F", format, &image,
+    ];
+    program::run("qemu-img", &arguments).await?;
+    let arguments = ["-f", "qcow2", "-c", "write -P 7 100M 8M", &image];
+    program::run("qemu-io", &arguments).await.map(drop)
+}
+
+/// `rebase -b ""`.
+///
+/// # Errors
+/// When a command fails.
+pub async fn flatten(images: &Images, report: &mut Report, place: Place) -> Result<()> {
+    overlay(images, ["base.raw", "raw"], "over.qcow2").await?;
+    let figure = format!("flatten 4 GiB with 3.6 GB from the base, {}", place.name);
+    let command = ["rebase", "-f", "qcow2", "-b", "", "@work.qcow2"];
+    let contest = Contest {
+        figure: &figure,
+        beside: "qemu-img rebase -b \"\", synced like ours",
+        target: Some(place.target),
+        fresh: &[("over.qcow2", "work.qcow2")],
+        read: &["base.raw"],
+        made: &[],
+        ours: &command,
+        peer: &command,
+    };
+    contest.run(images, Cache::Cold, report).await?;
+    contest.run(images, Cache::Warm, report).await?;
+    place.limit.beside_last(images, report).await?;
+    images.remove("over.qcow2")
+}
+
+/// `convert` of an image with a base.
+///
+/// # Errors
+/// When a command fails.
+pub async fn convert(images: &Images, report: &mut Report) -> Result<()> {
+    overlay(images, ["base.raw", "raw"], "over.qcow2").await?;
+    let ours = ["convert", "-O", "qcow2", "@over.qcow2", "@new.qcow2"];
+    let unsynced = [
+        "convert",
+        "-t",
+        "unsafe",
+        "-O",
+        "qcow2",
+        "@over.qcow2",
+        "@new.qcow2",
+    ];
+    let eight = [
+        "convert",
+        "-W",
+        "-m",
+        "8",
+        "-O",
+        "qcow2",
+        "@over.qcow2",
+        "@new.qcow2",
+    ];
+    let synced = [
+        "convert",
+        "-W",
+        "-m",
+        "8",
+        "-t",
+        "writeback",
+        "-O",
+        "qcow2",
+        "@over.qcow2",
+        "@new.qcow2",
+    ];
+    let contest = Contest {
+        figure: "convert the same to qcow2, synced",
+        beside: "qemu-img convert -W -m 8, which does not sync",
+        target: Some(0.7),
+        fresh: &[],
+        read: &["base.raw", "over.qcow2"],
+        made: &["new.qcow2"],
+        ours: &ours,
+        peer: &eight,
+    };
+    contest.run(images, Cache::Cold, report).await?;
+    contest.run(images, Cache::Warm, report).await?;
+    COPIED.beside_last(images, report).await?;
+    let both_sync = Contest {
+        figure: "convert the same, both synced",
+        beside: "qemu-img convert -W -m 8 -t writeback",
+        target: None,
+        peer: &synced,
+        ..contest
+    };
+    both_sync.run(images, Cache::Warm, report).await?;
+    let neither_syncs = Contest {
+        figure: "convert the same, neither synced",
+        beside: "qemu-img convert -W -m 8",
+        ours: &unsynced,
+        peer: &eight,
+        ..both_sync
+    };
+    neither_syncs.run(images, Cache::Warm, report).await?;
+    images.remove("over.qcow2")
+}
+
+/// `commit` of what a guest wrote into places that the base has.
+///
+/// # Errors
+/// When a command fails.
+pub async fn commit(images: &Images, report: &mut Report) -> Result<()> {
+    content::write_random(&images.folder.join("data.raw"), 1 << 30, 1 << 30)?;
+    let words = ["convert", "-O", "qcow2", "@data.raw", "@base.qcow2"];
+    program::run("qemu-img", &images.arguments(&words)).await?;
+    images.remove("data.raw")?;
+    let (image, base) = (images.path("top.qcow2"), images.path("work-base.qcow2"));
+    program::run("cp", &[images.path("base.qcow2"), base.clone()]).await?;
+    let arguments = [
+        "create", "-q", "-f", "qcow2", "-b", &base, "-F", "qcow2", &image,
+    ];
+    program::run("qemu-img", &arguments).await?;
+    images.remove("work-base.qcow2")?;
+    let writes = (0..400_u64).flat_map(|n| {
+        [
+            "-c".to_owned(),
+            format!("write -P {} {}M 1M", n % 250 + 1, n * 2),
+        ]
+    });
+    let mut arguments = vec!["-u".to_owned(), "-f".to_owned(), "qcow2".to_owned()];
+    arguments.extend(writes);
+    arguments.push(image);
+    program::run("cp", &[images.path("base.qcow2"), base]).await?;
+    program::run("qemu-io", &arguments[1..]).await?;
+    images.remove("work-base.qcow2")?;
+    let command = ["commit", "-q", "-f", "qcow2", "@work.qcow2"];
+    let contest = Contest {
+        figure: "commit 400 MiB, every other MiB, into a base of 1 GiB",
+        beside: "qemu-img commit, synced like ours",
+        target: Some(0.7),
+        fresh: &[
+            ("base.qcow2", "work-base.qcow2"),
+            ("top.qcow2", "work.qcow2"),
+        ],
+        read: &["work-base.qcow2", "work.qcow2"],
+        made: &[],
+        ours: &command,
+        peer: &command,
+    };
+    contest.run(images, Cache::Cold, report).await?;
+    contest.run(images, Cache::Warm, report).await?;
+    images.remove("base.qcow2")?;
+    images.remove("top.qcow2")
+}
+
+/// `convert -c` with zstd.
+///
+/// # Errors
+/// When a command fails.
+pub async fn compress(images: &Images, report: &mut Report) -> Result<()> {
+    content::write_tree(images, "tree.qcow2").await?;
+    let zstd = "compression_type=zstd";
+    let ours = [
+        "convert",
+        "-c",
+        "-O",
+        "qcow2",
+        "-o",
+        zstd,
+        "@tree.qcow2",
+        "@new.qcow2",
+    ];
+    let peer = [
+        "convert",
+        "-W",
+        "-m",
+        "8",
+        "-c",
+        "-O",
+        "qcow2",
+        "-o",
+        zstd,
+        "@tree.qcow2",
+        "@new.qcow2",
+    ];
+    let contest = Contest {
+        figure: "convert 1 GiB of /usr to zstd, synced",
+        beside: "qemu-img convert -c -W -m 8, which does not sync",
+        target: Some(0.6),
+        fresh: &[],
+        read: &["tree.qcow2"],
+        made: &["new.qcow2"],
+        ours: &ours,
+        peer: &peer,
+    };
+    contest.run(images, Cache::Cold, report).await?;
+    let times = contest.run(images, Cache::Warm, report).await?;
+    let [ours, peer] = times.lengths;
+    report.rows.push(Row {
+        figure: "the length of what that made".to_owned(),
+        ours: Value::Bytes(ours),
+        peer: Value::Bytes(peer),
+        beside: "qemu-img convert -c".to_owned(),
+        target: Some(1.03),
+    });
+    images.remove("tree.qcow2")
+}
+
+/// `check` of an image with 1 TiB of allocated clusters: time, and memory.
+///
+/// # Errors
+/// When a command fails.
+pub async fn check(images: &Images, report: &mut Report) -> Result<()> {
+    let words = [
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "preallocation=metadata",
+        "@wide.qcow2",
+        "1T",
+    ];
+    program::run("qemu-img", &images.arguments(&words)).await?;
+    let command = ["check", "-q", "-f", "qcow2", "@wide.qcow2"];
+    let contest = Contest {
+        figure: "check of 1 TiB of allocated clusters",
+        beside: "qemu-img check",
+        target: Some(0.7),
+        fresh: &[],
+        read: &[],
+        made: &[],
+        ours: &command,
+        peer: &command,
+    };
+    contest.run(images, Cache::Cold, report).await?;
+    contest.run(images, Cache::Warm, report).await?;
+    let ours = measured::command(images.stead.as_os_str(), &images.ours(&command)).await?;
+    let peer = measured::command("qemu-img".as_ref(), &images.arguments(&command)).await?;
+    report.rows.push(Row {
+        figure: "its peak memory".to_owned(),
+        ours: Value::Bytes(ours.peak_bytes),
+        peer: Value::Bytes(peer.peak_bytes),
+        beside: "qemu-img check".to_owned(),
+        target: Some(0.25),
+    });
+    images.remove("wide.qcow2")
+}
+
+/// How many bitmaps are merged.
+const BITMAPS: u64 = 32;
+/// The bytes of one.
+const BITMAP_BYTES: u64 = 2 << 20;
+
+/// `bitmap --add` and `bitmap --merge` of bitmaps with a bit in every one of their clusters.
+///
+/// # Errors
+/// When a command fails.
+pub async fn bitmaps(images: &Images, report: &mut Report) -> Result<()> {
+    let source = ["create", "-q", "-f", "qcow2", "@source.qcow2", "1T"];
+    program::run("qemu-img", &images.arguments(&source)).await?;
+    let words = ["bitmap", "--add", "-f", "qcow2", "@source.qcow2", "from"];
+    program::run("qemu-img", &images.arguments(&words)).await?;
+    // A cluster of 64 KiB of the bitmap stands for 32 GiB of the disk.
+    let mut words = vec!["-f".to_owned(), "qcow2".to_owned()];
+    let writes = (0..32).flat_map(|n| ["-c".to_owned(), format!("write {}G 64k", n * 32)]);
+    words.extend(writes);
+    words.push(images.path("source.qcow2"));
+    program::run("qemu-io", &words).await?;
+    let ours = write_bitmaps(images, true).await?;
+    let peer = write_bitmaps(images, false).await?;
+    images.remove("source.qcow2")?;
+    let payload = BITMAPS * BITMAP_BYTES;
+    for (bytes, target) in [(payload, Some(1.1)), (peer, None)] {
+        report.rows.push(Row {
+            figure: format!("add and merge {BITMAPS} bitmaps of 2 MiB, bytes written"),
+            ours: Value::Bytes(ours),
+            peer: Value::Bytes(bytes),
+            beside: match target {
+                Some(_) => "the bitmaps themselves".to_owned(),
+                None => "qemu-img bitmap, the same commands".to_owned(),
+            },
+            target,
+        });
+    }
+    Ok(())
+}
+
+/// The bytes that all commands together wrote.
+async fn write_bitmaps(images: &Images, ours: bool) -> Result<u64> {
+    let create = ["create", "-q", "-f", "qcow2", "@target.qcow2", "1T"];
+    program::run("qemu-img", &images.arguments(&create)).await?;
+    let mut bytes = 0;
+    for number in 0..BITMAPS {
+        let name = format!("b{number}");
+        let add = ["bitmap", "--add", "-f", "qcow2", "@target.qcow2", &name];
+        let merge = [
+            "bitmap",
+            "--merge",
+            "from",
+            "-b",
+            "@source.qcow2",
+            "-F",
+            "qcow2",
+            "-f",
+            "qcow2",
+            "@target.qcow2",
+            &name,
+        ];
+        for words in [&add[..], &merge] {
+            let used = match ours {
+                true => measured::command(images.stead.as_os_str(), &images.ours(words)).await?,
+                false => measured::command("qemu-img".as_ref(), &images.arguments(words)).await?,
+            };
+            bytes += used.written_bytes;
+        }
+    }
+    images.remove("target.qcow2")?;
+    Ok(bytes)
+}
