@@ -18,9 +18,9 @@ const LINE_BYTES_MAX: usize = 64 << 10;
 pub async fn run(engine: &Engine, args: &LogsArgs, watch: &Watch, json: bool) -> Result<u8> {
     let mut console = engine.console(&args.name).await?;
     let mut out = Out::new(json);
-    let from = args
-        .tail
-        .map_or(Ok(0), |lines| start_of_last_lines(&console.file, lines));
+    let from = args.tail.map_or(Ok(console.begin), |lines| {
+        start_of_last_lines(&console.file, console.begin, lines)
+    });
     let mut at = from.map_err(|error| unreadable(&console, error))?;
     loop {
         let goes_on = args.follow && runs(engine, &args.name).await?;
@@ -38,7 +38,11 @@ pub async fn run(engine: &Engine, args: &LogsArgs, watch: &Watch, json: bool) ->
         let now = engine.console(&args.name).await?;
         if now.path != console.path {
             // It was started anew, or restored.
-            (console, at) = (now, 0);
+            at = now.begin;
+            console = now;
+        } else {
+            // What is before has been given back, for the console became too long.
+            at = at.max(now.begin);
         }
     }
 }
@@ -157,14 +161,14 @@ fn json_lines(begun: &mut Vec<u8>, bytes: &[u8]) -> Vec<u8> {
     text
 }
 
-/// Where the last `lines` lines of a file begin, looked for from its end.
-fn start_of_last_lines(file: &std::fs::File, lines: usize) -> std::io::Result<u64> {
+/// Where the last `lines` lines of a file begin, looked for from its end; `first` is where its first line does.
+fn start_of_last_lines(file: &std::fs::File, first: u64, lines: usize) -> std::io::Result<u64> {
     let length = file.metadata()?.len();
     let mut block = vec![0; BLOCK_BYTES];
     let mut ends_wanted = lines;
     let mut end = length;
-    while end > 0 && lines > 0 {
-        let begin = end.saturating_sub(BLOCK_BYTES as u64);
+    while end > first && lines > 0 {
+        let begin = end.saturating_sub(BLOCK_BYTES as u64).max(first);
         let part = &mut block[..(end - begin) as usize];
         file.read_exact_at(part, begin)?;
         for (at, byte) in part.iter().enumerate().rev() {
@@ -180,7 +184,7 @@ fn start_of_last_lines(file: &std::fs::File, lines: usize) -> std::io::Result<u6
         }
         end = begin;
     }
-    Ok(if lines == 0 { length } else { 0 })
+    Ok(if lines == 0 { length } else { first })
 }
 
 #[cfg(test)]
@@ -196,13 +200,15 @@ mod tests {
     #[test]
     fn the_last_lines_are_counted_from_the_end_however_long_the_console_is() {
         let start =
-            |bytes: &[u8], lines| start_of_last_lines(&file_of(bytes), lines).expect("read");
+            |bytes: &[u8], lines| start_of_last_lines(&file_of(bytes), 0, lines).expect("read");
         let text = b"one\ntwo\nthree\n";
         assert_eq!(start(text, 0), text.len() as u64);
         assert_eq!(start(text, 1), 8);
         assert_eq!(start(text, 2), 4);
         assert_eq!(start(text, 3), 0);
         assert_eq!(start(text, 9), 0);
+        let behind = |lines| start_of_last_lines(&file_of(text), 4, lines).expect("read");
+        assert_eq!((behind(1), behind(2), behind(3), behind(9)), (8, 4, 4, 4));
         assert_eq!(start(b"", 1), 0);
         assert_eq!(start(b"no end", 1), 0);
         let long = vec![b'x'; BLOCK_BYTES];

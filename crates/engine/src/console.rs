@@ -3,13 +3,18 @@
 //! The file lies in a folder that the VM's user may write to, and is opened by whoever asks, mostly root. So
 //! the name is not followed if it is a link, a pipe or device is not waited for, and a file with a second
 //! name is refused: each could be something else that the VM's user has put there.
+//!
+//! A guest can write for ever. So every command gives the room of the oldest part of a long console back, as a hole: QEMU
+//! only appends, so nothing that it writes meanwhile is lost, and places in the file stay what they are for who follows
+//! it. Between two commands nobody looks: what a guest writes then has no bound.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Mode, OFlags, SeekFrom};
+use rustix::io::Errno;
 
 use crate::Engine;
 use crate::error::{AtFile, EngineError, Result};
@@ -23,6 +28,13 @@ const TAIL_LINES: usize = 12;
 /// The longest line that an error repeats, in characters.
 const LINE_CHARS: usize = 200;
 
+/// How much of a console's end is kept, in bytes.
+const KEPT_BYTES: u64 = 16 << 20;
+/// How much more than that it has when the rest is given back.
+const EXCESS_BYTES: u64 = 16 << 20;
+/// Room is given back in whole blocks of the file system, which are not larger than this, in bytes.
+const BLOCK_BYTES: u64 = 64 << 10;
+
 /// A console that can be read.
 #[derive(Debug)]
 pub struct Console {
@@ -30,6 +42,8 @@ pub struct Console {
     pub path: PathBuf,
     /// The same, open for reading.
     pub file: File,
+    /// From where on it is kept, in bytes; 0 unless it became too long.
+    pub begin: u64,
 }
 
 impl Engine {
@@ -44,7 +58,25 @@ impl Engine {
         };
         let path = self.dir.run(launch).join(stead_vmm::dir::SERIAL_LOG);
         let file = open(&path).at("open the console", &path)?;
-        Ok(Console { path, file })
+        let begin = begin(&file).at("read the console", &path)?;
+        Ok(Console { path, file, begin })
+    }
+
+    /// Gives back what is too much of the consoles of this worker. One that cannot be shortened stays as it is.
+    pub(crate) async fn shorten_consoles(&self) -> Result<()> {
+        for launch in self
+            .records
+            .sandboxes()
+            .await?
+            .iter()
+            .filter_map(|one| one.launch.as_ref())
+        {
+            let path = self.dir.run(launch).join(stead_vmm::dir::SERIAL_LOG);
+            if let Err(error) = shorten(&path, KEPT_BYTES, EXCESS_BYTES) {
+                tracing::debug!(path = %path.display(), %error, "the console is not shortened");
+            }
+        }
+        Ok(())
     }
 
     /// The console's last lines of a start that failed, before its folder is removed.
@@ -69,7 +101,11 @@ fn no_console(sandbox: &Sandbox) -> EngineError {
 }
 
 fn open(path: &Path) -> io::Result<File> {
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    open_as(path, OFlags::RDONLY)
+}
+
+fn open_as(path: &Path, access: OFlags) -> io::Result<File> {
+    let flags = access | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
     let metadata = file.metadata()?;
     if !metadata.is_file() || metadata.nlink() > 1 {
@@ -79,6 +115,50 @@ fn open(path: &Path) -> io::Result<File> {
         ));
     }
     Ok(file)
+}
+
+/// Where what is kept begins: at a line, unless its first one is very long.
+fn begin(file: &File) -> io::Result<u64> {
+    let data = match rustix::fs::seek(file, SeekFrom::Data(0)) {
+        Ok(0) | Err(Errno::NXIO) => return Ok(0),
+        Ok(data) => data,
+        Err(error) => return Err(error.into()),
+    };
+    let mut bytes = [0; TAIL_BYTES as usize];
+    let read = file.read_at(&mut bytes, data)?;
+    let end = bytes[..read].iter().position(|byte| *byte == b'\n');
+    Ok(data + end.map_or(0, |end| end as u64 + 1))
+}
+
+/// Gives the room of all but the last `kept` bytes back, if there are more than `excess` beside them.
+fn shorten(path: &Path, kept: u64, excess: u64) -> io::Result<()> {
+    let length = match std::fs::symlink_metadata(path) {
+        Ok(metadata) => metadata.len(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    if length <= kept.saturating_add(excess) {
+        return Ok(());
+    }
+    let file = open_as(path, OFlags::RDWR)?;
+    let folder = path.parent().unwrap_or(path);
+    // QEMU made it, in a folder of its own: another owner's file was put there.
+    if file.metadata()?.uid() != std::fs::metadata(folder)?.uid() {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "it has another owner than its folder",
+        ));
+    }
+    let end = (length - kept) / BLOCK_BYTES * BLOCK_BYTES;
+    let begun = match rustix::fs::seek(&file, SeekFrom::Data(0)) {
+        Ok(begun) => begun,
+        Err(Errno::NXIO) => return Ok(()),
+        Err(error) => return Err(error.into()),
+    };
+    if end.saturating_sub(begun) >= excess {
+        stead_sys::space::punch(&file, 0, end)?;
+    }
+    Ok(())
 }
 
 /// The last lines, bounded, and without what would move a terminal's cursor or change its colours.
@@ -129,6 +209,45 @@ mod tests {
         assert_eq!(last_lines(hostile), ["red 2Jx", "]0;title"]);
         assert_eq!(last_lines(&"x".repeat(9999))[0].len(), LINE_CHARS);
         assert!(last_lines("\u{1b}[").is_empty());
+    }
+
+    #[test]
+    fn a_long_console_keeps_its_end_and_its_places_and_what_is_appended_meanwhile() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let path = dir.path().join("console");
+        let file = stead_sys::durable::create_scratch(&path, 0o600).expect("create");
+        let line = [vec![b'x'; 99], vec![b'\n']].concat();
+        let text = line.repeat(10_000);
+        file.write_all_at(&text, 0).expect("write");
+        let (kept, excess) = (100_000, 200_000);
+        let allocated = || stead_sys::space::allocated_bytes(&path).expect("ask");
+        shorten(&path, kept, 950_000).expect("short enough");
+        assert_eq!(begin(&open(&path).expect("open")).expect("begin"), 0);
+        let before = allocated();
+        shorten(&path, kept, excess).expect("shorten");
+        assert!(
+            allocated() + 800_000 < before,
+            "{} of {before}",
+            allocated()
+        );
+        file.write_all_at(b"more\n", text.len() as u64)
+            .expect("QEMU appends");
+        let console = open(&path).expect("open");
+        let begin = begin(&console).expect("begin");
+        assert!(
+            (800_000..=900_000).contains(&begin) && begin.is_multiple_of(100),
+            "{begin}"
+        );
+        let mut rest = vec![0; text.len() + 5 - usize::try_from(begin).expect("small")];
+        console.read_exact_at(&mut rest, begin).expect("read");
+        assert_eq!(
+            rest,
+            [&text[usize::try_from(begin).expect("small")..], b"more\n"].concat()
+        );
+        // Again there is too little to give back.
+        let before = allocated();
+        shorten(&path, kept, excess).expect("shorten");
+        assert_eq!(allocated(), before);
     }
 
     #[test]

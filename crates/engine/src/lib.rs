@@ -132,6 +132,7 @@ impl Engine {
             worker: OnceLock::new(),
         };
         engine.recover().await?;
+        engine.shorten_consoles().await?;
         Ok(engine)
     }
 
