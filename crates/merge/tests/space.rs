@@ -16,7 +16,6 @@ use std::sync::Arc;
 use common::{Loop, content, qemu_flags, sh, shared_memory, silent};
 use stead_merge::{Becomes, Kind, MergeRequest, Place, StalePolicy, plan, run};
 use stead_qcow2::edit::{EditOptions, Editor};
-use stead_qcow2::ops::bitmap::{self, Action};
 use stead_qcow2::ops::commit::{Chosen, CommitOptions, Incomplete, commit_into};
 use stead_qcow2::{Layer, LayerFile, LayerFormat};
 use stead_sys::storage::{FileStorage, Storage};
@@ -302,18 +301,9 @@ impl Reported {
         sh(&format!(
             "blkdiscard -f {base} && qemu-img create -q -f qcow2 {base} 1G"
         ));
-        let names = (0..count).map(|index| format!("stale-{index:03}"));
-        let names: Vec<String> = names.collect();
-        let add = |name: &'_ String| bitmap::Step {
-            bitmap: name.as_bytes(),
-            action: Action::Add {
-                granularity_bits: None,
-                enabled: true,
-            },
-        };
-        let steps: Vec<_> = names.iter().map(add).collect();
-        let mut editor = Editor::open(&self.device.device, EditOptions::default()).expect("whole");
-        bitmap::change(&mut editor, &steps).expect("added");
+        let add = (0..count).map(|index| format!("qemu-img bitmap --add {base} stale-{index:03}"));
+        let lines = std::iter::once("true".to_owned()).chain(add);
+        sh(&lines.collect::<Vec<_>>().join(" && "));
     }
 
     /// `qemu-img commit`, then the bitmap added and merged, as the report did it: whether "good" is usable and the data
