@@ -10,6 +10,7 @@ use stead_qcow2::{Chain, LayerFile, LayerFormat, OpenPolicy, probe_format};
 use stead_sys::readable;
 
 use crate::error::{Kind, MergeError, Result};
+use crate::space::{Place, place_of};
 
 /// What a layer is in a merge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -52,7 +53,7 @@ impl Layers {
         let files = (0..chain.depth()).filter_map(|index| chain.file(index));
         let files: Vec<LayerFile> = files
             .map(|(path, format)| {
-                let path = std::fs::canonicalize(path);
+                let path = stable(path);
                 path.map(|path| LayerFile { path, format })
             })
             .collect::<std::io::Result<_>>()
@@ -127,10 +128,21 @@ impl Layers {
     }
 }
 
+/// A name that means the same file from anywhere and later: that of a device stays as it is given, because what its
+/// links point to changes when the host starts anew.
+pub(crate) fn stable(path: &Path) -> std::io::Result<PathBuf> {
+    match place_of(path)? {
+        Place::FileSystem => std::fs::canonicalize(path),
+        Place::Device => std::path::absolute(path),
+    }
+}
+
 /// Which layer is meant: by its file or by its number, 0 being the active one.
 fn find(files: &[LayerFile], wanted: &Path) -> Result<usize> {
-    if let Ok(path) = std::fs::canonicalize(wanted)
-        && let Some(index) = files.iter().position(|file| file.path == path)
+    if let Ok(id) = identity(wanted)
+        && let Some(index) = files
+            .iter()
+            .position(|file| identity(&file.path).is_ok_and(|other| other == id))
     {
         return Ok(index);
     }

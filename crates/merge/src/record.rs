@@ -13,7 +13,7 @@ use stead_sys::durable::{self, Existing};
 
 use crate::bitmaps::Becomes;
 use crate::error::{Kind, MergeError, Result};
-use crate::layers::{Layers, folder, identity};
+use crate::layers::{Layers, folder, identity, stable};
 use crate::plan::MergePlan;
 use crate::space::{Place, place_of};
 
@@ -27,17 +27,21 @@ const MAX_BYTES: u64 = 64 << 20;
 pub(crate) struct RecordedLayer {
     path: Vec<u8>,
     qcow2: bool,
-    /// Device and inode.
-    identity: (u64, u64),
+    /// Device and inode; not of a block device, whose inode is another one when the host starts anew.
+    identity: Option<(u64, u64)>,
 }
 
 impl RecordedLayer {
     fn of(file: &LayerFile) -> Result<Self> {
-        let identity = identity(&file.path);
+        let io = |source| MergeError::io("look at", &file.path, source);
+        let identity = match place_of(&file.path).map_err(io)? {
+            Place::FileSystem => Some(identity(&file.path).map_err(io)?),
+            Place::Device => None,
+        };
         Ok(Self {
             path: file.path.as_os_str().as_bytes().to_vec(),
             qcow2: file.format == LayerFormat::Qcow2,
-            identity: identity.map_err(|source| MergeError::io("look at", &file.path, source))?,
+            identity,
         })
     }
 
@@ -55,7 +59,7 @@ impl RecordedLayer {
     pub fn is_there(&self) -> Result<bool> {
         let path = self.file().path;
         match identity(&path) {
-            Ok(found) => Ok(found == self.identity),
+            Ok(found) => Ok(self.identity.is_none_or(|own| own == found)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(source) => Err(MergeError::io("look at", &path, source)),
         }
@@ -174,7 +178,12 @@ impl Record {
     }
 
     fn mentions(&self, path: &Path) -> bool {
-        self.layers.iter().any(|layer| layer.file().path == path)
+        let wanted = identity(path).ok();
+        self.layers.iter().any(|layer| {
+            let own = layer.file().path;
+            // A device may be given by another of its names.
+            own == path || (wanted.is_some() && identity(&own).ok() == wanted)
+        })
     }
 }
 
@@ -184,7 +193,7 @@ impl Record {
 /// When there is no such file.
 pub fn record_path(base: &Path, folder: &Path) -> Result<PathBuf> {
     let io = |source| MergeError::io("find", base, source);
-    let base = std::fs::canonicalize(base).map_err(io)?;
+    let base = stable(base).map_err(io)?;
     let name = base.file_name().unwrap_or_default().to_os_string();
     Ok(match place_of(&base).map_err(io)? {
         Place::FileSystem => base.with_file_name(hidden(name)),
@@ -206,14 +215,42 @@ fn hidden(name: std::ffi::OsString) -> std::ffi::OsString {
     hidden
 }
 
+/// Removes what processes left that died while they wrote this record. Called where nobody else can be writing it.
+pub(crate) fn remove_unfinished(record: &Path) -> Result<()> {
+    let place = folder(record);
+    let io = |source| MergeError::io("remove unfinished records in", &place, source);
+    let entries = match std::fs::read_dir(&place) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(source) => return Err(io(source)),
+    };
+    let mut end = b"-".to_vec();
+    end.extend(record.file_name().unwrap_or_default().as_bytes());
+    for entry in entries {
+        let path = entry.map_err(io)?.path();
+        let name = path.file_name().unwrap_or_default().as_bytes();
+        if name.starts_with(durable::TEMP_PREFIX.as_bytes()) && name.ends_with(&end) {
+            durable::remove_file(&path).map_err(io)?;
+        }
+    }
+    Ok(())
+}
+
 /// The records of merges that `path` takes part in, in its folder, in that of every file it names, and in `folder`.
 pub(crate) fn find(path: &Path, records: &Path) -> Result<Vec<(PathBuf, Record)>> {
-    let real = match std::fs::canonicalize(path) {
+    let real = match stable(path) {
         Ok(real) => real,
-        Err(_gone) => std::path::absolute(path).unwrap_or_else(|_| path.to_owned()),
+        Err(_gone) => {
+            std::path::absolute(path).map_err(|source| MergeError::io("find", path, source))?
+        }
     };
     let mut found = Vec::new();
-    for place in [folder(&real), records.to_owned()] {
+    let own = if real.is_dir() {
+        real.clone()
+    } else {
+        folder(&real)
+    };
+    for place in [own, records.to_owned()] {
         let entries = match std::fs::read_dir(&place) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
@@ -231,7 +268,7 @@ pub(crate) fn find(path: &Path, records: &Path) -> Result<Vec<(PathBuf, Record)>
                 continue;
             }
             match Record::read(&entry) {
-                Ok(record) if record.mentions(&real) || real.is_dir() => {
+                Ok(record) if record.mentions(&real) || place == real => {
                     found.push((entry, record))
                 }
                 Ok(_) => {}

@@ -10,7 +10,7 @@ use crate::error::{Kind, MergeError, Result};
 use crate::event::{Step, Watch};
 use crate::layers::Layers;
 use crate::open::{Opened, editor};
-use crate::record::{Phase, RecordedLayer, find};
+use crate::record::{Phase, RecordedLayer, find, record_path, remove_unfinished};
 use crate::run::Going;
 
 /// How a recovery ended.
@@ -52,7 +52,7 @@ pub struct Recovered {
 pub fn recover(path: &Path, records: &Path, watch: Watch<'_>) -> Result<Vec<Recovered>> {
     let found = find(path, records)?;
     if found.is_empty() {
-        return Ok(vec![without_record(path)?]);
+        return Ok(vec![without_record(path, records)?]);
     }
     let each = found.into_iter().map(|(path, record)| {
         let mut going = Going {
@@ -60,19 +60,23 @@ pub fn recover(path: &Path, records: &Path, watch: Watch<'_>) -> Result<Vec<Reco
             path,
             watch,
         };
-        going.recover()
+        let done = going.recover()?;
+        remove_unfinished(&going.path)?;
+        Ok(done)
     });
     each.collect()
 }
 
-/// The engine's own change of a single image.
-fn without_record(path: &Path) -> Result<Recovered> {
+/// The engine's own change of a single image, and what was begun of a record.
+fn without_record(path: &Path, records: &Path) -> Result<Recovered> {
     let mut outcome = Outcome::NothingToDo;
-    if path.is_file() {
+    if path.exists() && !path.is_dir() {
+        // An image that is in use is refused here, so nobody is writing its record.
         outcome = match recover_image(path)? {
             Recovery::NothingToDo => Outcome::NothingToDo,
             Recovery::Finished => Outcome::Finished,
         };
+        remove_unfinished(&record_path(path, records)?)?;
     }
     Ok(Recovered {
         outcome,
@@ -181,7 +185,7 @@ impl Going<'_> {
         child: Option<stead_qcow2::edit::Editor>,
         above: Vec<stead_qcow2::edit::Editor>,
     ) -> Result<Recovered> {
-        let (removed, kept) = self.finish_with(child, above)?;
+        let (removed, kept) = self.end(child, above)?;
         Ok(Recovered {
             outcome: Outcome::Finished,
             base: self.record.base_path(),

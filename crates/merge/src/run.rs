@@ -16,7 +16,7 @@ use crate::event::{Step, Watch};
 use crate::open::{Opened, lock};
 use crate::plan::{MergePlan, MergeRequest, Thought, think};
 use crate::prove::Proof;
-use crate::record::{Phase, Record, record_path};
+use crate::record::{Phase, Record, record_path, remove_unfinished};
 use crate::space::{Place, place_of};
 
 /// What a merge did.
@@ -48,6 +48,12 @@ pub fn run(request: &MergeRequest, watch: Watch<'_>) -> Result<MergeReport> {
         thought = think(request)?;
     }
     thought.plan.require_allowed()?;
+    for (path, why) in &thought.plan.searched.unreadable {
+        let path = path.display();
+        watch.notice(format!(
+            "whether {path} stands on what is merged was not found: {why}"
+        ));
+    }
     watch.go_on()?;
     let voids = thought
         .plan
@@ -63,6 +69,7 @@ pub fn run(request: &MergeRequest, watch: Watch<'_>) -> Result<MergeReport> {
         watch,
     };
     watch.step(Step::Record);
+    remove_unfinished(&going.path)?;
     going.record.write(&going.path, Existing::Keep)?;
     if let Err(error) = watch.go_on() {
         going.forget()?;
@@ -205,15 +212,24 @@ impl Going<'_> {
     /// Everything behind the proof: what was removed, and what is still there.
     pub fn finish(&mut self, opened: Opened) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
         let (child, above) = opened.into_above();
-        let outcome = self.finish_with(child, above);
-        outcome.map_err(|error| {
+        self.end(child, above)
+    }
+
+    /// As [`Going::finish`], with what is above the top.
+    pub fn end(
+        &mut self,
+        child: Option<Editor>,
+        above: Vec<Editor>,
+    ) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
+        let next = self.recover_with();
+        self.finish_with(child, above).map_err(|error| {
             error
                 .left("the base has everything; the chain shows what it did, with the layers that are still there")
-                .next(self.recover_with())
+                .next(next)
         })
     }
 
-    pub fn finish_with(
+    fn finish_with(
         &mut self,
         child: Option<Editor>,
         above: Vec<Editor>,

@@ -74,7 +74,13 @@ struct Search {
 
 impl Search {
     fn folder(&mut self, folder: &Path) -> io::Result<()> {
-        for entry in fs::read_dir(folder)?.take(MAX_FILES) {
+        for (count, entry) in fs::read_dir(folder)?.enumerate() {
+            if count >= MAX_FILES {
+                let why =
+                    format!("it has more than {MAX_FILES} files, and the rest was not looked at");
+                self.found.unreadable.push((folder.to_owned(), why));
+                break;
+            }
             let path = entry?.path();
             if fs::metadata(&path).is_ok_and(|found| found.is_file()) {
                 self.image(&path);

@@ -46,7 +46,7 @@ fn layers_in_the_middle_of_a_chain_are_merged_and_a_backup_goes_on_as_if_nothing
 #[test]
 fn the_plan_says_each_bitmap_in_each_layer_and_what_becomes_of_it_and_the_run_does_that() {
     let world = World::new("");
-    let plan = plan(&world.request()).expect("planned");
+    let mut plan = plan(&world.request()).expect("planned");
     assert!(plan.refused.is_empty(), "{:?}", plan.refused);
     let roles: Vec<Role> = plan.layers.iter().map(|layer| layer.role).collect();
     assert_eq!(
@@ -89,7 +89,11 @@ fn the_plan_says_each_bitmap_in_each_layer_and_what_becomes_of_it_and_the_run_do
         ]
     );
     assert_eq!(plan.searched.images, 0);
-    let report = run(&world.request(), silent()).expect("merged");
+    let mut report = run(&world.request(), silent()).expect("merged");
+    // What others leave free changes all the time.
+    for space in plan.space.iter_mut().chain(&mut report.plan.space) {
+        space.available_bytes = 0;
+    }
     assert_eq!(report.plan, plan);
     let length = fs::metadata(world.path("base")).expect("there").len();
     assert_eq!(length, plan.space[0].end_bytes);

@@ -298,22 +298,34 @@ impl Reported {
     }
 
     fn with_stale(&self, count: usize) {
-        let base = self.device.device.display();
-        sh(&format!(
-            "blkdiscard -f {base} && qemu-img create -q -f qcow2 {base} 1G"
-        ));
-        let names = (0..count).map(|index| format!("stale-{index:03}"));
-        let names: Vec<String> = names.collect();
-        let add = |name: &'_ String| bitmap::Step {
+        self.empty_base();
+        let names: Vec<String> = (0..count).map(stale).collect();
+        let steps = names.iter().map(|name| bitmap::Step {
             bitmap: name.as_bytes(),
             action: Action::Add {
                 granularity_bits: None,
                 enabled: true,
             },
-        };
-        let steps: Vec<_> = names.iter().map(add).collect();
+        });
+        let steps: Vec<_> = steps.collect();
         let mut editor = Editor::open(&self.device.device, EditOptions::default()).expect("whole");
         bitmap::change(&mut editor, &steps).expect("added");
+    }
+
+    /// As the report made them, which takes long and leaves other clusters free.
+    fn with_stale_by_qemu(&self, count: usize) {
+        self.empty_base();
+        let base = self.device.device.display();
+        for name in (0..count).map(stale) {
+            sh(&format!("qemu-img bitmap --add {base} {name}"));
+        }
+    }
+
+    fn empty_base(&self) {
+        let base = self.device.device.display();
+        sh(&format!(
+            "blkdiscard -f {base} && qemu-img create -q -f qcow2 {base} 1G"
+        ));
     }
 
     /// `qemu-img commit`, then the bitmap added and merged, as the report did it: whether "good" is usable and the data
@@ -338,7 +350,7 @@ impl Reported {
         let base = self.device.device.display();
         let mut read = Command::new("qemu-io");
         read.args(["-f", "qcow2", "-c", "read -P 66 0 126M"]);
-        read.args(["-c", "read -P 0 126M 898M", &base.to_string()]);
+        read.args(["-c", "read -P 0 126M 8M", &base.to_string()]);
         let out = read.output().expect("qemu-io runs");
         let text = String::from_utf8_lossy(&out.stdout).into_owned();
         out.status.success() && !text.contains("Pattern verification failed")
@@ -383,7 +395,7 @@ fn the_reported_merge_keeps_data_and_bitmap_whatever_is_stale_or_refuses_and_cha
     };
     // What it is measured against: the same merge by qemu-img loses the bitmap, and then the data.
     for (stale, whole) in [(0, true), (6, false), (14, false)] {
-        world.with_stale(stale);
+        world.with_stale_by_qemu(stale);
         let (good, data) = world.by_qemu();
         assert_eq!(
             good && data,
@@ -397,7 +409,8 @@ fn the_reported_merge_keeps_data_and_bitmap_whatever_is_stale_or_refuses_and_cha
     for (stale, policy) in prune.into_iter().chain(keep) {
         let story = format!("{stale} stale, {policy:?}");
         world.with_stale(stale);
-        let before = hash(world.device.backing());
+        // Reading it all takes its time, and fewer are never refused.
+        let before = (stale >= 14).then(|| hash(world.device.backing()));
         match run(&world.request(policy), silent()) {
             Ok(report) => {
                 let pruned = report.plan.bitmaps.iter();
@@ -413,7 +426,7 @@ fn the_reported_merge_keeps_data_and_bitmap_whatever_is_stale_or_refuses_and_cha
             }
             Err(error) => {
                 assert_eq!(error.kind(), Kind::NoSpace, "{error}");
-                assert!(hash(world.device.backing()) == before, "{story}");
+                assert_eq!(Some(hash(world.device.backing())), before, "{story}");
                 refused.push((stale, policy));
             }
         }
@@ -421,6 +434,10 @@ fn the_reported_merge_keeps_data_and_bitmap_whatever_is_stale_or_refuses_and_cha
     // All that qemu-img loses is kept; what stale bitmaps take is free only behind the merge, so 32 leave too little.
     assert_eq!(merged[..9], prune[..9], "{refused:?}");
     assert!(refused.contains(&(32, StalePolicy::Prune)), "{merged:?}");
+}
+
+fn stale(index: usize) -> String {
+    format!("stale-{index:03}")
 }
 
 fn hash(path: &Path) -> String {
