@@ -229,7 +229,7 @@ fn help_and_version_are_there_under_both_names() {
     let help = text("--help");
     assert!(help.contains("Supported formats: raw qcow2\n"));
     for command in [
-        "create", "info", "check", "map", "measure", "convert", "compare", "dd", "resize",
+        "create", "info", "check", "map", "measure", "convert", "compare", "dd", "amend", "resize",
         "snapshot", "rebase", "bitmap", "commit", "recover",
     ] {
         assert!(help.contains(&format!("\n  {command}")), "{command}");
