@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use clap::CommandFactory;
 use stead_engine::{
     AcceleratorChoice, BuildRequest, CheckpointInfo, CheckpointRequest, CreateRequest, Engine,
     EngineError, ImportRequest, Kind, Result, SandboxInfo, Settings, TemplateInfo, Watch,
@@ -14,7 +13,7 @@ use crate::args::{
     TemplateImportArgs,
 };
 use crate::size::human;
-use crate::{demo, exec, logs, manual, merge, print, progress};
+use crate::{demo, exec, img_manual, logs, manual, merge, print, progress};
 
 /// Runs a command and returns the exit status.
 pub async fn run(cli: Cli) -> u8 {
@@ -152,7 +151,7 @@ fn cancel_on_interrupt(watch: Watch, say: &'static str) {
 
 fn completion(shell: clap_complete::Shell) -> u8 {
     let mut script = Vec::new();
-    clap_complete::generate(shell, &mut Cli::command(), "stead", &mut script);
+    clap_complete::generate(shell, &mut img_manual::whole(), "stead", &mut script);
     print::bytes(&script)
 }
 

@@ -5,6 +5,7 @@ mod args;
 mod commands;
 mod demo;
 mod exec;
+mod img_manual;
 mod logs;
 mod manual;
 mod merge;

@@ -1,15 +1,15 @@
 //! `stead man`: the manual pages, one for each command.
 
-use clap::CommandFactory;
 use stead_engine::{EngineError, Kind};
 
-use crate::args::{Cli, ManArgs};
+use crate::args::ManArgs;
+use crate::img_manual;
 use crate::print;
 
 /// Prints one page, or writes all of them into a folder.
 pub fn run(args: &ManArgs) -> u8 {
     if let Some(folder) = &args.to {
-        return match clap_mangen::generate_to(Cli::command(), folder) {
+        return match clap_mangen::generate_to(img_manual::whole(), folder) {
             Ok(()) => print::line(&folder.display().to_string()),
             Err(error) => print::internal(
                 &format!("write manual pages to {}", folder.display()),
@@ -17,7 +17,7 @@ pub fn run(args: &ManArgs) -> u8 {
             ),
         };
     }
-    let mut command = Cli::command().disable_help_subcommand(true);
+    let mut command = img_manual::whole().disable_help_subcommand(true);
     command.build();
     for name in &args.command {
         command = match command.find_subcommand(name) {

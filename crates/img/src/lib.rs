@@ -15,6 +15,7 @@
 //! | `opened` | images and chains, opened under locks |
 //! | `console`, `failure`, `open_error` | where it is printed, and why a command ended |
 //! | `tree`, `json`, `report`, `progress` | reports for people and programs, and how far a command is |
+//! | `manual` | the commands as data, for manual pages and completion |
 //! | `command/` | one file for each subcommand |
 
 #![forbid(unsafe_code)]
@@ -32,6 +33,7 @@ mod getopt;
 mod help;
 mod json;
 mod keyval;
+mod manual;
 mod new_image;
 mod open_error;
 mod opened;
@@ -55,6 +57,8 @@ use command::{COMMANDS, Command};
 use console::Console;
 use failure::{Failure, Outcome};
 use getopt::{Opt, Until};
+
+pub use manual::{CommandManual, OptionManual, manual};
 
 /// How a command ended: the exit status of the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,5 +1,6 @@
 //! Opening what a reference names, under the locks that keep writers away.
 
+use std::ffi::OsStr;
 use std::io;
 use std::path::Path;
 
@@ -8,7 +9,8 @@ use stead_qcow2::{info, info_layer, probe_format};
 use stead_sys::image_lock::{Access, Attempt, Holder, ImageLock};
 use stead_sys::readable;
 
-use crate::common::FORCE_SHARE;
+use crate::common::{self, FORCE_SHARE, FORMAT};
+use crate::console::Console;
 use crate::failure::{Failure, Outcome, system_words};
 use crate::format::Format;
 use crate::getopt::Parsed;
@@ -146,6 +148,24 @@ pub(crate) fn chain(
     chain_or_why(reference, sharing, &policy).map_err(|why| not_open(reference, &why))
 }
 
+/// What most commands that only read begin with: the one image that is named, by the options `-f` and
+/// `--image-opts`.
+pub(crate) fn operand(parsed: &Parsed, console: &Console) -> Outcome<Reference> {
+    let name = common::one_operand(parsed, console.program())?;
+    common::image(parsed, name, FORMAT.id)
+}
+
+/// The disk that `name` means, by the options of `format_id`, `-U` and `--no-follow`.
+pub(crate) fn disk(
+    parsed: &Parsed,
+    name: &OsStr,
+    format_id: &str,
+) -> Outcome<(Reference, OpenedChain)> {
+    let image = common::image(parsed, name, format_id)?;
+    let opened = chain(&image, Sharing::of(parsed), common::policy(parsed))?;
+    Ok((image, opened))
+}
+
 /// As [`chain`]. The error is only the reason: its first line in qemu-img's words, ours below.
 pub(crate) fn chain_or_why(
     reference: &Reference,
@@ -216,8 +236,7 @@ fn chain_words(reference: &Reference, error: &Error) -> String {
 
 /// The failure to open. The first line of `why` is in qemu-img's words; the others stand below.
 pub(crate) fn not_open(reference: &Reference, why: &str) -> Failure {
-    let (first, more) = why.split_once('\n').unwrap_or((why, ""));
-    Failure::new(format!("Could not open '{}': {first}", reference.given)).with_more(more)
+    Failure::lines(&format!("Could not open '{}': ", reference.given), why)
 }
 
 /// Locks what `reference` names for reading.

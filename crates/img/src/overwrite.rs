@@ -40,8 +40,7 @@ pub(crate) fn failure(name: &str, why: Why) -> Failure {
         Why::NotOpen(why) => format!("Could not open '{name}': {why}"),
         Why::Unfit(why) => why,
     };
-    let (first, more) = text.split_once('\n').unwrap_or((&text, ""));
-    Failure::new(first).with_more(more)
+    Failure::lines("", &text)
 }
 
 /// Looks at the target at `path` for a disk of `needed` bytes.

@@ -229,7 +229,7 @@ fn help_and_version_are_there_under_both_names() {
     let help = text("--help");
     assert!(help.contains("Supported formats: raw qcow2\n"));
     for command in [
-        "create", "info", "check", "map", "measure", "convert", "compare", "dd", "resize",
+        "create", "info", "check", "map", "measure", "convert", "compare", "dd", "amend", "resize",
         "snapshot", "rebase", "bitmap", "commit", "recover",
     ] {
         assert!(help.contains(&format!("\n  {command}")), "{command}");
@@ -261,7 +261,7 @@ fn reserved_room_is_there_reads_as_zeros_and_is_known_beforehand() {
         assert!(map.contains("offset"), "{mode}: {map}");
         use std::os::unix::fs::MetadataExt;
         let found = std::fs::metadata(bench.path("a.qcow2")).expect("the image");
-        let taken = found.blocks() * 512 >> 20;
+        let taken = (found.blocks() * 512) >> 20;
         assert!((least..most).contains(&taken), "{mode}: {taken} MiB");
         let allocated = bench.ours("check a.qcow2");
         let text = String::from_utf8_lossy(&allocated.stdout).into_owned();

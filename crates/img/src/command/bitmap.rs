@@ -203,10 +203,11 @@ struct Change {
 impl Change {
     /// The failure of one thing that was asked. What stands on more lines than one goes below.
     fn not_done(&self, asked: &Asked, why: &str) -> Failure {
-        let (first, more) = why.split_once('\n').unwrap_or((why, ""));
         let (what, bitmap) = (asked.name(), &self.bitmap);
-        let text = format!("Operation {what} on bitmap {bitmap} failed: {first}");
-        Failure::new(text).with_more(more)
+        Failure::lines(
+            &format!("Operation {what} on bitmap {bitmap} failed: "),
+            why,
+        )
     }
 
     /// A raw disk keeps none.

@@ -9,7 +9,7 @@ use crate::common::{self, FORCE_SHARE, IMAGE_OPTS, NO_FOLLOW, OBJECT, PROGRESS, 
 use crate::console::Console;
 use crate::failure::{Failure, Outcome};
 use crate::getopt::{Opt, Parsed};
-use crate::opened::{self, OpenedChain, Sharing};
+use crate::opened::{self, OpenedChain};
 use crate::progress::Progress;
 
 pub(crate) const COMMAND: Command = Command {
@@ -77,8 +77,8 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
 }
 
 fn open(parsed: &Parsed, name: &OsStr, format_id: &str) -> Outcome<OpenedChain> {
-    let image = common::image(parsed, name, format_id)?;
-    opened::chain(&image, Sharing::of(parsed), common::policy(parsed))
+    let (_, opened) = opened::disk(parsed, name, format_id)?;
+    Ok(opened)
 }
 
 fn text(found: &Comparison) -> String {

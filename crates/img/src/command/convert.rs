@@ -22,7 +22,7 @@ use crate::getopt::{Opt, Parsed};
 use crate::json;
 use crate::keyval;
 use crate::new_image;
-use crate::opened::{self, ReadLock, Sharing};
+use crate::opened::{self, ReadLock};
 use crate::overwrite;
 use crate::progress::Progress;
 use crate::reference;
@@ -272,9 +272,7 @@ impl Source {
         let mut formats = Vec::new();
         let mut locks = Vec::new();
         for name in names {
-            let image = common::image(parsed, name, "format")?;
-            let policy = common::policy(parsed);
-            let opened = opened::chain(&image, Sharing::of(parsed), policy)?;
+            let (_, opened) = opened::disk(parsed, name, "format")?;
             disks.push(opened.chain);
             formats.push(opened.format);
             locks.extend(opened.locks);
@@ -463,8 +461,7 @@ impl Job {
 const NO_COMPRESSION: &str = "Compression not supported for this file format";
 
 fn not_converted(name: &str, kind: Format, why: &str) -> Failure {
-    let (first, more) = why.split_once('\n').unwrap_or((why, ""));
-    Failure::new(format!("{name}: error while converting {kind}: {first}")).with_more(more)
+    Failure::lines(&format!("{name}: error while converting {kind}: "), why)
 }
 
 /// Bitmaps can be kept from such a source in such a target.
@@ -521,10 +518,7 @@ fn target_path(parsed: &Parsed, name: &OsStr) -> Outcome<PathBuf> {
 
 /// The options of the new image with what `-B` and `-F` add.
 fn given(parsed: &Parsed, lists: &[String], kind: Format) -> Outcome<Given> {
-    let lines = |why: String| {
-        let (first, more) = why.split_once('\n').unwrap_or((&why, ""));
-        Failure::new(first).with_more(more)
-    };
+    let lines = |why: String| Failure::lines("", &why);
     let mut given = Given::parse(kind, lists).map_err(lines)?;
     for (id, option) in [
         ("backing", "backing_file"),
@@ -570,9 +564,8 @@ fn below(given: &Given, path: &Path, shown: &str) -> Outcome<Option<Chain>> {
     };
     let opened = new_image::below(path, name, given.get("backing_fmt"));
     let (chain, _) = opened.map_err(|why| {
-        let (first, more) = why.split_once('\n').unwrap_or((&why, ""));
-        let text = format!("Could not open '{shown}': Could not open backing file: {first}");
-        Failure::new(text).with_more(more)
+        let what = format!("Could not open '{shown}': Could not open backing file: ");
+        Failure::lines(&what, &why)
     })?;
     Ok(Some(chain))
 }

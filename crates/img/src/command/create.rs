@@ -68,8 +68,7 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
 
 /// The first line is about the file; what follows stands below.
 fn failure(name: &str, why: &str) -> Failure {
-    let (first, more) = why.split_once('\n').unwrap_or((why, ""));
-    Failure::new(format!("{name}: {first}")).with_more(more)
+    Failure::lines(&format!("{name}: "), why)
 }
 
 fn options_help(parsed: &Parsed) -> Outcome<String> {

@@ -15,7 +15,7 @@ use crate::failure::{Failure, Outcome};
 use crate::format::Format;
 use crate::getopt::{Opt, Parsed};
 use crate::new_image;
-use crate::opened::{self, Sharing};
+use crate::opened;
 use crate::reference;
 use crate::size::{self, MAX_SIZE};
 use crate::target;
@@ -63,9 +63,7 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
     let (Some(from), Some(to)) = (&operands.from, &operands.to) else {
         return Err(Failure::new("Must specify both input and output files"));
     };
-    let image = common::image(parsed, from, FORMAT.id)?;
-    let policy = common::policy(parsed);
-    let opened = opened::chain(&image, Sharing::of(parsed), policy)?;
+    let (image, opened) = opened::disk(parsed, from, FORMAT.id)?;
     let taken = operands.blocks.window(opened.chain.len());
     if taken.is_none() {
         let program = console.program().to_owned();
@@ -93,12 +91,8 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
 }
 
 fn not_made(name: &OsStr, why: &str) -> Failure {
-    let (first, more) = why.split_once('\n').unwrap_or((why, ""));
     let name = name.to_string_lossy();
-    Failure::new(format!(
-        "{name}: error while creating output image: {first}"
-    ))
-    .with_more(more)
+    Failure::lines(&format!("{name}: error while creating output image: "), why)
 }
 
 fn new_format(parsed: &Parsed) -> Outcome<NewFormat> {

@@ -46,8 +46,7 @@ const MAX_CHAIN: usize = stead_qcow2::MAX_LAYERS;
 
 fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
     let output = common::output(parsed)?;
-    let name = common::one_operand(parsed, console.program())?;
-    let image = common::image(parsed, name, "format")?;
+    let image = opened::operand(parsed, console)?;
     let sharing = Sharing::of(parsed);
     let chain = parsed.has("backing-chain");
     let images = if chain {

@@ -7,7 +7,7 @@ use crate::common::{self, FORCE_SHARE, FORMAT, IMAGE_OPTS, NO_FOLLOW, OBJECT, OU
 use crate::console::Console;
 use crate::failure::{Failure, Outcome};
 use crate::getopt::{Opt, Parsed};
-use crate::opened::{self, Sharing};
+use crate::opened;
 use crate::reference::Reference;
 
 pub(crate) const COMMAND: Command = Command {
@@ -43,8 +43,7 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
     let start = size("start", "start offset").transpose()?.unwrap_or(0);
     let length = size("length", "max length").transpose()?;
     let name = common::one_operand(parsed, console.program())?;
-    let image = common::image(parsed, name, "format")?;
-    let opened = opened::chain(&image, Sharing::of(parsed), common::policy(parsed))?;
+    let (image, opened) = opened::disk(parsed, name, FORMAT.id)?;
     let end = length.and_then(|length| start.checked_add(length));
     let end = end.unwrap_or(u64::MAX).min(opened.chain.len());
     let entries = opened.chain.map(start).map_while(|entry| match entry {

@@ -15,7 +15,7 @@ use crate::failure::{Failure, Outcome};
 use crate::format::Format;
 use crate::getopt::{Opt, Parsed};
 use crate::json;
-use crate::opened::{self, OpenedChain, Sharing};
+use crate::opened::{self, OpenedChain};
 use crate::snapshot_name;
 
 pub(crate) const COMMAND: Command = Command {
@@ -100,8 +100,7 @@ fn source(parsed: &Parsed, size: Option<u64>) -> Outcome<Option<OpenedChain>> {
         ([], Some(_)) => return Ok(None),
         ([name], None) => name,
     };
-    let image = common::image(parsed, name, FORMAT.id)?;
-    let mut opened = opened::chain(&image, Sharing::of(parsed), common::policy(parsed))?;
+    let (_, mut opened) = opened::disk(parsed, name, FORMAT.id)?;
     if let Some(wanted) = common::text(parsed, "snapshot") {
         opened.chain = snapshot_name::view(&opened.chain, &wanted)?;
     }

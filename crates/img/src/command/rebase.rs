@@ -129,9 +129,7 @@ impl Wanted {
         let format = self.format.as_deref();
         let opened = new_image::below_locked(&image.path, name, format);
         let opened = opened.map_err(|why| {
-            let (first, more) = why.split_once('\n').unwrap_or((&why, ""));
-            let text = format!("Could not open new backing file '{name}': {first}");
-            Failure::new(text).with_more(more)
+            Failure::lines(&format!("Could not open new backing file '{name}': "), &why)
         })?;
         Ok(Some(opened))
     }

@@ -4,7 +4,7 @@ use serde_json::json;
 use stead_qcow2::edit::{Recovery, recover, recover_storage};
 
 use crate::command::Command;
-use crate::common::{self, FORMAT, IMAGE_OPTS, OBJECT, QUIET};
+use crate::common::{FORMAT, IMAGE_OPTS, OBJECT, QUIET};
 use crate::console::Console;
 use crate::failure::{Failure, Outcome};
 use crate::getopt::Parsed;
@@ -28,8 +28,7 @@ pub(crate) const COMMAND: Command = Command {
 };
 
 fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
-    let name = common::one_operand(parsed, console.program())?;
-    let image = common::image(parsed, name, FORMAT.id)?;
+    let image = opened::operand(parsed, console)?;
     let done = match image.window {
         None => recover(&image.path),
         Some(window) => {

@@ -1,8 +1,7 @@
 //! `resize`: another length for a virtual disk.
 
-use stead_qcow2::edit::Editor;
 use stead_qcow2::ops::resize;
-use stead_qcow2::{Chain, Error, Preallocation};
+use stead_qcow2::{Error, Preallocation};
 
 use crate::command::Command;
 use crate::common::{self, FORMAT, IMAGE_OPTS, OBJECT, QUIET};
@@ -12,7 +11,6 @@ use crate::editing;
 use crate::failure::{Failure, Outcome, system_words};
 use crate::format::Format;
 use crate::getopt::{Opt, Parsed};
-use crate::new_image;
 use crate::opened;
 use crate::raw_length::RawFile;
 use crate::reference::Reference;
@@ -94,11 +92,7 @@ impl Change {
             Err(BadSize::Range) => Err(Failure::new(format!(
                 "Value '{number}' is out of range for parameter 'size'"
             ))),
-            Err(BadSize::Syntax) => {
-                let words = size_words("size");
-                let (first, more) = words.split_once('\n').unwrap_or((&words, ""));
-                Err(Failure::new(first).with_more(more))
-            }
+            Err(BadSize::Syntax) => Err(Failure::lines("", &size_words("size"))),
         }
     }
 
@@ -186,28 +180,17 @@ fn qcow2(
         return Err(Failure::new("The new size must be a multiple of 512"));
     }
     check_growth(mode, old, new)?;
-    let below = below(image, &editor)?;
+    // What is added must not show the disk below.
+    let below = editing::below(image, &editor)?;
+    let below = below.as_ref().map(|opened| &opened.chain);
     let cannot = |error: Error| Failure::new(error.to_string());
     if parsed.has(DRY_RUN.id) {
-        let plan = resize::plan(&editor, new, below.as_ref(), mode);
+        let plan = resize::plan(&editor, new, below, mode);
         return report::planned(parsed, &plan.map_err(cannot)?, console);
     }
-    let done = resize::resize_reserving(&mut editor, new, below.as_ref(), mode);
+    let done = resize::resize_reserving(&mut editor, new, below, mode);
     let done = done.map_err(cannot)?;
     report::done(parsed, &done, DONE, console)
-}
-
-/// The disk below: what is added must not show it.
-fn below(image: &Reference, editor: &Editor) -> Outcome<Option<Chain>> {
-    let Some(backing) = &editor.layer().header().backing else {
-        return Ok(None);
-    };
-    let name = String::from_utf8_lossy(&backing.name);
-    let format = backing.format.as_deref().map(String::from_utf8_lossy);
-    let opened = new_image::below(&image.path, &name, format.as_deref());
-    let (chain, _) = opened
-        .map_err(|why| opened::not_open(image, &format!("Could not open backing file: {why}")))?;
-    Ok(Some(chain))
 }
 
 #[cfg(test)]
