@@ -188,7 +188,7 @@ impl Bitmaps {
             let merged = self.any(self.top..self.base, &stored.name);
             let disabled = !stored.auto && !unusable;
             let choice = match policy {
-                _ if disabled => merged.then_some(Chosen::Leave),
+                _ if disabled => merged.then_some(Chosen::Mark),
                 _ if above => unusable.then_some(Chosen::Leave),
                 StalePolicy::Prune => Some(Chosen::Remove),
                 StalePolicy::Keep => unusable.then_some(Chosen::Leave),
@@ -231,6 +231,10 @@ impl Bitmaps {
                 "no layer above has it, so what was written there was not noted, and no backup can rely on it".into(),
             ),
             (Some(Chosen::Leave), _) => (Becomes::Left, self.why_left(name)),
+            (Some(Chosen::Mark), _) => (
+                Becomes::Marked,
+                "it is disabled in the base, and merged layers have it: all that the merge changes is marked, and it stays disabled".into(),
+            ),
             (None, BitmapFate::Merged { unnamed_bytes: 0 }) => {
                 (Becomes::Merged, "the base and all merged layers have it".into())
             }

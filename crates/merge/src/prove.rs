@@ -93,7 +93,9 @@ impl Proof<'_> {
             }
             (Becomes::Left, Some(_)) => Some("records writes, and should have been left alone"),
             (_, Some(stored)) if stored.in_use || !stored.is_known() => Some("is not usable"),
-            (_, Some(stored)) if !stored.auto => Some("does not record writes"),
+            (Becomes::Merged | Becomes::Carried, Some(stored)) if !stored.auto => {
+                Some("does not record writes")
+            }
             (becomes, Some(stored)) => {
                 let bits = layer.read_bitmap(&stored)?;
                 let least = match becomes {

@@ -379,6 +379,34 @@ fn a_bitmap_that_was_not_saved_in_the_base_stays_so_and_is_never_taken_for_whole
 }
 
 #[test]
+fn a_disabled_bitmap_that_merged_layers_go_on_with_has_all_that_the_merge_changed() {
+    let world = World::new("");
+    let (base, active) = (world.path("base"), world.path("active"));
+    sh(&format!(
+        "qemu-img bitmap --disable {} shared",
+        base.display()
+    ));
+    let report = run(&world.request(), silent()).expect("merged");
+    assert_eq!(report.plan.bitmaps[0].becomes, Becomes::Marked);
+    assert_eq!(qemu_flags(&base, "shared"), Some(Vec::new()));
+    // Who takes all bits together, whether they record or not, misses nothing.
+    let chain = common::open(&active);
+    let mut restored = world.fulls[0].1.clone();
+    for layer in (0..chain.depth()).filter_map(|index| chain.layer(index)) {
+        let stored = layer.stored_bitmaps().expect("whole");
+        let shared = stored
+            .iter()
+            .find(|one| one.name == b"shared")
+            .expect("there");
+        for range in layer.read_bitmap(shared).expect("usable").dirty_ranges() {
+            let [from, to] = [range.start, range.end].map(|at| usize::try_from(at).expect("small"));
+            restored[from..to].copy_from_slice(&world.disk[from..to]);
+        }
+    }
+    assert!(restored == world.disk);
+}
+
+#[test]
 fn the_check_can_fail_when_the_bitmap_that_was_not_saved_is_removed_from_the_base() {
     let world = World::new("");
     let base = world.path("base");

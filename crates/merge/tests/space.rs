@@ -382,7 +382,11 @@ impl Reported {
             .expect("there");
         let bits = layer.read_bitmap(good).expect("usable");
         let ranges: Vec<_> = bits.dirty_ranges().collect();
-        assert_eq!(ranges, [0..126 * MIB], "{story}");
+        let whole = 0..126 * MIB;
+        assert!(
+            ranges.len() == 1 && ranges[0] == whole,
+            "{ranges:?} {story}"
+        );
         sh(&format!("qemu-img check -q -f qcow2 {}", base.display()));
     }
 }

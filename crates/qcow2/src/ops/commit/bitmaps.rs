@@ -185,6 +185,10 @@ fn choose(views: &Views, name: &[u8], chosen: Chosen) -> Result<(BitmapFate, Opt
             let gone = Some(Step::Remove(name.to_vec()));
             Ok((BitmapFate::Dropped { reason }, gone))
         }
+        Chosen::Mark => {
+            let bits = Some(Step::Merge(changed(views, stored)?));
+            Ok((BitmapFate::Marked, bits))
+        }
         Chosen::Leave if stored.in_use || !stored.is_known() || !stored.auto => {
             Ok((BitmapFate::Kept, None))
         }

@@ -64,6 +64,8 @@ pub enum Chosen {
     Remove,
     /// The base keeps it bit for bit; only for one that says nothing, or nothing of this commit.
     Leave,
+    /// Everything that the commit changes is marked in it; whether it records writes stays as it is.
+    Mark,
 }
 
 /// How to commit.
