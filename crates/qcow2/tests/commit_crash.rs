@@ -17,7 +17,7 @@ use crashes::{editor, judge, settled, state};
 use images::{layer, run, sh};
 use stead_qcow2::edit::{Recovery, recover_storage_over};
 use stead_qcow2::ops::commit::{CommitOptions, RawBase, commit_into, commit_into_raw};
-use stead_qcow2::{Chain, Error, Layer, LayerFile, LayerFormat, Result};
+use stead_qcow2::{Chain, Control, Error, Layer, LayerFile, LayerFormat, Result};
 use stead_sim::{DiskFault, FaultDisk, RecordedDisk};
 use stead_sys::storage::Storage;
 
@@ -106,7 +106,9 @@ const KINDS: [&str; 4] = [
 
 fn run_on(setup: &Setup, storage: Arc<dyn Storage>) -> Result<()> {
     let options = CommitOptions::default();
-    commit_into(&mut editor(storage)?, 0, (&setup.above, &[]), &options).map(drop)
+    let chain = (&setup.above[..], &[][..]);
+    let quiet = Control::default();
+    commit_into(&mut editor(storage)?, 0, chain, &options, &quiet).map(drop)
 }
 
 /// What the disk is through the top over a base with these bytes.
@@ -278,7 +280,8 @@ fn commit_raw(
     };
     let base = RawBase::on_storage(mortal(&raw, honest), PathBuf::from("/raw"));
     let mut editor = editor(mortal(&top, true)).expect("opening writes nothing");
-    let outcome = commit_into_raw(&mut editor, &[], &base, &CommitOptions::default());
+    let (options, quiet) = (CommitOptions::default(), Control::default());
+    let outcome = commit_into_raw(&mut editor, &[], &base, &options, &quiet);
     assert_eq!(outcome.is_ok(), at_call == u64::MAX, "{outcome:?}");
     let calls = calls.load(Ordering::SeqCst);
     (raw, top, calls)

@@ -55,6 +55,7 @@ use stead_sys::space;
 use stead_sys::storage::{FileStorage, Storage};
 
 use crate::check::{CheckReport, check};
+use crate::control::Moving;
 use crate::error::{Error, Result};
 use crate::file::ImageFile;
 use crate::header::to_usize;
@@ -93,13 +94,21 @@ impl Default for EditOptions {
     }
 }
 
-/// What a change leaves behind.
+/// What a change leaves behind, and who looks on.
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Leaving {
+pub(crate) struct Leaving<'a> {
     /// Free space that must be left for something else, in bytes.
     pub free_bytes: u64,
     /// Corruptions that the new state may still have: a repair takes away what it can.
     pub corruptions: u64,
+    /// Is told of data that is written in place, and can end the change as long as the image is as it was.
+    pub moving: Option<&'a Moving<'a>>,
+}
+
+impl Leaving<'_> {
+    fn go_on(&self, path: &Path) -> Result<()> {
+        self.moving.map_or(Ok(()), |moving| moving.go_on(path))
+    }
 }
 
 /// What a change did.
@@ -111,6 +120,8 @@ pub struct Done<T> {
     pub room: Plan,
     /// What a check of the new state found, before it was switched to.
     pub check: CheckReport,
+    /// How many bytes were written in place, and were read back and found to be what they had to be.
+    pub in_place_bytes: u64,
 }
 
 /// An image that is locked, whole and open for changes. Dropping it gives the lock back.
@@ -344,15 +355,16 @@ impl Editor {
     /// As [`Editor::apply`], with what it may or must leave.
     pub(crate) fn apply_leaving<T>(
         &mut self,
-        leaving: Leaving,
+        leaving: Leaving<'_>,
         mut change: impl FnMut(&mut Edit) -> Result<T>,
     ) -> Result<Done<T>> {
         let room = self.plan(&mut change)?;
         self.require_room(&room, leaving.free_bytes)?;
+        leaving.go_on(&self.path)?;
         let length = self.storage.len();
         let length =
             length.map_err(|source| Error::io("find the length of", &self.path, source))?;
-        let built = self.build(leaving.corruptions, &mut change);
+        let built = self.build(&leaving, &mut change);
         let (built, value, check) = match built {
             Ok(built) => built,
             Err(error) => {
@@ -360,22 +372,29 @@ impl Editor {
                 return Err(error);
             }
         };
-        built.switch()?;
+        let in_place_bytes = built.switch(leaving.moving)?;
         let (old, old_first) = load(&self.storage, &self.path, self.data_elsewhere)?;
         (self.old, self.old_first) = (Arc::new(old), old_first);
         self.before = check.clone();
-        Ok(Done { value, room, check })
+        Ok(Done {
+            value,
+            room,
+            check,
+            in_place_bytes,
+        })
     }
 
     fn build<T>(
         &self,
-        corruptions: u64,
+        leaving: &Leaving<'_>,
         change: &mut impl FnMut(&mut Edit) -> Result<T>,
     ) -> Result<(Built, T, CheckReport)> {
         let mut edit = self.edit(Arc::clone(&self.storage), false)?;
         let value = change(&mut edit)?;
+        leaving.go_on(&self.path)?;
         let built = edit.build()?;
-        let check = built.prove(&self.before, corruptions)?;
+        let check = built.prove(&self.before, leaving.corruptions)?;
+        leaving.go_on(&self.path)?;
         Ok((built, value, check))
     }
 

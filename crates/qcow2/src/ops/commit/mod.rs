@@ -23,7 +23,10 @@ mod bitmaps;
 mod put;
 mod raw;
 
+use std::path::Path;
+
 use crate::chain::{Chain, LayerFile, LayerFormat, Member};
+use crate::control::{Control, Moving};
 use crate::edit::{Edit, EditOptions, Editor, Leaving, Plan, lock_for_reading};
 use crate::error::{Error, Result};
 
@@ -93,13 +96,17 @@ pub struct CommitReport {
     pub top: Option<Plan>,
     /// How many bytes of the disk the layers above define.
     pub defined_bytes: u64,
+    /// How many bytes of the base were written in place; all of them were read back and compared with the layers above.
+    pub in_place_bytes: u64,
     /// What became of each bitmap.
     pub bitmaps: Vec<BitmapOutcome>,
 }
 
 /// The disk as the top shows it, as the base shows it, and what is below the base.
 #[derive(Debug)]
-struct Views {
+struct Views<'a> {
+    /// How far the commit is.
+    moving: Moving<'a>,
     top: Chain,
     /// How many layers are committed.
     above: usize,
@@ -107,8 +114,13 @@ struct Views {
     below: Option<Chain>,
 }
 
-impl Views {
-    fn new(above: &[LayerFile], base: Member, below: &[LayerFile]) -> Result<Self> {
+impl<'a> Views<'a> {
+    fn new(
+        above: &[LayerFile],
+        base: Member,
+        below: &[LayerFile],
+        control: &Control<'a>,
+    ) -> Result<Self> {
         let invalid = |reason: String| Err(Error::InvalidChain { reason });
         let hidden = above
             .iter()
@@ -116,10 +128,10 @@ impl Views {
         if let Some(raw) = hidden.clone().find(|file| file.format == LayerFormat::Raw) {
             return invalid(format!("{} is raw and not the last", raw.path.display()));
         }
-        Self::of(Chain::around(above, base, below)?, above.len())
+        Self::of(Chain::around(above, base, below)?, above.len(), control)
     }
 
-    fn of(top: Chain, above: usize) -> Result<Self> {
+    fn of(top: Chain, above: usize, control: &Control<'a>) -> Result<Self> {
         let invalid = |reason: String| Err(Error::InvalidChain { reason });
         if let Some(last) = top.layer(top.depth() - 1)
             && last.header().backing.is_some()
@@ -132,11 +144,19 @@ impl Views {
             unreachable!("the chain has a base");
         };
         Ok(Self {
+            moving: Moving::new(control),
             top,
             above,
             base,
             below,
         })
+    }
+
+    /// An error when the caller wants the commit to end.
+    fn go_on(&self) -> Result<()> {
+        let base = self.base.file(0);
+        self.moving
+            .go_on(base.map_or(Path::new(""), |(path, _)| path))
     }
 
     /// How long the base is to be.
@@ -203,6 +223,7 @@ impl Views {
     fn first_seen(&self, view: &Chain, layers: usize, target_bytes: u64) -> Result<Option<u64>> {
         let cut = target_bytes..self.base.len();
         for range in self.top.allocated(self.above).chain([Ok(cut)]) {
+            self.go_on()?;
             let range = range?;
             let (mut at, end) = (range.start, range.end.min(view.len()));
             while at < end {
@@ -263,20 +284,24 @@ impl<'a> Files<'a> {
 ///
 /// # Errors
 /// As [`commit`].
-pub fn measure(files: &[LayerFile], options: &CommitOptions) -> Result<CommitReport> {
+pub fn measure(
+    files: &[LayerFile],
+    options: &CommitOptions,
+    control: &Control<'_>,
+) -> Result<CommitReport> {
     let files = Files::open(files, options)?;
     let mut report = match files.base.format {
         LayerFormat::Qcow2 => {
             let editor = Editor::open(&files.base.path, options.edit)?;
-            let ready = Ready::new(&editor, files.above, files.below, options)?;
+            let ready = Ready::new(&editor, (files.above, files.below), options, control)?;
             let plan = editor.plan(|edit| ready.run(edit))?;
-            ready.report(plan)
+            ready.report(plan, 0)
         }
         LayerFormat::Raw => {
             let Some(top) = &files.top else {
                 unreachable!("the top of a raw base is open for changes");
             };
-            raw::measure(&files, top, options)?
+            raw::measure(&files, top, options, control)?
         }
     };
     if let Some(top) = files.top.as_ref().filter(|_| options.empty_top) {
@@ -310,8 +335,13 @@ fn larger(one: Option<Plan>, other: Plan) -> Plan {
 /// [`Error::InvalidChain`] when the files are no chain; [`Error::Refused`] when the base is longer, an internal
 /// snapshot of a layer above shows what would change, or bitmaps would be dropped, where that is refused; else as
 /// [`Editor::open`] and [`Editor::apply`], of the base or of the top. An error that names the top after the base was
-/// changed leaves the top as it was: the disk seen through it is right.
-pub fn commit(files: &[LayerFile], options: &CommitOptions) -> Result<CommitReport> {
+/// changed leaves the top as it was: the disk seen through it is right. [`Error::Cancelled`] as long as the base is as
+/// it was; once it is in progress, the commit goes on to its end.
+pub fn commit(
+    files: &[LayerFile],
+    options: &CommitOptions,
+    control: &Control<'_>,
+) -> Result<CommitReport> {
     let mut files = Files::open(files, options)?;
     let emptying = files.top.as_ref().filter(|_| options.empty_top);
     let emptying = emptying.map(|top| top.plan(Edit::empty)).transpose()?;
@@ -319,14 +349,15 @@ pub fn commit(files: &[LayerFile], options: &CommitOptions) -> Result<CommitRepo
     let mut report = match files.base.format {
         LayerFormat::Qcow2 => {
             let mut editor = Editor::open(&files.base.path, options.edit)?;
-            commit_into(&mut editor, left, (files.above, files.below), options)?
+            let chain = (files.above, files.below);
+            commit_into(&mut editor, left, chain, options, control)?
         }
         LayerFormat::Raw => {
             let mut top = files.top.take();
             let Some(editor) = &mut top else {
                 unreachable!("the top of a raw base is open for changes");
             };
-            let report = raw::commit(&files, editor, options)?;
+            let report = raw::commit(&files, editor, options, control)?;
             files.top = top;
             report
         }
@@ -351,19 +382,22 @@ pub fn commit_into(
     left: u64,
     chain: (&[LayerFile], &[LayerFile]),
     options: &CommitOptions,
+    control: &Control<'_>,
 ) -> Result<CommitReport> {
-    let ready = Ready::new(editor, chain.0, chain.1, options)?;
+    let ready = Ready::new(editor, chain, options, control)?;
     let leaving = Leaving {
         free_bytes: left,
+        moving: Some(&ready.views.moving),
         ..Leaving::default()
     };
     let done = editor.apply_leaving(leaving, |edit| ready.run(edit))?;
-    Ok(ready.report(done.room))
+    control.tell(1, 1);
+    Ok(ready.report(done.room, done.in_place_bytes))
 }
 
 /// A commit into a qcow2 base that was thought through, and not begun.
 struct Ready<'a> {
-    views: Views,
+    views: Views<'a>,
     sources: &'a [LayerFile],
     target_bytes: u64,
     bitmaps: bitmaps::Decided,
@@ -373,12 +407,12 @@ struct Ready<'a> {
 impl<'a> Ready<'a> {
     fn new(
         editor: &Editor,
-        above: &'a [LayerFile],
-        below: &[LayerFile],
+        (above, below): (&'a [LayerFile], &[LayerFile]),
         options: &CommitOptions,
+        control: &Control<'a>,
     ) -> Result<Self> {
         let base = Member::from_layer(editor.reopen()?)?;
-        let views = Views::new(above, base, below)?;
+        let views = Views::new(above, base, below, control)?;
         let target_bytes = views.target_bytes(options)?;
         views.require_snapshots_unseen(target_bytes)?;
         Ok(Self {
@@ -399,11 +433,12 @@ impl<'a> Ready<'a> {
         self.bitmaps.store(edit)
     }
 
-    fn report(self, base: Plan) -> CommitReport {
+    fn report(self, base: Plan, in_place_bytes: u64) -> CommitReport {
         CommitReport {
             base,
             top: None,
             defined_bytes: self.defined_bytes,
+            in_place_bytes,
             bitmaps: self.bitmaps.outcomes,
         }
     }

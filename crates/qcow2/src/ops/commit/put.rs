@@ -26,7 +26,7 @@ const RUN_BYTES: u64 = 16 << 20;
 const STEP_BYTES: u64 = 1 << 20;
 
 /// Puts what the layers above define into the base.
-pub(super) fn put(edit: &mut Edit, views: &Views) -> Result<()> {
+pub(super) fn put(edit: &mut Edit, views: &Views<'_>) -> Result<()> {
     let header = edit.old().header();
     let mut put = Put {
         size: header.cluster_size,
@@ -41,6 +41,7 @@ pub(super) fn put(edit: &mut Edit, views: &Views) -> Result<()> {
         edit,
     };
     for range in views.top.allocated(views.above) {
+        views.go_on()?;
         put.range(range?)?;
     }
     put.flush_part()?;
@@ -55,7 +56,7 @@ struct Part {
 
 struct Put<'a> {
     edit: &'a mut Edit,
-    views: &'a Views,
+    views: &'a Views<'a>,
     size: ClusterSize,
     extended: bool,
     /// The format can say zeros.
@@ -135,13 +136,28 @@ impl Put<'_> {
             | Mapping::Unallocated => None,
         };
         match own {
-            Some(host) if self.is_own(host)? => {
-                self.edit
-                    .overwrite(GuestOffset(bytes.start), host, bytes.end - bytes.start)?;
-            }
+            Some(host) if self.is_own(host)? => self.in_place(bytes.clone(), host)?,
             Some(_) | None => self.add_to_run(cluster)?,
         }
         Ok(bytes.end)
+    }
+
+    /// Bytes are to be moved, in a plan; or they were.
+    fn tell(&self, bytes: u64) {
+        if self.edit.is_plan() {
+            self.views.moving.plan(bytes);
+        } else {
+            self.views.moving.moved(bytes);
+        }
+    }
+
+    /// Has a range written in place, later, and read back.
+    fn in_place(&mut self, guest: Range<u64>, host: HostOffset) -> Result<()> {
+        let length = guest.end - guest.start;
+        if self.edit.is_plan() {
+            self.views.moving.plan(length * 2);
+        }
+        self.edit.overwrite(GuestOffset(guest.start), host, length)
     }
 
     /// Whether the cluster may be written over in place.
@@ -165,7 +181,9 @@ impl Put<'_> {
         let mut next = run.start;
         while next < run.end {
             let (host, count) = self.edit.allocate_up_to(run.end - next)?;
+            self.views.go_on()?;
             self.fill(next, host, count)?;
+            self.tell(count << self.size.bits());
             for cluster in 0..count {
                 let host = HostOffset(host.0 + (cluster << self.size.bits()));
                 let data = Mapping::Data { host };
@@ -291,8 +309,7 @@ impl Put<'_> {
             }
             Mapping::Data { host } if self.is_own(host)? => {
                 let bytes = self.bytes_of(cluster);
-                let length = bytes.end - bytes.start;
-                self.edit.overwrite(GuestOffset(bytes.start), host, length)
+                self.in_place(bytes, host)
             }
             Mapping::Data { .. }
             | Mapping::Compressed(_)
@@ -326,9 +343,7 @@ impl Put<'_> {
     fn overwrite(&mut self, ranges: &[Range<u64>], host: HostOffset) -> Result<()> {
         for range in ranges {
             let place = HostOffset(host.0 + self.size.offset_in(range.start));
-            let length = range.end - range.start;
-            self.edit
-                .overwrite(GuestOffset(range.start), place, length)?;
+            self.in_place(range.clone(), place)?;
         }
         Ok(())
     }
@@ -355,6 +370,7 @@ impl Put<'_> {
             bytes.resize(self.size.buffer_len(), 0);
             self.edit.write_data(host, &bytes)?;
         }
+        self.tell(self.size.bytes());
         let mapping = Mapping::Subclusters {
             host: Some(host),
             data,

@@ -9,6 +9,7 @@ use stead_sys::storage::{FileStorage, Storage};
 use stead_sys::{copy, space};
 
 use crate::chain::{Chain, LayerFile, Member};
+use crate::control::Control;
 use crate::edit::{Edit, Editor, Leaving, NewBlocks, Plan, lock};
 use crate::error::{Error, Result};
 use crate::file::ImageFile;
@@ -62,7 +63,7 @@ impl RawBase {
 /// A commit into a raw base that was thought through, and not begun.
 struct Ready<'a> {
     between: &'a [LayerFile],
-    views: Views,
+    views: Views<'a>,
     raw: ImageFile,
     base: &'a RawBase,
     target_bytes: u64,
@@ -76,11 +77,12 @@ impl<'a> Ready<'a> {
         between: &'a [LayerFile],
         base: &'a RawBase,
         options: &CommitOptions,
+        control: &Control<'a>,
     ) -> Result<Self> {
         let raw = base.image()?;
         let top = Member::from_layer(top.reopen()?)?;
         let chain = Chain::over(top, between, Member::Raw(raw.clone()))?;
-        let views = Views::of(chain, between.len() + 1)?;
+        let views = Views::of(chain, between.len() + 1, control)?;
         let target_bytes = views.target_bytes(options)?;
         views.require_snapshots_unseen(target_bytes)?;
         // A file that does not end with a sector has no more bytes for that.
@@ -100,6 +102,7 @@ impl<'a> Ready<'a> {
     /// none of its own.
     fn ranges(&self, mut each: impl FnMut(Range<u64>) -> Result<()>) -> Result<()> {
         for range in self.views.top.allocated(self.views.above) {
+            self.views.go_on()?;
             let range = range?;
             let mut at = range.start;
             while at < range.end {
@@ -152,8 +155,15 @@ impl<'a> Ready<'a> {
         edit.set_sources(self.between)?;
         let storage = Arc::clone(&self.base.storage);
         edit.set_target(self.base.path.clone(), storage, self.target_bytes);
-        // The rest of the file's last sector, which it may not have, stays away.
-        self.ranges(|range| edit.overwrite_there(range.start..range.end.min(self.target_bytes)))
+        self.ranges(|range| {
+            // The rest of the file's last sector, which it may not have, stays away.
+            let range = range.start..range.end.min(self.target_bytes);
+            if edit.is_plan() {
+                // Written and read back.
+                self.views.moving.plan((range.end - range.start) * 2);
+            }
+            edit.overwrite_there(range)
+        })
     }
 
     /// The room in the raw file.
@@ -195,11 +205,12 @@ impl<'a> Ready<'a> {
         })
     }
 
-    fn report(self, base: Plan, top: Plan) -> CommitReport {
+    fn report(self, base: Plan, top: Plan, in_place_bytes: u64) -> CommitReport {
         CommitReport {
             base,
             top: Some(top),
             defined_bytes: self.defined_bytes,
+            in_place_bytes,
             bitmaps: self.bitmaps.outcomes,
         }
     }
@@ -218,13 +229,14 @@ pub(super) fn measure(
     files: &Files<'_>,
     top: &Editor,
     options: &CommitOptions,
+    control: &Control<'_>,
 ) -> Result<CommitReport> {
     require_lowest(files)?;
     let (base, _lock) = RawBase::open(&files.base.path)?;
-    let ready = Ready::new(top, &files.above[1..], &base, options)?;
+    let ready = Ready::new(top, &files.above[1..], &base, options, control)?;
     let plan = ready.plan()?;
     let top = top.plan(|edit| ready.run(edit))?;
-    Ok(ready.report(plan, top))
+    Ok(ready.report(plan, top, 0))
 }
 
 /// Commits into a raw base.
@@ -232,10 +244,11 @@ pub(super) fn commit(
     files: &Files<'_>,
     top: &mut Editor,
     options: &CommitOptions,
+    control: &Control<'_>,
 ) -> Result<CommitReport> {
     require_lowest(files)?;
     let (base, _lock) = RawBase::open(&files.base.path)?;
-    commit_into_raw(top, &files.above[1..], &base, options)
+    commit_into_raw(top, &files.above[1..], &base, options, control)
 }
 
 /// Commits the open image and the layers `between` it and the raw file, top first, into that. `options.base` and
@@ -251,14 +264,17 @@ pub fn commit_into_raw(
     between: &[LayerFile],
     base: &RawBase,
     options: &CommitOptions,
+    control: &Control<'_>,
 ) -> Result<CommitReport> {
-    let ready = Ready::new(top, between, base, options)?;
+    let ready = Ready::new(top, between, base, options, control)?;
     let plan = ready.plan()?;
     ready.require_room(&plan)?;
     let leaving = Leaving {
         free_bytes: plan.new_bytes,
+        moving: Some(&ready.views.moving),
         ..Leaving::default()
     };
     let done = top.apply_leaving(leaving, |edit| ready.run(edit))?;
-    Ok(ready.report(plan, done.room))
+    control.tell(1, 1);
+    Ok(ready.report(plan, done.room, done.in_place_bytes))
 }
