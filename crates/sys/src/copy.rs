@@ -99,7 +99,8 @@ pub fn data_ranges(file: &File) -> io::Result<Vec<Range<u64>>> {
     Ok(ranges)
 }
 
-/// The first range at or after `at` that holds data, or `None` when only a hole follows.
+/// The first range at or after `at` that holds data, or `None` when only a hole follows. A block device knows no
+/// holes: all of it is data.
 ///
 /// # Errors
 /// When the file cannot be searched.
@@ -109,6 +110,10 @@ pub fn next_data(file: &File, at: u64) -> io::Result<Option<Range<u64>>> {
     let start = match seek(file, SeekFrom::Data(at)) {
         Ok(start) => start,
         Err(Errno::NXIO) => return Ok(None),
+        Err(Errno::INVAL) => {
+            let end = seek(file, SeekFrom::End(0))?;
+            return Ok((at < end).then_some(at..end));
+        }
         Err(error) => return Err(error.into()),
     };
     let end = seek(file, SeekFrom::Hole(start))?;
