@@ -398,6 +398,7 @@ impl World {
             } else {
                 Incomplete::Drop
             },
+            follow_data: false,
             edit: EditOptions::default(),
         };
         let above = &self.levels[last + 1 - depth..];

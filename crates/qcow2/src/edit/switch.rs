@@ -27,6 +27,7 @@ use crate::layer::Layer;
 use crate::units::{GuestOffset, HostOffset};
 
 use super::bitmaps_proof::says_enough;
+use super::data::GuestFile;
 use super::first::{FirstCluster, JournalPlace, SECTOR};
 use super::in_place::{InPlaceRange, Journal, Target};
 use super::records;
@@ -49,6 +50,8 @@ pub(super) struct Built {
     pub peak_bytes: u64,
     /// Bytes that the file had no room for before; 0 but in a plan.
     pub new_bytes: u64,
+    /// The same of the external data file.
+    pub data_bytes: u64,
 }
 
 impl Edit {
@@ -63,6 +66,7 @@ impl Edit {
         self.store_bitmaps()?;
         self.store_snapshots()?;
         self.store_refcounts()?;
+        self.settle_guest_file()?;
         // Who changes an image clears the bits that say what it does not know.
         // A data file that is raw stays so, since nothing here changes what it shows.
         let raw_data = match self.old.header().external_data {
@@ -89,6 +93,7 @@ impl Edit {
         synced.map_err(self.io("sync"))?;
         Ok(Built {
             new_bytes: self.blocks.bytes(),
+            data_bytes: self.guest.as_ref().map_or(0, GuestFile::new_bytes),
             first,
             header,
             journal,
@@ -193,7 +198,10 @@ impl Built {
         };
         let file = ImageFile::on(Arc::clone(&self.edit.storage), &self.edit.path)?;
         let layer = match Layer::with_header(file, self.header.clone()) {
-            Ok(layer) => layer,
+            Ok(layer) => match &self.edit.guest {
+                Some(guest) => layer.with_data(guest.image()?)?,
+                None => layer,
+            },
             Err(error) => return Err(failed(error.to_string())),
         };
         let report = check(&layer)?;
@@ -319,7 +327,7 @@ impl Switch<'_> {
     /// again.
     fn finish(&self, journal: &Journal) -> Result<u64> {
         let sources = match !journal.ranges.is_empty() || journal.target.is_some() {
-            true => Some(self.redo(journal)?),
+            true => self.redo(journal)?,
             false => None,
         };
         if journal.first.len() > SECTOR {
@@ -374,7 +382,7 @@ impl Switch<'_> {
     }
 
     /// Writes what is to be written in place, and gives the disk that it comes from.
-    fn redo(&self, journal: &Journal) -> Result<Chain> {
+    fn redo(&self, journal: &Journal) -> Result<Option<Chain>> {
         let chain = self.sources(journal);
         let chain = chain.map_err(|error| self.unrecoverable(error.to_string()))?;
         let to = self.target.unwrap_or(self.storage);
@@ -382,12 +390,15 @@ impl Switch<'_> {
             let length = to.len().map_err(self.failed("asking for the length"))?;
             if length != target.length {
                 let set = to.set_len(target.length);
-                set.map_err(self.failed("setting the length of the raw file"))?;
+                set.map_err(self.failed("setting the length of the other file"))?;
             }
         }
         let mut buffer = vec![0; to_usize(STEP_BYTES)];
         for step in journal.ranges.iter().flat_map(steps) {
             let bytes = &mut buffer[..to_usize(step.length)];
+            let Some(chain) = &chain else {
+                unreachable!("ranges have sources");
+            };
             let read = chain.read_at(step.guest.0, bytes);
             read.map_err(|error| self.unrecoverable(error.to_string()))?;
             let written = to.write_all_at(bytes, step.host.0);
@@ -401,16 +412,31 @@ impl Switch<'_> {
     }
 
     /// The disk that the ranges get their bytes from.
-    fn sources(&self, journal: &Journal) -> Result<Chain> {
-        let files = journal.layers.iter().map(|layer| layer.file.clone());
-        let files: Vec<_> = files.collect();
-        if journal.target.is_none() {
-            return Chain::open(&files);
+    fn sources(&self, journal: &Journal) -> Result<Option<Chain>> {
+        let mut members = Vec::new();
+        if journal.target.as_ref().is_some_and(|to| !to.data_file) {
+            let header = Header::decode(&journal.first, self.path)?;
+            let file = ImageFile::on(Arc::clone(self.storage), self.path)?;
+            let layer = Layer::with_header(file, header)?;
+            let own = journal.layers.first().filter(|first| first.is_data);
+            let layer = match own {
+                Some(own) => layer.with_data(ImageFile::open(&own.file.path)?)?,
+                None => layer,
+            };
+            members.push(Member::from_layer(layer)?);
         }
-        let header = Header::decode(&journal.first, self.path)?;
-        let file = ImageFile::on(Arc::clone(self.storage), self.path)?;
-        let top = Member::from_layer(Layer::with_header(file, header)?)?;
-        Chain::around(&[], top, &files)
+        for (at, layer) in journal.layers.iter().enumerate() {
+            let data = journal.layers.get(at + 1).filter(|next| next.is_data);
+            let data = data.map(|data| data.file.path.as_path());
+            if !layer.is_data {
+                members.push(Member::open_with_data(&layer.file, data)?);
+            }
+        }
+        if members.is_empty() && journal.ranges.is_empty() {
+            // Nothing is read, only the other file gets another length.
+            return Ok(None);
+        }
+        Chain::of_members(members).map(Some)
     }
 
     fn unrecoverable(&self, reason: String) -> Error {

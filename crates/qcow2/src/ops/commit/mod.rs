@@ -20,15 +20,18 @@
 //! * What an internal snapshot of a layer above sees of the base is not changed: that is refused.
 
 mod bitmaps;
+mod elsewhere;
 mod put;
 mod raw;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::chain::{Chain, LayerFile, LayerFormat, Member};
 use crate::control::{Control, Moving};
 use crate::edit::{Edit, EditOptions, Editor, Leaving, Plan, lock_for_reading};
 use crate::error::{Error, Result};
+use crate::following::{OpenPolicy, data_file_of};
+use crate::layer::Layer;
 
 pub use bitmaps::{BitmapFate, BitmapOutcome};
 pub use raw::{RawBase, commit_into_raw};
@@ -71,8 +74,31 @@ pub struct CommitOptions {
     pub longer_base: LongerBase,
     /// What becomes of bitmaps that cannot be complete.
     pub incomplete: Incomplete,
+    /// Whether the external data files that the images name are opened. A name in an image could be that of any file.
+    pub follow_data: bool,
     /// How images are opened.
     pub edit: EditOptions,
+}
+
+impl CommitOptions {
+    fn editor(&self, file: &LayerFile) -> Result<Editor> {
+        if !self.follow_data {
+            return Editor::open(&file.path, self.edit);
+        }
+        Editor::open_following(&file.path, &OpenPolicy::NAMES, self.edit)
+    }
+
+    /// The files of an image: itself and, if names are followed, its external data file.
+    fn files(&self, file: &LayerFile) -> Result<Vec<PathBuf>> {
+        let mut all = vec![file.path.clone()];
+        if self.follow_data && file.format == LayerFormat::Qcow2 {
+            all.extend(data_file_of(
+                &Layer::inspect(&file.path)?,
+                &OpenPolicy::NAMES,
+            )?);
+        }
+        Ok(all)
+    }
 }
 
 impl Default for CommitOptions {
@@ -82,6 +108,7 @@ impl Default for CommitOptions {
             empty_top: false,
             longer_base: LongerBase::default(),
             incomplete: Incomplete::default(),
+            follow_data: false,
             edit: EditOptions::default(),
         }
     }
@@ -119,6 +146,7 @@ impl<'a> Views<'a> {
         above: &[LayerFile],
         base: Member,
         below: &[LayerFile],
+        follow_data: bool,
         control: &Control<'a>,
     ) -> Result<Self> {
         let invalid = |reason: String| Err(Error::InvalidChain { reason });
@@ -128,7 +156,8 @@ impl<'a> Views<'a> {
         if let Some(raw) = hidden.clone().find(|file| file.format == LayerFormat::Raw) {
             return invalid(format!("{} is raw and not the last", raw.path.display()));
         }
-        Self::of(Chain::around(above, base, below)?, above.len(), control)
+        let chain = Chain::around(above, base, below, follow_data)?;
+        Self::of(chain, above.len(), control)
     }
 
     fn of(top: Chain, above: usize, control: &Control<'a>) -> Result<Self> {
@@ -263,18 +292,23 @@ impl<'a> Files<'a> {
         }
         let (above, rest) = files.split_at(options.base);
         let changes_top = options.empty_top || rest[0].format == LayerFormat::Raw;
-        let top = changes_top.then(|| Editor::open(&above[0].path, options.edit));
+        let top = changes_top.then(|| options.editor(&above[0]));
         let top = top.transpose()?;
         let read = above
             .iter()
             .skip(usize::from(changes_top))
             .chain(&rest[1..]);
-        let locks = read.map(|file| lock_for_reading(&file.path).map(|(_, lock)| lock));
+        let mut locks = Vec::new();
+        for file in read {
+            for path in options.files(file)? {
+                locks.push(lock_for_reading(&path)?.1);
+            }
+        }
         Ok(Self {
             above,
             base: &rest[0],
             below: &rest[1..],
-            _locks: locks.collect::<Result<_>>()?,
+            _locks: locks,
             top,
         })
     }
@@ -292,7 +326,7 @@ pub fn measure(
     let files = Files::open(files, options)?;
     let mut report = match files.base.format {
         LayerFormat::Qcow2 => {
-            let editor = Editor::open(&files.base.path, options.edit)?;
+            let editor = options.editor(files.base)?;
             let ready = Ready::new(&editor, (files.above, files.below), options, control)?;
             let plan = editor.plan(|edit| ready.run(edit))?;
             ready.report(plan, 0)
@@ -319,6 +353,7 @@ fn larger(one: Option<Plan>, other: Plan) -> Plan {
         peak_bytes: one.peak_bytes.max(other.peak_bytes),
         end_bytes: other.end_bytes,
         new_bytes: one.new_bytes.max(other.new_bytes),
+        data_bytes: one.data_bytes.max(other.data_bytes),
         journal: one.journal || other.journal,
     }
 }
@@ -348,7 +383,7 @@ pub fn commit(
     let left = emptying.map_or(0, |plan| plan.new_bytes);
     let mut report = match files.base.format {
         LayerFormat::Qcow2 => {
-            let mut editor = Editor::open(&files.base.path, options.edit)?;
+            let mut editor = options.editor(files.base)?;
             let chain = (files.above, files.below);
             commit_into(&mut editor, left, chain, options, control)?
         }
@@ -399,6 +434,7 @@ pub fn commit_into(
 struct Ready<'a> {
     views: Views<'a>,
     sources: &'a [LayerFile],
+    follow_data: bool,
     target_bytes: u64,
     bitmaps: bitmaps::Decided,
     defined_bytes: u64,
@@ -412,13 +448,14 @@ impl<'a> Ready<'a> {
         control: &Control<'a>,
     ) -> Result<Self> {
         let base = Member::from_layer(editor.reopen()?)?;
-        let views = Views::new(above, base, below, control)?;
+        let views = Views::new(above, base, below, options.follow_data, control)?;
         let target_bytes = views.target_bytes(options)?;
         views.require_snapshots_unseen(target_bytes)?;
         Ok(Self {
             bitmaps: bitmaps::decide(&views, options.incomplete)?,
             defined_bytes: views.defined_bytes()?,
             sources: above,
+            follow_data: options.follow_data,
             target_bytes,
             views,
         })
@@ -428,7 +465,7 @@ impl<'a> Ready<'a> {
         if edit.virtual_size() != self.target_bytes {
             edit.resize(self.target_bytes, self.views.below.as_ref())?;
         }
-        edit.set_sources(self.sources)?;
+        edit.set_sources_with_data(self.sources, self.follow_data)?;
         put::put(edit, &self.views)?;
         self.bitmaps.store(edit)
     }

@@ -8,6 +8,8 @@
 //! | a part of it | its own, with data there | that part is written over |
 //! | a part of it | shared, compressed, zeros, or none | new, with the rest as the base shows it |
 //!
+//! In an external data file a cluster has one place only; see `elsewhere`.
+//!
 //! What is read to decide is tables only, so a plan decides as the commit itself does.
 
 use std::ops::Range;
@@ -54,11 +56,11 @@ struct Part {
     ranges: Vec<Range<u64>>,
 }
 
-struct Put<'a> {
-    edit: &'a mut Edit,
+pub(super) struct Put<'a> {
+    pub edit: &'a mut Edit,
     views: &'a Views<'a>,
-    size: ClusterSize,
-    extended: bool,
+    pub size: ClusterSize,
+    pub extended: bool,
     /// The format can say zeros.
     has_zeros: bool,
     /// Nothing lies below the base: what it does not define is zeros.
@@ -91,7 +93,7 @@ impl Put<'_> {
     }
 
     /// The bytes of a cluster, up to the disk's end.
-    fn bytes_of(&self, cluster: u64) -> Range<u64> {
+    pub fn bytes_of(&self, cluster: u64) -> Range<u64> {
         let start = cluster << self.size.bits();
         start..(start + self.size.bytes()).min(self.end)
     }
@@ -123,6 +125,10 @@ impl Put<'_> {
             self.zero(cluster)?;
             return self.behind_zeros(cluster, end);
         }
+        if self.is_in_place_elsewhere(cluster)? {
+            self.elsewhere(cluster, std::slice::from_ref(&bytes))?;
+            return Ok(bytes.end);
+        }
         let own = match self.edit.mapping(View::Active, cluster)? {
             Mapping::Data { host } => Some(host),
             Mapping::Subclusters {
@@ -143,7 +149,7 @@ impl Put<'_> {
     }
 
     /// Bytes are to be moved, in a plan; or they were.
-    fn tell(&self, bytes: u64) {
+    pub fn tell(&self, bytes: u64) {
         if self.edit.is_plan() {
             self.views.moving.plan(bytes);
         } else {
@@ -152,10 +158,13 @@ impl Put<'_> {
     }
 
     /// Has a range written in place, later, and read back.
-    fn in_place(&mut self, guest: Range<u64>, host: HostOffset) -> Result<()> {
+    pub fn in_place(&mut self, guest: Range<u64>, host: HostOffset) -> Result<()> {
         let length = guest.end - guest.start;
         if self.edit.is_plan() {
             self.views.moving.plan(length * 2);
+        }
+        if self.edit.is_elsewhere() {
+            return self.edit.overwrite_guest(guest);
         }
         self.edit.overwrite(GuestOffset(guest.start), host, length)
     }
@@ -180,7 +189,7 @@ impl Put<'_> {
         let run = std::mem::replace(&mut self.run, 0..0);
         let mut next = run.start;
         while next < run.end {
-            let (host, count) = self.edit.allocate_up_to(run.end - next)?;
+            let (host, count) = self.edit.place(next, run.end - next)?;
             self.views.go_on()?;
             self.fill(next, host, count)?;
             self.tell(count << self.size.bits());
@@ -211,7 +220,7 @@ impl Put<'_> {
             };
             let to = HostOffset(host.0 + at - start);
             match place {
-                Some((file, from)) => self.edit.copy_data(to, file, from, length)?,
+                Some((file, from)) => self.edit.copy_guest(to, file, from, length)?,
                 None => self.copy_by_hand(at..at + length, to)?,
             }
             at += length;
@@ -219,7 +228,7 @@ impl Put<'_> {
         if end < whole {
             let rest = vec![0; to_usize(whole - end)];
             self.edit
-                .write_data(HostOffset(host.0 + end - start), &rest)?;
+                .write_guest(HostOffset(host.0 + end - start), &rest)?;
         }
         Ok(())
     }
@@ -229,14 +238,14 @@ impl Put<'_> {
         while at < guest.end {
             let bytes = self.read(at..guest.end.min(at + STEP_BYTES))?;
             self.edit
-                .write_data(HostOffset(to.0 + at - guest.start), &bytes)?;
+                .write_guest(HostOffset(to.0 + at - guest.start), &bytes)?;
             at += to_u64(bytes.len());
         }
         Ok(())
     }
 
     /// What the disk has after the commit: the top's bytes and, behind its end, the base's.
-    fn read(&self, guest: Range<u64>) -> Result<Vec<u8>> {
+    pub fn read(&self, guest: Range<u64>) -> Result<Vec<u8>> {
         let mut bytes = vec![0; to_usize(guest.end - guest.start)];
         let top = guest.end.min(self.views.top.len()).max(guest.start);
         let (above, rest) = bytes.split_at_mut(to_usize(top - guest.start));
@@ -293,6 +302,9 @@ impl Put<'_> {
 
     fn zero(&mut self, cluster: u64) -> Result<()> {
         let mapping = self.edit.mapping(View::Active, cluster)?;
+        if self.edit.is_raw_elsewhere() {
+            return self.zero_in_raw(cluster, mapping);
+        }
         let zeros = match mapping {
             Mapping::Unallocated => self.bare,
             Mapping::Zero { .. } => true,
@@ -324,6 +336,9 @@ impl Put<'_> {
         if self.is_zero(&bytes)? {
             return self.zero(part.cluster);
         }
+        if self.edit.is_elsewhere() {
+            return self.elsewhere(part.cluster, &part.ranges);
+        }
         let mapping = self.edit.mapping(View::Active, part.cluster)?;
         let touched = self.subclusters(&part.ranges);
         let (host, data, zero) = match mapping {
@@ -349,7 +364,7 @@ impl Put<'_> {
     }
 
     /// The subclusters that ranges of one cluster touch, a bit each; all without subclusters.
-    fn subclusters(&self, ranges: &[Range<u64>]) -> u32 {
+    pub fn subclusters(&self, ranges: &[Range<u64>]) -> u32 {
         if !self.extended {
             return u32::MAX;
         }
@@ -368,7 +383,7 @@ impl Put<'_> {
         if !self.edit.is_plan() {
             let mut bytes = self.read(self.bytes_of(cluster))?;
             bytes.resize(self.size.buffer_len(), 0);
-            self.edit.write_data(host, &bytes)?;
+            self.edit.write_guest(host, &bytes)?;
         }
         self.tell(self.size.bytes());
         let mapping = Mapping::Subclusters {

@@ -63,6 +63,7 @@ impl RawBase {
 /// A commit into a raw base that was thought through, and not begun.
 struct Ready<'a> {
     between: &'a [LayerFile],
+    follow_data: bool,
     views: Views<'a>,
     raw: ImageFile,
     base: &'a RawBase,
@@ -81,7 +82,7 @@ impl<'a> Ready<'a> {
     ) -> Result<Self> {
         let raw = base.image()?;
         let top = Member::from_layer(top.reopen()?)?;
-        let chain = Chain::over(top, between, Member::Raw(raw.clone()))?;
+        let chain = Chain::over(top, between, Member::Raw(raw.clone()), options.follow_data)?;
         let views = Views::of(chain, between.len() + 1, control)?;
         let target_bytes = views.target_bytes(options)?;
         views.require_snapshots_unseen(target_bytes)?;
@@ -92,6 +93,7 @@ impl<'a> Ready<'a> {
             defined_bytes: views.defined_bytes()?,
             target_bytes: if same { raw.length() } else { target_bytes },
             between,
+            follow_data: options.follow_data,
             raw,
             base,
             views,
@@ -152,7 +154,8 @@ impl<'a> Ready<'a> {
     }
 
     fn run(&self, edit: &mut Edit) -> Result<()> {
-        edit.set_sources(self.between)?;
+        edit.set_sources_with_data(self.between, self.follow_data)?;
+        edit.set_own_source()?;
         let storage = Arc::clone(&self.base.storage);
         edit.set_target(self.base.path.clone(), storage, self.target_bytes);
         self.ranges(|range| {
@@ -180,6 +183,7 @@ impl<'a> Ready<'a> {
             peak_bytes: length.max(self.target_bytes),
             end_bytes: self.target_bytes,
             new_bytes: blocks.bytes(),
+            data_bytes: 0,
             journal: true,
         })
     }
