@@ -2,11 +2,12 @@
 
 use stead_qcow2::edit::{EditOptions, Editor};
 
+use crate::common;
 use crate::console::Console;
 use crate::failure::{Failure, Outcome};
 use crate::format::Format;
 use crate::new_image;
-use crate::opened::{self, OpenedChain};
+use crate::opened::{self, OpenedChain, Sharing};
 use crate::reference::Reference;
 
 /// The format of an image that is to be changed. A raw disk that nobody called raw gets a warning: whoever can
@@ -31,18 +32,23 @@ pub(crate) fn format(image: &Reference, console: &mut Console) -> Outcome<Format
 
 /// The image, locked and checked.
 pub(crate) fn editor(image: &Reference) -> Outcome<Editor> {
-    let opened = Editor::open(&image.path, EditOptions::default());
+    let policy = common::follow_all();
+    let opened = Editor::open_following(&image.path, &policy, EditOptions::default());
     opened.map_err(|error| Failure::open(&image.given, &error))
 }
 
-/// The disk below the image, which nobody writes to meanwhile.
-pub(crate) fn below(image: &Reference, editor: &Editor) -> Outcome<Option<OpenedChain>> {
+/// The disk below the image, which nobody writes to meanwhile, unless that is allowed.
+pub(crate) fn below(
+    image: &Reference,
+    editor: &Editor,
+    sharing: Sharing,
+) -> Outcome<Option<OpenedChain>> {
     let Some(backing) = &editor.layer().header().backing else {
         return Ok(None);
     };
     let name = String::from_utf8_lossy(&backing.name);
     let format = backing.format.as_deref().map(String::from_utf8_lossy);
-    let opened = new_image::below_locked(&image.path, &name, format.as_deref());
+    let opened = new_image::below_shared(&image.path, &name, format.as_deref(), sharing);
     let opened = opened
         .map_err(|why| opened::not_open(image, &format!("Could not open backing file: {why}")))?;
     Ok(Some(opened))

@@ -153,19 +153,38 @@ fn open_chain(
         path: reference.path.clone(),
         format: format.into(),
     };
-    let chain = Chain::open_following(&top, policy);
-    let chain = chain.map_err(|error| chain_words(reference, &error))?;
-    for index in 1..chain.depth() {
-        let Some((path, _)) = chain.file(index) else {
-            unreachable!("the chain is that deep");
-        };
-        locks.push(lock_for_reading(path, sharing).map_err(|why| below(&why))?);
+    let open = || {
+        let chain = Chain::open_following(&top, policy);
+        chain.map_err(|error| chain_words(reference, &error))
+    };
+    let chain = open()?;
+    for (index, path) in (0..chain.depth()).flat_map(|index| files(&chain, index)) {
+        let lock = lock_for_reading(path, sharing);
+        locks.push(lock.map_err(|why| if index == 0 { why } else { below(&why) })?);
     }
+    // What was read before the locks were had may be old by now.
+    let chain = match sharing {
+        Sharing::Locked => open()?,
+        Sharing::Shared => chain,
+    };
     Ok(OpenedChain {
         chain,
         format,
         locks,
     })
+}
+
+/// The files of one image of a chain that are not locked yet: itself, unless it is the top, and its external data file.
+fn files(chain: &Chain, index: usize) -> impl Iterator<Item = (usize, &Path)> {
+    let own = chain
+        .file(index)
+        .filter(|_| index > 0)
+        .map(|(path, _)| path);
+    let layer = chain
+        .layer(index)
+        .filter(|layer| layer.header().external_data.is_some());
+    let data = layer.map(Layer::data_path);
+    own.into_iter().chain(data).map(move |path| (index, path))
 }
 
 fn below(why: &str) -> String {

@@ -71,6 +71,7 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
         empty_top: !parsed.has("keep") && !parsed.has("base"),
         longer_base: LongerBase::Keep,
         incomplete: Incomplete::Mark,
+        follow_data: true,
         ..CommitOptions::default()
     };
     let progress = Progress::start(parsed.has(PROGRESS.id) && !parsed.has(QUIET.id));
