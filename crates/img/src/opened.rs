@@ -174,16 +174,20 @@ pub(crate) fn chain_or_why(
 ) -> Result<OpenedChain, String> {
     let format = format_or_why(reference)?;
     let mut locks = vec![lock_for_reading(&reference.path, sharing)?];
-    let chain = match reference.window {
+    let open = || match reference.window {
         None => whole(reference, format, policy),
         Some(window) => part(reference, window, format, policy),
-    }?;
-    for index in 1..chain.depth() {
-        let Some((path, _)) = chain.file(index) else {
-            unreachable!("the chain is that deep");
-        };
-        locks.push(lock_for_reading(path, sharing).map_err(|why| below(&why))?);
+    };
+    let chain = open()?;
+    for (index, path) in (0..chain.depth()).flat_map(|index| files(&chain, index)) {
+        let lock = lock_for_reading(path, sharing);
+        locks.push(lock.map_err(|why| if index == 0 { why } else { below(&why) })?);
     }
+    // What was read before the locks were had may be old by now.
+    let chain = match sharing {
+        Sharing::Locked => open()?,
+        Sharing::Shared => chain,
+    };
     Ok(OpenedChain {
         chain,
         format,
@@ -215,6 +219,19 @@ fn part(
         Format::Qcow2 => Chain::follow_storage(window.open(path)?, path, policy),
     };
     chain.map_err(|error| chain_words(reference, &error))
+}
+
+/// The files of one image of a chain that are not locked yet: itself, unless it is the top, and its external data file.
+fn files(chain: &Chain, index: usize) -> impl Iterator<Item = (usize, &Path)> {
+    let own = chain
+        .file(index)
+        .filter(|_| index > 0)
+        .map(|(path, _)| path);
+    let layer = chain
+        .layer(index)
+        .filter(|layer| layer.header().external_data.is_some());
+    let data = layer.map(Layer::data_path);
+    own.into_iter().chain(data).map(move |path| (index, path))
 }
 
 fn below(why: &str) -> String {

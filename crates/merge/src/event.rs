@@ -84,6 +84,17 @@ impl Watch<'_> {
         (self.tell)(Event::Step(step));
     }
 
+    pub(crate) fn progress(&self, fraction: f64, total: u64) {
+        #[expect(
+            clippy::cast_precision_loss,
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a part of the total, to look at"
+        )]
+        let done = (fraction.clamp(0.0, 1.0) * total as f64) as u64;
+        (self.tell)(Event::Progress { done, total });
+    }
+
     pub(crate) fn notice(&self, text: impl Into<String>) {
         (self.tell)(Event::Notice(text.into()));
     }

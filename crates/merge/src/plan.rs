@@ -5,9 +5,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use stead_qcow2::LayerFormat;
 use stead_qcow2::edit::{Edit, Plan};
 use stead_qcow2::ops::commit::{self, CommitOptions, CommitReport, Incomplete, LongerBase};
+use stead_qcow2::{Control, LayerFormat};
 
 use crate::bitmaps::{Becomes, BitmapInLayer, Bitmaps, Verdict, text};
 use crate::error::{Kind, MergeError, Result, kind_of, next_of};
@@ -419,16 +419,17 @@ impl Thinking<'_> {
     /// The space and the bitmaps, from the commit's own plan: what the base must leave free for the child.
     fn measure(&mut self) -> Result<u64> {
         let child = self.child();
-        let report = match commit::measure(self.layers.committed(), self.options) {
-            Ok(report) => report,
-            Err(error) => {
-                // What is said already is not said again in other words.
-                if self.plan.refused.is_empty() {
-                    self.refuse_error(&error);
+        let report =
+            match commit::measure(self.layers.committed(), self.options, &Control::default()) {
+                Ok(report) => report,
+                Err(error) => {
+                    // What is said already is not said again in other words.
+                    if self.plan.refused.is_empty() {
+                        self.refuse_error(&error);
+                    }
+                    return Ok(0);
                 }
-                return Ok(0);
-            }
-        };
+            };
         self.plan.data_bytes = report.defined_bytes;
         self.verdicts(&report);
         self.space(&report, child)

@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde::Serialize;
-use stead_qcow2::Error;
 use stead_qcow2::edit::Editor;
 use stead_qcow2::ops::bitmap::{self, Action};
 use stead_qcow2::ops::rebase::{self, BackingFile};
+use stead_qcow2::{Control, Error};
 use stead_sys::durable::{self, Existing};
 use stead_sys::image_lock::Access;
 
@@ -156,7 +156,14 @@ impl Going<'_> {
 
     fn commit(&self, opened: &mut Opened, thought: &Thought) -> Result<()> {
         self.watch.step(Step::Commit);
-        let Err(error) = opened.commit(&thought.layers, &thought.options, thought.left) else {
+        let total = thought.plan.data_bytes;
+        let progress = |fraction: f64| self.watch.progress(fraction, total);
+        let control = Control {
+            cancel: self.watch.cancel,
+            progress: Some(&progress),
+        };
+        let (layers, options) = (&thought.layers, &thought.options);
+        let Err(error) = opened.commit(layers, options, thought.left, &control) else {
             return Ok(());
         };
         let begun = matches!(error, Error::Switch { .. } | Error::Unrecoverable { .. });

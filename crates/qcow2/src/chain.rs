@@ -19,6 +19,7 @@ use std::sync::Arc;
 use crate::directory::InternalSnapshot;
 use crate::error::{Error, Result};
 use crate::file::ImageFile;
+use crate::following::{OpenPolicy, data_file_of};
 use crate::header::{to_u64, to_usize};
 use crate::layer::{ExtentKind, Layer};
 use crate::raw::RawDisk;
@@ -61,6 +62,27 @@ impl Member {
             }
             LayerFormat::Qcow2 => Self::from_layer(Layer::open(&file.path)?),
         }
+    }
+
+    /// As [`Member::open`], with the external data file that a qcow2 image needs, if it is given.
+    pub fn open_with_data(file: &LayerFile, data: Option<&Path>) -> Result<Self> {
+        match (file.format, data) {
+            (LayerFormat::Qcow2, Some(data)) => {
+                Self::from_layer(Layer::open_with_data(&file.path, data)?)
+            }
+            (LayerFormat::Raw | LayerFormat::Qcow2, _) => Self::open(file),
+        }
+    }
+
+    /// As [`Member::open`], with the external data file that the image names, if `follow_data`.
+    pub fn open_following(file: &LayerFile, follow_data: bool) -> Result<Self> {
+        let data = match (follow_data, file.format) {
+            (true, LayerFormat::Qcow2) => {
+                data_file_of(&Layer::inspect(&file.path)?, &OpenPolicy::NAMES)?
+            }
+            (false, _) | (true, LayerFormat::Raw) => None,
+        };
+        Self::open_with_data(file, data.as_deref())
     }
 
     pub fn from_layer(layer: Layer) -> Result<Self> {
@@ -255,25 +277,40 @@ impl Chain {
     }
 
     /// The layers `above`, top first, over an open layer over the files `below` it.
-    pub(crate) fn around(above: &[LayerFile], base: Member, below: &[LayerFile]) -> Result<Self> {
-        let open = |file| Member::open(file);
+    pub(crate) fn around(
+        above: &[LayerFile],
+        base: Member,
+        below: &[LayerFile],
+        follow_data: bool,
+    ) -> Result<Self> {
+        let open = |file| Member::open_following(file, follow_data);
         let mut members = above.iter().map(open).collect::<Result<Vec<_>>>()?;
         members.push(base);
         for file in below {
-            members.push(Member::open(file)?);
+            members.push(open(file)?);
         }
-        if members.len() > MAX_LAYERS {
-            let reason = format!("{} files, expected at most {MAX_LAYERS}", members.len());
+        Self::of_members(members)
+    }
+
+    /// A chain of members whose number is not known to be right.
+    pub(crate) fn of_members(members: Vec<Member>) -> Result<Self> {
+        if members.is_empty() || members.len() > MAX_LAYERS {
+            let reason = format!("{} files, expected 1 to {MAX_LAYERS}", members.len());
             return Err(Error::InvalidChain { reason });
         }
         Ok(Self::from_members(members))
     }
 
     /// An open layer over the files `between` it and the base.
-    pub(crate) fn over(top: Member, between: &[LayerFile], base: Member) -> Result<Self> {
+    pub(crate) fn over(
+        top: Member,
+        between: &[LayerFile],
+        base: Member,
+        follow_data: bool,
+    ) -> Result<Self> {
         let mut members = vec![top];
         for file in between {
-            members.push(Member::open(file)?);
+            members.push(Member::open_following(file, follow_data)?);
         }
         members.push(base);
         Ok(Self::from_members(members))

@@ -53,7 +53,7 @@ pub use control::{Control, Progress};
 pub use directory::{InternalSnapshot, StoredBitmap};
 pub use entry::CompressedCluster;
 pub use error::{Error, Result};
-pub use following::{Follow, OpenPolicy, probe_format};
+pub use following::{Follow, OpenPolicy, data_file_of, probe_format};
 pub use header::{
     BackingName, BitmapsExtension, Compression, Encryption, ExternalData, FeatureName, Header,
     UnknownExtension,

@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 use stead_qcow2::ops::commit::{
     self, BitmapFate, BitmapOutcome, CommitOptions, CommitReport, Incomplete, LongerBase,
 };
-use stead_qcow2::{Chain, LayerFile};
+use stead_qcow2::{Chain, Control, LayerFile};
+use stead_sys::signal;
 
 use crate::command::Command;
 use crate::common::{self, FORMAT, IMAGE_OPTS, OBJECT, PROGRESS, QUIET};
@@ -25,14 +26,15 @@ pub(crate) const COMMAND: Command = Command {
     name: "commit",
     about: "Put what an image has itself into one below it",
     usage: "[-f FMT | --image-opts] [-b BASE] [-d] [-p] [-q] [-t CACHE] [-r RATE] [--dry-run] [--json] FILE",
-    help: "The base then shows what FILE shows, and FILE is emptied. An interrupted commit is finished by recover, run on \
-           the base, or on FILE where the base is raw. Other images over the base show other bytes afterwards.\n\n\
+    help: "The base then shows what FILE shows, and FILE is emptied. Ctrl-C ends it as long as nothing of \
+           the base was written over; what was interrupted later is finished by recover, run on the base, or on FILE where \
+           the base is raw. Other images over the base show other bytes afterwards.\n\n\
            \x20 -b, --base BASE       the image to put it into, with all that lies between; FILE is not emptied;\n\
            \x20                       else the one directly below\n\
            \x20 -d                    do not empty FILE\n\
            \x20 -f, --format FMT      the format of FILE; else its first bytes tell\n\
            \x20     --image-opts      FILE is an option string\n\
-           \x20 -p, --progress        show that it is done\n\
+           \x20 -p, --progress        show how far it is\n\
            \x20     --dry-run         only say how much room it takes\n\
            \x20     --json            say as JSON what was done, also to each bitmap\n\
            \x20 -q, --quiet           print nothing\n\
@@ -72,16 +74,22 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
         empty_top: !parsed.has("keep") && !parsed.has("base"),
         longer_base: LongerBase::Keep,
         incomplete: Incomplete::Mark,
+        follow_data: true,
         ..CommitOptions::default()
     };
     let progress = Progress::start(parsed.has(PROGRESS.id) && !parsed.has(QUIET.id));
+    let tell = |fraction| progress.tell(fraction);
+    let control = Control {
+        cancel: signal::note_stop().ok(),
+        progress: Some(&tell),
+    };
     if parsed.has(DRY_RUN.id) {
-        let report = commit::measure(&files, &options)?;
+        let report = commit::measure(&files, &options, &control)?;
         drop(progress);
         planned(parsed, &report, console)?;
         return Ok(0);
     }
-    let report = commit::commit(&files, &options)?;
+    let report = commit::commit(&files, &options, &control)?;
     progress.done();
     drop(progress);
     done(parsed, &report, console)?;
@@ -168,6 +176,7 @@ fn as_json(report: &CommitReport, outcome: &str) -> Value {
     json!({
         "outcome": outcome,
         "committed-bytes": report.defined_bytes,
+        "verified-in-place-bytes": report.in_place_bytes,
         "room": report::room(&report.base),
         "image-room": report.top.as_ref().map(report::room),
         "bitmaps": report.bitmaps.iter().map(bitmap).collect::<Vec<_>>(),

@@ -12,7 +12,7 @@ use crate::failure::{Failure, Outcome};
 use crate::format::Format;
 use crate::getopt::{Opt, Parsed};
 use crate::new_image;
-use crate::opened::OpenedChain;
+use crate::opened::{OpenedChain, Sharing};
 use crate::progress::Progress;
 use crate::reference::Reference;
 use crate::report::{self, DRY_RUN, JSON};
@@ -33,7 +33,8 @@ pub(crate) const COMMAND: Command = Command {
            \x20     --dry-run         only say how much room it takes\n\
            \x20     --json            say as JSON what was done\n\
            \x20 -q, --quiet           print nothing\n\
-           \x20 -U, -t, -T            accepted for scripts\n\n\
+           \x20 -U, --force-share     read the files below though somebody may write to them\n\
+           \x20 -t, -T                accepted for scripts\n\n\
            Example:\n  {program} rebase -b new-base.qcow2 -F qcow2 disk.qcow2\n",
     opts: &[
         FORMAT,
@@ -122,12 +123,12 @@ impl Wanted {
     }
 
     /// The disk that it is.
-    fn disk(&self, image: &Reference) -> Outcome<Option<OpenedChain>> {
+    fn disk(&self, image: &Reference, sharing: Sharing) -> Outcome<Option<OpenedChain>> {
         let Some(name) = self.name() else {
             return Ok(None);
         };
         let format = self.format.as_deref();
-        let opened = new_image::below_locked(&image.path, name, format);
+        let opened = new_image::below_shared(&image.path, name, format, sharing);
         let opened = opened.map_err(|why| {
             Failure::lines(&format!("Could not open new backing file '{name}': "), &why)
         })?;
@@ -183,10 +184,11 @@ fn rename(
 fn keep(parsed: &Parsed, image: &Reference, wanted: &Wanted, console: &mut Console) -> Outcome<()> {
     let progress = progress(parsed);
     let mut editor = editing::editor(image)?;
-    let old = editing::below(image, &editor)?;
+    let sharing = Sharing::of(parsed);
+    let old = editing::below(image, &editor, sharing)?;
     let old = old.as_ref().map(|opened| &opened.chain);
     wanted.require_known_format()?;
-    let disk = wanted.disk(image)?;
+    let disk = wanted.disk(image, sharing)?;
     wanted.require_format()?;
     let new = disk
         .as_ref()

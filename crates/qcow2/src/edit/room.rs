@@ -28,6 +28,8 @@ pub struct Plan {
     /// Bytes that the file system must have free: what lies behind the end of the file now or in its
     /// holes and is written to.
     pub new_bytes: u64,
+    /// Bytes that the file system of the external data file must have free, if there is such a file.
+    pub data_bytes: u64,
     /// Whether the change needs the journal, because more than the first sector changes in place.
     pub journal: bool,
 }

@@ -1,6 +1,5 @@
 //! A transaction: clusters taken, data written, and what the parts of it share.
 
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,6 +12,7 @@ use crate::layer::Layer;
 use crate::units::{ClusterSize, HostOffset};
 
 use super::bitmaps::Bitmap;
+use super::data::GuestFile;
 use super::first::FirstCluster;
 use super::in_place::InPlace;
 use super::records::{self, SnapshotRecord};
@@ -44,6 +44,8 @@ pub struct Edit {
     pub(super) bitmaps_changed: bool,
     pub(super) blocks: NewBlocks,
     pub(super) in_place: InPlace,
+    /// The external data file, if guest data lies in one.
+    pub(super) guest: Option<GuestFile>,
     /// The raw file that is written in place, once the state is built.
     pub(super) target: Option<Arc<dyn Storage>>,
 }
@@ -59,6 +61,8 @@ pub(super) struct Start<'a> {
     pub blocks: NewBlocks,
     /// The old state is damaged, and this is its repair.
     pub damaged: bool,
+    /// The external data file, if guest data lies in one that is open.
+    pub guest: Option<GuestFile>,
 }
 
 impl Edit {
@@ -91,6 +95,7 @@ impl Edit {
             blocks: start.blocks,
             in_place: InPlace::default(),
             target: None,
+            guest: start.guest,
             storage,
         })
     }
@@ -236,7 +241,8 @@ impl Edit {
         self.counts.is_new(at.0 >> self.size().bits())
     }
 
-    /// Writes guest data into clusters that this transaction took.
+    /// Writes bytes into clusters that this transaction took; guest data that may lie elsewhere by
+    /// [`Edit::write_guest`].
     ///
     /// # Errors
     /// When writing fails.
@@ -250,29 +256,6 @@ impl Edit {
         }
         let written = self.storage.write_all_at(bytes, at.0);
         written.map_err(self.io("write data of"))
-    }
-
-    /// Makes `length` bytes of clusters that this transaction took those of `source` at `from`; shared
-    /// where the file system can.
-    ///
-    /// # Errors
-    /// When reading or writing fails, or `source` ends first.
-    ///
-    /// # Panics
-    /// When a cluster belongs to the old state.
-    pub fn copy_data(
-        &mut self,
-        at: HostOffset,
-        source: &File,
-        from: u64,
-        length: u64,
-    ) -> Result<()> {
-        self.require_new(at, length)?;
-        if self.plan {
-            return Ok(());
-        }
-        let copied = self.storage.copy_from(source, from, at.0, length);
-        copied.map_err(self.io("copy data to"))
     }
 
     /// Reads bytes of the file: those of the old state, or what this transaction wrote.

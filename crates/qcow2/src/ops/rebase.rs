@@ -12,6 +12,7 @@ use crate::control::Control;
 use crate::edit::{Below, Done, Edit, Editor, Filled, Plan};
 use crate::error::{Error, Result};
 use crate::header::MAX_BACKING_NAME_BYTES;
+use crate::layer::Layer;
 
 const OPERATION: &str = "change the backing file";
 
@@ -99,6 +100,9 @@ pub fn plan(
 /// [`Error::Refused`] when the name cannot be said; else as [`Editor::apply`].
 pub fn rename(editor: &mut Editor, new: Option<BackingFile<'_>>) -> Result<Done<()>> {
     require_name(editor.layer().path(), new)?;
+    if new.is_some() {
+        require_room_below(editor.layer())?;
+    }
     editor.apply(|edit| {
         edit.set_backing(new.map(|file| (file.name, file.format)));
         Ok(())
@@ -146,6 +150,7 @@ fn require_fitting(
     }
     let Some(new) = new else { return Ok(()) };
     require_name(path, Some(new.file))?;
+    require_room_below(image)?;
     let Ok(own) = path.canonicalize() else {
         // A storage that is no file: only its user knows what it is.
         return Ok(());
@@ -157,6 +162,16 @@ fn require_fitting(
         }
     }
     Ok(())
+}
+
+/// A raw data file is the whole disk by itself.
+fn require_room_below(image: &Layer) -> Result<()> {
+    let external = image.header().external_data.as_ref();
+    if external.is_none_or(|external| !external.raw) {
+        return Ok(());
+    }
+    let reason = "its data file is raw, the whole disk by itself, so nothing can be below it";
+    Err(refused(image.path(), reason))
 }
 
 pub(super) fn require_name(path: &Path, new: Option<BackingFile<'_>>) -> Result<()> {

@@ -137,7 +137,7 @@ fn has(layer: &Layer, name: &[u8]) -> Result<Has> {
 }
 
 /// All names, the base's first.
-fn names(views: &Views) -> Result<Vec<Vec<u8>>> {
+fn names(views: &Views<'_>) -> Result<Vec<Vec<u8>>> {
     let mut names: Vec<Vec<u8>> = Vec::new();
     let layers = std::iter::once(views.above).chain(0..views.above);
     for layer in layers.filter_map(|index| views.top.layer(index)) {
@@ -151,7 +151,7 @@ fn names(views: &Views) -> Result<Vec<Vec<u8>>> {
 }
 
 /// Decides on all bitmaps of the base and the layers above it. Only reads.
-pub(super) fn decide(views: &Views, options: &CommitOptions) -> Result<Decided> {
+pub(super) fn decide(views: &Views<'_>, options: &CommitOptions) -> Result<Decided> {
     let mut decided = Decided {
         steps: Vec::new(),
         outcomes: Vec::new(),
@@ -205,7 +205,7 @@ fn choose(views: &Views, name: &[u8], chosen: Chosen) -> Result<(BitmapFate, Opt
 /// Why a bitmap is not complete in the layers above, or theirs: those of the top and of the layers that follow it
 /// without a gap. Where they end above the base, the bitmap began there.
 fn above(
-    views: &Views,
+    views: &Views<'_>,
     name: &[u8],
 ) -> Result<std::result::Result<Vec<(usize, StoredBitmap)>, String>> {
     let mut all = Vec::new();
@@ -236,7 +236,7 @@ fn gap(views: &Views, all: &[(usize, StoredBitmap)]) -> Option<String> {
 }
 
 fn decide_one(
-    views: &Views,
+    views: &Views<'_>,
     name: &[u8],
     incomplete: Incomplete,
 ) -> Result<(BitmapFate, Option<Step>)> {
@@ -287,7 +287,7 @@ fn incomplete_own(
 }
 
 fn carried(
-    views: &Views,
+    views: &Views<'_>,
     name: &[u8],
     all: &[(usize, StoredBitmap)],
     incomplete: Incomplete,
@@ -305,7 +305,7 @@ fn carried(
 }
 
 fn dropped(
-    views: &Views,
+    views: &Views<'_>,
     name: &[u8],
     incomplete: Incomplete,
     reason: String,
@@ -322,7 +322,7 @@ fn dropped(
 }
 
 /// Everything that the commit changes, as fine as the base's bitmap.
-fn changed(views: &Views, own: &StoredBitmap) -> Result<Bitmap> {
+fn changed(views: &Views<'_>, own: &StoredBitmap) -> Result<Bitmap> {
     let length = views.top.len().max(views.base.len());
     let mut bits = Bitmap::new(&own.name, own.granularity_bits, length)?;
     for range in views.top.allocated(views.above) {
@@ -340,7 +340,7 @@ fn set(bits: &mut Bitmap, range: &Range<u64>) {
 
 /// What the layers' bitmaps have together, and what they should have named: how many bytes that was.
 fn together(
-    views: &Views,
+    views: &Views<'_>,
     own: Option<&StoredBitmap>,
     all: &[(usize, StoredBitmap)],
 ) -> Result<(Bitmap, u64)> {
@@ -371,7 +371,7 @@ fn together(
 }
 
 /// What the top `layers` define, `bits` does not name, and is other than what lies below them.
-fn unnamed(views: &Views, layers: usize, bits: &Bitmap) -> Result<Vec<Range<u64>>> {
+fn unnamed(views: &Views<'_>, layers: usize, bits: &Bitmap) -> Result<Vec<Range<u64>>> {
     let Some(lower) = views.top.below(layers).filter(|_| layers > 0) else {
         return Ok(Vec::new());
     };
@@ -386,6 +386,7 @@ fn unnamed(views: &Views, layers: usize, bits: &Bitmap) -> Result<Vec<Range<u64>
     for range in rest.dirty_ranges() {
         let mut at = range.start;
         while at < range.end.min(views.top.len()) {
+            views.go_on()?;
             let end = range.end.min(views.top.len()).min(at + STEP_BYTES);
             compare(
                 &views.top,
