@@ -8,7 +8,7 @@ use stead_qcow2::{Chain, Error, Layer, LayerFile, OpenPolicy, probe_format};
 use stead_sys::image_lock::{Access, Attempt, Holder, ImageLock};
 use stead_sys::readable;
 
-use crate::common::FORCE_SHARE;
+use crate::common::{self, CACHE_SIZE, FORCE_SHARE};
 use crate::failure::{Failure, Outcome, system_words};
 use crate::format::Format;
 use crate::getopt::Parsed;
@@ -103,6 +103,17 @@ pub(crate) struct OpenedChain {
     pub format: Format,
     #[expect(dead_code, reason = "they are held, not used")]
     locks: Vec<ReadLock>,
+}
+
+impl OpenedChain {
+    /// The same, with as much memory for tables as the command line says.
+    pub fn with_cache_of(self, parsed: &Parsed) -> Outcome<Self> {
+        if let Some(text) = common::text(parsed, CACHE_SIZE.id) {
+            self.chain
+                .set_cache_bytes(common::size(&text, "cache size")?);
+        }
+        Ok(self)
+    }
 }
 
 /// Opens the disk whose top image is `reference`.

@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use stead_sys::copy;
 
+use crate::cache::DEFAULT_CACHE_BYTES;
 use crate::directory::InternalSnapshot;
 use crate::error::{Error, Result};
 use crate::file::ImageFile;
@@ -142,8 +143,9 @@ pub(crate) enum StoredAs {
     },
 }
 
-/// A disk made of layers over a base, open for reading. Usable from several threads.
-#[derive(Debug)]
+/// A disk made of layers over a base, open for reading. Usable from several threads. A clone is the same files, opened
+/// once.
+#[derive(Debug, Clone)]
 pub struct Chain {
     members: Vec<Arc<Member>>,
 }
@@ -170,7 +172,27 @@ impl Chain {
         }
         let open = |file| Member::open(file).map(Arc::new);
         let members = files.iter().map(open).collect::<Result<_>>()?;
-        Ok(Self { members })
+        Ok(Self::sharing_cache(members))
+    }
+
+    /// All members together have one cache.
+    fn sharing_cache(members: Vec<Arc<Member>>) -> Self {
+        let chain = Self { members };
+        chain.set_cache_bytes(DEFAULT_CACHE_BYTES);
+        chain
+    }
+
+    /// Keeps at most this many bytes of L2 tables in memory from now on, for all files together;
+    /// [`DEFAULT_CACHE_BYTES`] if nothing is said, and never less than one piece of 16 KiB for each file.
+    pub fn set_cache_bytes(&self, bytes: u64) {
+        let layers = self.members.iter().filter_map(|member| match &**member {
+            Member::Raw(_) => None,
+            Member::Qcow2(layer) => Some(layer),
+        });
+        let count = to_u64(layers.clone().count());
+        for layer in layers {
+            layer.set_cache_bytes(bytes / count);
+        }
     }
 
     /// The layers `above`, top first, over an open layer over the files `below` it.
@@ -198,6 +220,13 @@ impl Chain {
         Ok(Self::from_members(members))
     }
 
+    /// An open layer over the files of `below`.
+    pub(crate) fn on_top(top: Member, below: &Self) -> Self {
+        let mut members = vec![Arc::new(top)];
+        members.extend(below.members.iter().map(Arc::clone));
+        Self { members }
+    }
+
     /// How many bytes from `at` on, up to `end`, come from one place, and which file has them at which offset,
     /// where one has them as they are.
     pub(crate) fn place_at(&self, at: u64, end: u64) -> Result<(u64, Option<(&File, u64)>)> {
@@ -216,7 +245,7 @@ impl Chain {
     pub(crate) fn from_members(members: Vec<Member>) -> Self {
         assert!(!members.is_empty(), "a chain has a top");
         let members = members.into_iter().map(Arc::new).collect();
-        Self { members }
+        Self::sharing_cache(members)
     }
 
     /// The disk as it was when `snapshot` of the top layer was made, over the same layers below.

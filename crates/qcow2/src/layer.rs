@@ -317,6 +317,12 @@ impl Layer {
         }
     }
 
+    /// Keeps at most this many bytes of L2 tables in memory from now on, for all views of the file together;
+    /// [`DEFAULT_CACHE_BYTES`](crate::DEFAULT_CACHE_BYTES) if nothing is said, and never less than one piece of 16 KiB.
+    pub fn set_cache_bytes(&self, bytes: u64) {
+        self.shared.slices.set_limit(bytes);
+    }
+
     /// The decoded header.
     #[must_use]
     pub fn header(&self) -> &Header {

@@ -47,6 +47,7 @@ pub use bitmap::{Bitmap, BitmapCluster, GRANULARITY_BITS, MAX_BITMAP_BITS, MAX_B
 pub use chain::{Chain, LayerFile, LayerFormat, MAX_LAYERS};
 pub use check::{CheckReport, Finding, MAX_FINDINGS, Use, check};
 pub use compare::{Comparison, Difference, compare};
+pub use cache::DEFAULT_CACHE_BYTES;
 pub use consistency::Note;
 pub use control::{Control, Progress};
 pub use directory::{InternalSnapshot, StoredBitmap};
