@@ -153,6 +153,17 @@ pub enum Finding {
         /// The reason, with the place.
         reason: String,
     },
+    /// The disk below an image is not what the image recorded of it ([`crate::check_backing`]).
+    BackingContent {
+        /// The image.
+        image: String,
+        /// Its backing file, as the image names it.
+        backing: String,
+        /// The recorded length of the disk below, in bytes.
+        recorded_length: u64,
+        /// Its length now, in bytes; where it is the recorded one, bytes differ.
+        length: u64,
+    },
 }
 
 impl fmt::Display for Finding {
@@ -182,6 +193,24 @@ impl fmt::Display for Finding {
                 "the active tables' copied flag for {cluster} does not fit refcount {refcount}"
             ),
             Self::Unusable { usage, reason } => write!(f, "{usage:?}: {reason}"),
+            Self::BackingContent {
+                image,
+                backing,
+                recorded_length,
+                length,
+            } => {
+                let what = if recorded_length == length {
+                    "shows other bytes than".to_owned()
+                } else {
+                    format!("has {length} bytes and not {recorded_length} as")
+                };
+                write!(
+                    f,
+                    "backing file {backing:?} of {image} {what} when its content was recorded: what {image} takes \
+                     from it is not what was written; bring the earlier file back, or, if it was changed on \
+                     purpose, record it anew with a rebase"
+                )
+            }
         }
     }
 }
@@ -224,6 +253,9 @@ pub struct CheckReport {
     pub fragmented_clusters: u64,
     /// Where the last used cluster ends.
     pub image_end: HostOffset,
+    /// How many images had what lies below them compared with what they recorded of it
+    /// ([`crate::check_backing`]).
+    pub backing_compared: u64,
 }
 
 impl CheckReport {
@@ -240,13 +272,14 @@ impl CheckReport {
         self.corruptions == 0 && !self.marked_corrupt
     }
 
-    fn add(&mut self, finding: Finding) {
+    pub(crate) fn add(&mut self, finding: Finding) {
         match &finding {
             Finding::Leak { .. } => self.leaks += 1,
             Finding::RefcountTooLow { .. }
             | Finding::Overlap { .. }
             | Finding::WrongCopiedFlag { .. }
-            | Finding::Unusable { .. } => self.corruptions += 1,
+            | Finding::Unusable { .. }
+            | Finding::BackingContent { .. } => self.corruptions += 1,
         }
         match &finding {
             Finding::Overlap { .. } => self.overlaps += 1,
@@ -254,7 +287,8 @@ impl CheckReport {
             Finding::Unusable { .. } => self.unusable += 1,
             Finding::Leak { .. }
             | Finding::RefcountTooLow { .. }
-            | Finding::WrongCopiedFlag { .. } => {}
+            | Finding::WrongCopiedFlag { .. }
+            | Finding::BackingContent { .. } => {}
         }
         if self.findings.len() < MAX_FINDINGS {
             self.findings.push(finding);

@@ -46,6 +46,8 @@ pub(crate) mod extension {
     pub const EXTERNAL_DATA: u32 = 0x4441_5441;
     /// Where the journal of a change in progress is; ours ("STJL").
     pub const JOURNAL: u32 = 0x5354_4a4c;
+    /// What the disk below showed when it was recorded; ours ("STBC").
+    pub const BACKING_CONTENT: u32 = 0x5354_4243;
 }
 
 /// Incompatible feature bits: a reader that does not know a set bit must not open the image.

@@ -1,6 +1,9 @@
 //! `check`: whether an image is whole.
 
-use stead_qcow2::{CheckReport, Finding, HostOffset, Layer, Note, check};
+use stead_qcow2::{
+    CheckReport, Control, Error, Finding, HostOffset, Layer, Note, check, check_backing,
+};
+use stead_sys::signal;
 
 use crate::command::Command;
 use crate::common::{self, FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, Output, QUIET};
@@ -9,18 +12,22 @@ use crate::failure::{Failure, Outcome};
 use crate::format::Format;
 use crate::getopt::{Opt, Parsed};
 use crate::opened::{self, Sharing};
+use crate::progress::Progress;
 use crate::reference::Reference;
 use crate::tree::Tree;
 
 pub(crate) const COMMAND: Command = Command {
     name: "check",
     about: "Find what is wrong in a qcow2 image",
-    usage: "[-f FMT | --image-opts] [-q] [-U] [-T CACHE] [--output=human|json] FILE",
-    help: "Nothing is written, and files that the image names are not opened. Beside what qemu-img finds: overlaps,\n\
+    usage: "[-f FMT | --image-opts] [-q] [-U] [-T CACHE] [--backing] [--output=human|json] FILE",
+    help: "Nothing is written, and files that the image names are not opened without --backing. Beside what qemu-img finds: overlaps,\n\
            and damage in the tables of internal snapshots and bitmaps.\n\n\
            \x20 -f, --format FMT      the format (raw has no check); else the file's first bytes tell\n\
            \x20     --image-opts      FILE is an option string\n\
            \x20     --output FORMAT   human or json\n\
+           \x20     --backing         open the images below, too, and compare what they show with what was recorded of it\n\
+           \x20                       (create and rebase --record-backing); reads all of it\n\
+           \x20     --progress        show how far that is\n\
            \x20     --notes           all that is no damage but worth knowing (as JSON always)\n\
            \x20 -q, --quiet           only what is wrong\n\
            \x20 -U, --force-share     also while another process writes the image\n\
@@ -36,12 +43,16 @@ pub(crate) const COMMAND: Command = Command {
         FORCE_SHARE,
         QUIET,
         Opt::flag("notes", "", &["notes"]),
+        BACKING,
+        Opt::flag("progress", "", &["progress"]),
         Opt::value("cache", "T", &["cache", "source-cache"]),
     ],
     run,
     last_is_operand: false,
 };
 
+/// What lies below is compared with what was recorded of it.
+const BACKING: Opt = Opt::flag("backing", "", &["backing"]);
 /// The format has no check.
 const STATUS_UNSUPPORTED: u8 = 63;
 /// The image is damaged.
@@ -60,15 +71,48 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
     }
     let _lock = opened::lock(&image, Sharing::of(parsed))?;
     let layer = opened::inspect(&image)?;
-    let report = check(&layer).map_err(|error| Failure::new(format!("Check failed: {error}")))?;
+    let mut report = check(&layer).map_err(failed)?;
+    if parsed.has(BACKING.id) {
+        compare_backing(parsed, &image, &mut report, console)?;
+    }
     say_findings(&layer, &report, console)?;
     say_notes(&report, parsed.has("notes"), console)?;
     match output {
-        Output::Json => console.line(&json(&image, &layer, &report).json())?,
+        Output::Json => console.line(&json(parsed, &image, &layer, &report).json())?,
         Output::Human if parsed.has("quiet") => {}
         Output::Human => console.print(&human(&layer, &report))?,
     }
     Ok(status(&report))
+}
+
+fn failed(error: Error) -> Failure {
+    Failure::new(format!("Check failed: {error}"))
+}
+
+/// Holds what lies below each image against what was recorded of it.
+fn compare_backing(
+    parsed: &Parsed,
+    image: &Reference,
+    report: &mut CheckReport,
+    console: &mut Console,
+) -> Outcome<()> {
+    let opened = opened::chain(image, Sharing::of(parsed), common::follow_all())?;
+    let progress = Progress::start(parsed.has("progress") && !parsed.has("quiet"));
+    let tell = |fraction| progress.tell(fraction);
+    let control = Control {
+        cancel: signal::note_stop().ok(),
+        progress: Some(&tell),
+    };
+    check_backing(&opened.chain, report, &control).map_err(failed)?;
+    progress.done();
+    drop(progress);
+    if report.backing_compared == 0 {
+        console.error_line(
+            "Note: no image recorded what lies below it (see create and rebase --record-backing), so nothing \
+             was compared",
+        )?;
+    }
+    Ok(())
 }
 
 fn status(report: &CheckReport) -> u8 {
@@ -180,7 +224,7 @@ fn allocation(layer: &Layer, report: &CheckReport) -> String {
     )
 }
 
-fn json(image: &Reference, layer: &Layer, report: &CheckReport) -> Tree {
+fn json(parsed: &Parsed, image: &Reference, layer: &Layer, report: &CheckReport) -> Tree {
     let mut parts = vec![
         ("image-end-offset", report.image_end.0.into()),
         ("total-clusters", total_clusters(layer).into()),
@@ -199,7 +243,8 @@ fn json(image: &Reference, layer: &Layer, report: &CheckReport) -> Tree {
             parts.push((name, count.into()));
         }
     }
-    if !report.findings.is_empty() || !report.notes.is_empty() {
+    let backing = parsed.has(BACKING.id);
+    if !report.findings.is_empty() || !report.notes.is_empty() || backing {
         let told = |text: String| Tree::from(text);
         let findings = report
             .findings
@@ -211,13 +256,16 @@ fn json(image: &Reference, layer: &Layer, report: &CheckReport) -> Tree {
             .iter()
             .map(|note| told(note.to_string()))
             .collect();
-        let more = Tree::Map(vec![
+        let mut more = vec![
             ("findings", Tree::List(findings)),
             ("notes", Tree::List(notes)),
             ("marked-dirty", report.marked_dirty.into()),
             ("marked-corrupt", report.marked_corrupt.into()),
-        ]);
-        parts.push(("stead", more));
+        ];
+        if backing {
+            more.push(("backing-compared", report.backing_compared.into()));
+        }
+        parts.push(("stead", Tree::Map(more)));
     }
     Tree::Map(parts)
 }

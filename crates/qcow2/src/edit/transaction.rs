@@ -7,8 +7,10 @@ use std::sync::Arc;
 
 use stead_sys::storage::Storage;
 
+use crate::backing_record::BackingRecord;
+use crate::content::DiskContent;
 use crate::error::{Error, Result};
-use crate::header::{Header, to_u64, to_usize};
+use crate::header::{Header, extension, to_u64, to_usize};
 use crate::layer::Layer;
 use crate::units::{ClusterSize, HostOffset};
 
@@ -117,6 +119,20 @@ impl Edit {
     /// Names another backing file (name, format), or none. What the guest sees is the caller's care.
     pub fn set_backing(&mut self, backing: Option<(&[u8], Option<&[u8]>)>) {
         self.first.set_backing(backing);
+    }
+
+    /// Records what the backing file of the new state shows, or takes away what was recorded. A record stays when
+    /// only the name changes: it is about the name that it holds (see [`BackingRecord`]).
+    ///
+    /// # Panics
+    /// When something is to be recorded and there is no backing file.
+    pub fn record_backing(&mut self, content: Option<DiskContent>) {
+        let record = content.map(|content| {
+            let name = self.first.backing_name();
+            assert!(name.is_some(), "a record of no backing file");
+            BackingRecord::new(name.unwrap_or_default(), content).encode()
+        });
+        self.first.set_extension(extension::BACKING_CONTENT, record);
     }
 
     pub(super) fn size(&self) -> ClusterSize {

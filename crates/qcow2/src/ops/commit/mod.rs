@@ -19,13 +19,14 @@
 //! * Bitmaps never say less than what the commit changes in the base (see [`BitmapFate`]).
 //! * What an internal snapshot of a layer above sees of the base is not changed: that is refused.
 
-mod bitmaps;
+pub(in crate::ops) mod bitmaps;
 mod put;
 mod raw;
 
 use crate::chain::{Chain, LayerFile, LayerFormat, Member};
 use crate::edit::{Edit, EditOptions, Editor, Leaving, Plan, lock_for_reading};
 use crate::error::{Error, Result};
+use crate::layer::Layer;
 
 pub use bitmaps::{BitmapFate, BitmapOutcome};
 pub use raw::{RawBase, commit_into_raw};
@@ -301,7 +302,8 @@ fn larger(one: Option<Plan>, other: Plan) -> Plan {
 /// Commits the layers above `options.base` of the chain `files`, top first, into it.
 ///
 /// Which files make the chain the caller says: all of them, down to the lowest. Overlays of the base other than
-/// those given show other bytes afterwards, as do layers between the top and the base.
+/// those given show other bytes afterwards, as do layers between the top and the base. What a committed layer
+/// recorded of the disk below it goes first, in a change of its own.
 ///
 /// # Durability
 /// When this returns `Ok`, the base is changed and synced, and so is the top, if it was to be emptied.
@@ -312,6 +314,7 @@ fn larger(one: Option<Plan>, other: Plan) -> Plan {
 /// [`Editor::open`] and [`Editor::apply`], of the base or of the top. An error that names the top after the base was
 /// changed leaves the top as it was: the disk seen through it is right.
 pub fn commit(files: &[LayerFile], options: &CommitOptions) -> Result<CommitReport> {
+    forget_records(files, options)?;
     let mut files = Files::open(files, options)?;
     let emptying = files.top.as_ref().filter(|_| options.empty_top);
     let emptying = emptying.map(|top| top.plan(Edit::empty)).transpose()?;
@@ -338,8 +341,33 @@ pub fn commit(files: &[LayerFile], options: &CommitOptions) -> Result<CommitRepo
     Ok(report)
 }
 
+/// What the layers that are committed have recorded of the disk below them is not so afterwards: it goes before the
+/// first byte changes, once it is clear that the commit is not refused.
+fn forget_records(files: &[LayerFile], options: &CommitOptions) -> Result<()> {
+    let mut with_record = Vec::new();
+    for file in files.iter().take(options.base) {
+        let qcow2 = file.format == LayerFormat::Qcow2;
+        if qcow2 && Layer::inspect(&file.path)?.header().has_backing_record() {
+            with_record.push(&file.path);
+        }
+    }
+    if with_record.is_empty() {
+        return Ok(());
+    }
+    measure(files, options)?;
+    for path in with_record {
+        let mut editor = Editor::open(path, options.edit)?;
+        editor.apply(|edit| {
+            edit.record_backing(None);
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
 /// Commits the layers of `chain.0`, top first, into the open image; `chain.1` is what lies below it. `left` bytes of
-/// free space are left alone. `options.base` and `options.empty_top` mean nothing here.
+/// free space are left alone. `options.base` and `options.empty_top` mean nothing here. What the layers recorded of
+/// the disk below them stays, and is the caller's care.
 ///
 /// # Durability
 /// As [`Editor::apply`].
