@@ -5,7 +5,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use stead_sys::share::{Shared, clone_range};
 use stead_sys::storage::Storage;
+use stead_sys::{durable, readable};
 
 use crate::backing_record::BackingRecord;
 use crate::content::DiskContent;
@@ -19,7 +21,7 @@ use super::first::FirstCluster;
 use super::in_place::InPlace;
 use super::records::{self, SnapshotRecord};
 use super::refcounts::{Refcounts, refused};
-use super::room::NewBlocks;
+use super::room::{BLOCK_BYTES, NewBlocks};
 use super::tables::Tables;
 use super::views::LoadedTable;
 
@@ -45,6 +47,8 @@ pub struct Edit {
     pub(super) bitmaps: Vec<Bitmap>,
     pub(super) bitmaps_changed: bool,
     pub(super) blocks: NewBlocks,
+    /// Files below, by device and number, and whether their blocks can be shared.
+    sharing: Vec<((u64, u64), bool)>,
     pub(super) in_place: InPlace,
     /// The raw file that is written in place, once the state is built.
     pub(super) target: Option<Arc<dyn Storage>>,
@@ -91,6 +95,7 @@ impl Edit {
             bitmaps: bitmaps.collect(),
             bitmaps_changed: false,
             blocks: start.blocks,
+            sharing: Vec::new(),
             in_place: InPlace::default(),
             target: None,
             storage,
@@ -266,10 +271,52 @@ impl Edit {
     ) -> Result<()> {
         self.require_new(at, length)?;
         if self.plan {
-            return Ok(());
+            return self.note_shared(at, source, from, length);
         }
         let copied = self.storage.copy_from(source, from, at.0, length);
         copied.map_err(self.io("copy data to"))
+    }
+
+    /// Takes off the plan what new clusters share with a file from `from` on, where the file system can share them.
+    pub(super) fn note_shared(
+        &mut self,
+        at: HostOffset,
+        source: &File,
+        from: u64,
+        length: u64,
+    ) -> Result<()> {
+        let aligned = [at.0, from, length].iter().all(|n| n % BLOCK_BYTES == 0);
+        if !self.plan || !aligned || !self.can_share(source)? {
+            return Ok(());
+        }
+        let shared = self.blocks.share(at.0, length);
+        shared.map_err(self.io("find the holes of"))
+    }
+
+    /// Whether the image can have blocks of `source`: found by trying, with a file without a name beside the image.
+    fn can_share(&mut self, source: &File) -> Result<bool> {
+        let identity = readable::identity(source).map_err(self.io("identify a file below"))?;
+        if let Some((_, can)) = self.sharing.iter().find(|(known, _)| *known == identity) {
+            return Ok(*can);
+        }
+        let can = self.blocks.has_file() && self.try_share(source)?;
+        self.sharing.push((identity, can));
+        Ok(can)
+    }
+
+    fn try_share(&self, source: &File) -> Result<bool> {
+        let block = Shared {
+            from: 0,
+            to: 0,
+            length: BLOCK_BYTES,
+        };
+        let path = std::fs::canonicalize(&self.path).map_err(self.io("find"))?;
+        let folder = path.parent().unwrap_or(Path::new("/"));
+        // Where no file can be made, nothing is known, and room for everything is asked for.
+        let Ok(beside) = durable::nameless(folder) else {
+            return Ok(false);
+        };
+        clone_range(source, &beside, block).map_err(self.io("share blocks with"))
     }
 
     /// Reads bytes of the file: those of the old state, or what this transaction wrote.
