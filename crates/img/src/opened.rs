@@ -9,7 +9,7 @@ use stead_qcow2::{info, info_layer, probe_format};
 use stead_sys::image_lock::{Access, Attempt, Holder, ImageLock};
 use stead_sys::readable;
 
-use crate::common::{self, FORCE_SHARE, FORMAT};
+use crate::common::{self, CACHE_SIZE, FORCE_SHARE, FORMAT};
 use crate::console::Console;
 use crate::failure::{Failure, Outcome, system_words};
 use crate::format::Format;
@@ -139,6 +139,17 @@ pub(crate) struct OpenedChain {
     pub locks: Vec<ReadLock>,
 }
 
+impl OpenedChain {
+    /// The same, with as much memory for tables as the command line says.
+    pub fn with_cache_of(self, parsed: &Parsed) -> Outcome<Self> {
+        if let Some(text) = common::text(parsed, CACHE_SIZE.id) {
+            self.chain
+                .set_cache_bytes(common::size(&text, "cache size")?);
+        }
+        Ok(self)
+    }
+}
+
 /// Opens the disk whose top image is `reference`.
 pub(crate) fn chain(
     reference: &Reference,
@@ -155,7 +166,7 @@ pub(crate) fn operand(parsed: &Parsed, console: &Console) -> Outcome<Reference> 
     common::image(parsed, name, FORMAT.id)
 }
 
-/// The disk that `name` means, by the options of `format_id`, `-U` and `--no-follow`.
+/// The disk that `name` means, by the options of `format_id`, `-U`, `--no-follow` and `--cache-size`.
 pub(crate) fn disk(
     parsed: &Parsed,
     name: &OsStr,
@@ -163,7 +174,7 @@ pub(crate) fn disk(
 ) -> Outcome<(Reference, OpenedChain)> {
     let image = common::image(parsed, name, format_id)?;
     let opened = chain(&image, Sharing::of(parsed), common::policy(parsed))?;
-    Ok((image, opened))
+    Ok((image, opened.with_cache_of(parsed)?))
 }
 
 /// As [`chain`]. The error is only the reason: its first line in qemu-img's words, ours below.

@@ -16,6 +16,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::cache::DEFAULT_CACHE_BYTES;
 use crate::directory::InternalSnapshot;
 use crate::error::{Error, Result};
 use crate::file::ImageFile;
@@ -172,8 +173,9 @@ pub(crate) enum StoredAs {
     },
 }
 
-/// A disk made of layers over a base, open for reading. Usable from several threads.
-#[derive(Debug)]
+/// A disk made of layers over a base, open for reading. Usable from several threads. A clone is the same files, opened
+/// once.
+#[derive(Debug, Clone)]
 pub struct Chain {
     members: Vec<Arc<Member>>,
     /// In order; one, but for joined disks.
@@ -209,7 +211,7 @@ impl Chain {
         }
         let open = |file| Member::open(file).map(Arc::new);
         let members = files.iter().map(open).collect::<Result<_>>()?;
-        Ok(Self::from_shared(members))
+        Ok(Self::sharing_cache(members))
     }
 
     /// A part of the file at `path` as a raw disk: `bytes` from `start` on.
@@ -265,6 +267,13 @@ impl Chain {
         self.sections.len() > 1
     }
 
+    /// All members together have one cache.
+    fn sharing_cache(members: Vec<Arc<Member>>) -> Self {
+        let chain = Self::from_shared(members);
+        chain.set_cache_bytes(DEFAULT_CACHE_BYTES);
+        chain
+    }
+
     fn from_shared(members: Vec<Arc<Member>>) -> Self {
         let section = Section {
             bytes: 0..members[0].length(),
@@ -273,6 +282,19 @@ impl Chain {
         Self {
             members,
             sections: vec![section],
+        }
+    }
+
+    /// Keeps at most this many bytes of L2 tables in memory from now on, for all files together;
+    /// [`DEFAULT_CACHE_BYTES`] if nothing is said, and never less than one piece of 16 KiB for each file.
+    pub fn set_cache_bytes(&self, bytes: u64) {
+        let layers = self.members.iter().filter_map(|member| match &**member {
+            Member::Raw(_) => None,
+            Member::Qcow2(layer) => Some(layer),
+        });
+        let count = to_u64(layers.clone().count());
+        for layer in layers {
+            layer.set_cache_bytes(bytes / count);
         }
     }
 
@@ -316,6 +338,13 @@ impl Chain {
         Ok(Self::from_members(members))
     }
 
+    /// An open layer over the files of `below`.
+    pub(crate) fn on_top(top: Member, below: &Self) -> Self {
+        let mut members = vec![Arc::new(top)];
+        members.extend(below.members.iter().map(Arc::clone));
+        Self::from_shared(members)
+    }
+
     /// How many bytes from `at` on, up to `end`, come from one place, and which file has them at which offset,
     /// where one has them as they are.
     pub(crate) fn place_at(&self, at: u64, end: u64) -> Result<(u64, Option<(&File, u64)>)> {
@@ -333,7 +362,7 @@ impl Chain {
     /// A chain of what was opened and found to fit.
     pub(crate) fn from_members(members: Vec<Member>) -> Self {
         assert!(!members.is_empty(), "a chain has a top");
-        Self::from_shared(members.into_iter().map(Arc::new).collect())
+        Self::sharing_cache(members.into_iter().map(Arc::new).collect())
     }
 
     /// The disk as it was when `snapshot` of the top layer was made, over the same layers below.

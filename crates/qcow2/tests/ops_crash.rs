@@ -190,6 +190,7 @@ fn other_base(storage: Arc<dyn Storage>, bases: &Bases) -> Result<()> {
             format: Some(b"raw"),
         },
         disk: &disk,
+        content: None,
     };
     let mut editor = editor(storage)?;
     rebase::rebase(&mut editor, Some(&below), Some(&new), &Control::default()).map(drop)

@@ -4,9 +4,7 @@ use std::ffi::OsStr;
 use std::path::Path;
 
 use serde_json::{Value, json};
-use stead_qcow2::ops::commit::{
-    self, BitmapFate, BitmapOutcome, CommitOptions, CommitReport, Incomplete, LongerBase,
-};
+use stead_qcow2::ops::commit::{self, CommitOptions, CommitReport, Incomplete, LongerBase};
 use stead_qcow2::{Chain, Control, LayerFile};
 use stead_sys::signal;
 
@@ -160,16 +158,8 @@ fn done(parsed: &Parsed, report: &CommitReport, console: &mut Console) -> Outcom
     warn_of_bitmaps(report, console)
 }
 
-/// A bitmap that is gone means a full backup.
 fn warn_of_bitmaps(report: &CommitReport, console: &mut Console) -> Outcome<()> {
-    for bitmap in &report.bitmaps {
-        if let BitmapFate::Dropped { reason } = &bitmap.fate {
-            let name = String::from_utf8_lossy(&bitmap.name);
-            let text = format!("WARNING: the base does not keep the bitmap '{name}': {reason}");
-            console.error_line(&text)?;
-        }
-    }
-    Ok(())
+    report::warn_of_bitmaps("the base", &report.bitmaps, console)
 }
 
 fn as_json(report: &CommitReport, outcome: &str) -> Value {
@@ -179,22 +169,6 @@ fn as_json(report: &CommitReport, outcome: &str) -> Value {
         "verified-in-place-bytes": report.in_place_bytes,
         "room": report::room(&report.base),
         "image-room": report.top.as_ref().map(report::room),
-        "bitmaps": report.bitmaps.iter().map(bitmap).collect::<Vec<_>>(),
-    })
-}
-
-fn bitmap(outcome: &BitmapOutcome) -> Value {
-    let (fate, reason) = match &outcome.fate {
-        BitmapFate::Merged { .. } => ("merged", None),
-        BitmapFate::Carried { .. } => ("carried", None),
-        BitmapFate::Marked => ("marked", None),
-        BitmapFate::Kept => ("kept", None),
-        BitmapFate::MarkedInstead { reason } => ("marked", Some(reason)),
-        BitmapFate::Dropped { reason } => ("dropped", Some(reason)),
-    };
-    json!({
-        "name": String::from_utf8_lossy(&outcome.name),
-        "fate": fate,
-        "reason": reason,
+        "bitmaps": report::bitmaps(&report.bitmaps),
     })
 }

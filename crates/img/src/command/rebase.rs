@@ -1,11 +1,13 @@
 //! `rebase`: another backing file, or none.
 
 use stead_qcow2::ops::rebase::{self, BackingFile, NewBacking};
-use stead_qcow2::{Control, Error};
+use stead_qcow2::{Control, DiskContent, Error};
 use stead_sys::signal;
 
 use crate::command::Command;
-use crate::common::{self, FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, PROGRESS, QUIET};
+use crate::common::{
+    self, FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, PROGRESS, QUIET, RECORD_BACKING,
+};
 use crate::console::Console;
 use crate::editing;
 use crate::failure::{Failure, Outcome};
@@ -20,7 +22,7 @@ use crate::report::{self, DRY_RUN, JSON};
 pub(crate) const COMMAND: Command = Command {
     name: "rebase",
     about: "Give an image another backing file, or none",
-    usage: "[-f FMT | --image-opts] [-u] [-b NAME [-F FMT]] [-p] [-q] [-U] [-t CACHE] [-T CACHE] [--dry-run] [--json] FILE",
+    usage: "[-f FMT | --image-opts] [-u] [-b NAME [-F FMT]] [-p] [-q] [-U] [-t CACHE] [-T CACHE] [--record-backing] [--dry-run] [--json] FILE",
     help: "What the active disk and every internal snapshot show stays: where the new file below shows something else, \
            the image gets the old bytes itself. It is changed in one step: after an error or a crash it is as it was.\n\n\
            \x20 -b, --backing NAME    the new backing file, which starts in FILE's folder; \"\": none, FILE gets everything\n\
@@ -30,6 +32,8 @@ pub(crate) const COMMAND: Command = Command {
            \x20 -f, --format FMT      the format of FILE; else its first bytes tell\n\
            \x20     --image-opts      FILE is an option string\n\
            \x20 -p, --progress        show how far it is\n\
+           \x20     --record-backing  read all of the new file and record what it shows, for check --backing; with -b and the\n\
+           \x20                       present file nothing else changes\n\
            \x20     --dry-run         only say how much room it takes\n\
            \x20     --json            say as JSON what was done\n\
            \x20 -q, --quiet           print nothing\n\
@@ -48,6 +52,7 @@ pub(crate) const COMMAND: Command = Command {
         FORCE_SHARE,
         OBJECT,
         IMAGE_OPTS,
+        RECORD_BACKING,
         DRY_RUN,
         JSON,
     ],
@@ -85,6 +90,10 @@ impl Wanted {
             name: common::text(parsed, "backing"),
             format: common::text(parsed, "backing-format"),
         };
+        if parsed.has(RECORD_BACKING.id) && (wanted.name().is_none() || parsed.has("unsafe")) {
+            let text = "--record-backing is for a backing file (-b) that is looked at (without -u)";
+            return Err(Failure::usage(program, text));
+        }
         if wanted.name.is_none() && !parsed.has("unsafe") {
             let text = "Must specify backing file (-b) or use unsafe mode (-u)";
             return Err(Failure::usage(program, text));
@@ -190,19 +199,30 @@ fn keep(parsed: &Parsed, image: &Reference, wanted: &Wanted, console: &mut Conso
     wanted.require_known_format()?;
     let disk = wanted.disk(image, sharing)?;
     wanted.require_format()?;
-    let new = disk
-        .as_ref()
-        .zip(wanted.file())
-        .map(|(opened, file)| NewBacking {
-            file,
-            disk: &opened.chain,
-        });
     let failed = |error: Error| wanted.failed(&error);
     let tell = |fraction| progress.tell(fraction);
     let control = Control {
         cancel: signal::note_stop().ok(),
         progress: Some(&tell),
     };
+    let content = match &disk {
+        Some(opened) if parsed.has(RECORD_BACKING.id) => {
+            let quiet = Control {
+                progress: None,
+                ..control
+            };
+            Some(DiskContent::of(&opened.chain, &quiet).map_err(failed)?)
+        }
+        Some(_) | None => None,
+    };
+    let new = disk
+        .as_ref()
+        .zip(wanted.file())
+        .map(|(opened, file)| NewBacking {
+            file,
+            disk: &opened.chain,
+            content,
+        });
     if parsed.has(DRY_RUN.id) {
         let plan = rebase::plan(&editor, old, new.as_ref(), &control);
         return report::planned(parsed, &plan.map_err(failed)?, console);
@@ -210,7 +230,7 @@ fn keep(parsed: &Parsed, image: &Reference, wanted: &Wanted, console: &mut Conso
     let done = rebase::rebase(&mut editor, old, new.as_ref(), &control).map_err(failed)?;
     progress.done();
     drop(progress);
-    report::done(parsed, &done, "", console)
+    report::done_with_bitmaps(parsed, &done, &done.value.bitmaps, console)
 }
 
 fn progress(parsed: &Parsed) -> Progress {

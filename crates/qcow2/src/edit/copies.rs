@@ -102,6 +102,11 @@ impl<'a> Copies<'a> {
     /// Adds a copy to clusters that the transaction took. It is made before [`Copies::finish`] returns.
     pub fn add(&mut self, copy: Copy, edit: &mut Edit) -> Result<()> {
         edit.require_unseen(copy.to, copy.length)?;
+        if let (From::Member { member, at }, Some(disk)) = (copy.from, self.disk)
+            && let (Some(file), _length) = disk.member_file(member)
+        {
+            edit.note_shared(copy.to, file, at.0, copy.length)?;
+        }
         self.waiting_bytes += copy.length;
         match self.waiting.last_mut() {
             Some(last) if follows(last, &copy) => last.length += copy.length,

@@ -260,7 +260,7 @@ impl Edit {
     ) -> Result<()> {
         self.require_unseen(at, length)?;
         if self.plan {
-            return Ok(());
+            return self.note_shared(at, source, from, length);
         }
         self.clone_guest(at, source, from, length)
     }

@@ -149,8 +149,16 @@ impl FirstCluster {
             None => (None, None),
         };
         self.moved |= self.backing != name;
+        if name.is_none() {
+            self.set_extension(extension::BACKING_CONTENT, None);
+        }
         self.backing = name;
         self.set_extension(extension::BACKING_FORMAT, format);
+    }
+
+    /// The backing file's name.
+    pub fn backing_name(&self) -> Option<&[u8]> {
+        self.backing.as_deref()
     }
 
     /// Whether a backing file is named.

@@ -10,9 +10,10 @@ use std::ops::Range;
 
 use crate::bitmap::Bitmap;
 use crate::chain::Chain;
+use crate::control::Control;
 use crate::directory::StoredBitmap;
 use crate::edit::Edit;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::header::{to_u64, to_usize};
 use crate::layer::Layer;
 use crate::units::GuestOffset;
@@ -62,8 +63,8 @@ pub struct BitmapOutcome {
     pub fate: BitmapFate,
 }
 
-/// What is to be done in the base.
-enum Step {
+/// What is to be done with a bitmap of the image that is changed.
+pub(in crate::ops) enum Step {
     Merge(Bitmap),
     Add(Bitmap),
     Remove(Vec<u8>),
@@ -78,27 +79,24 @@ pub(super) struct Decided {
 impl Decided {
     /// Changes the base's bitmaps; the disk has its new length already.
     pub fn store(&self, edit: &mut Edit) -> Result<()> {
-        for step in &self.steps {
-            match step {
-                Step::Merge(bits) => {
-                    let Some(index) = edit.find_bitmap(bits.name()) else {
-                        unreachable!("the base has the bitmap");
-                    };
-                    edit.merge_bitmap(index, bits)?;
-                }
-                Step::Add(bits) => {
-                    let index = edit.add_bitmap(bits.name(), bits.granularity_bits(), true)?;
-                    edit.merge_bitmap(index, bits)?;
-                }
-                Step::Remove(name) => {
-                    let Some(index) = edit.find_bitmap(name) else {
-                        unreachable!("the base has the bitmap");
-                    };
-                    edit.remove_bitmap(index)?;
-                }
+        store(&self.steps, edit)
+    }
+}
+
+impl Step {
+    fn run(&self, edit: &mut Edit) -> Result<()> {
+        let find = |edit: &Edit, name: &[u8]| match edit.find_bitmap(name) {
+            Some(index) => index,
+            None => unreachable!("the image has the bitmap"),
+        };
+        match self {
+            Self::Merge(bits) => edit.merge_bitmap(find(edit, bits.name()), bits),
+            Self::Add(bits) => {
+                let index = edit.add_bitmap(bits.name(), bits.granularity_bits(), true)?;
+                edit.merge_bitmap(index, bits)
             }
+            Self::Remove(name) => edit.remove_bitmap(find(edit, name)),
         }
-        Ok(())
     }
 }
 
@@ -148,6 +146,90 @@ fn names(views: &Views<'_>) -> Result<Vec<Vec<u8>>> {
         }
     }
     Ok(names)
+}
+
+/// The bitmaps of the image `top`, once the `leaving` layers below it are not there any more: one of a name that
+/// they have, too, is theirs and its own together, or cannot be kept. Only reads.
+pub(in crate::ops) fn decide_without_layers(
+    top: &Chain,
+    leaving: usize,
+    control: &Control<'_>,
+) -> Result<(Vec<BitmapOutcome>, Vec<Step>)> {
+    let (mut outcomes, mut steps) = (Vec::new(), Vec::new());
+    let Some(image) = top.layer(0) else {
+        return Ok((outcomes, steps));
+    };
+    for own in image.stored_bitmaps()? {
+        let lowest = lowest_with(top, leaving, &own.name)?;
+        // One that was not saved, or is of a kind that is not known, says nothing before and after.
+        let Some(lowest) = lowest.filter(|_| own.is_known() && !own.in_use) else {
+            continue;
+        };
+        let views = Views::of(top.clone(), lowest, control)?;
+        let (fate, step) = match joined(&views, &own.name)? {
+            Ok((bits, unnamed_bytes)) => (BitmapFate::Merged { unnamed_bytes }, Step::Merge(bits)),
+            Err(reason) => (
+                BitmapFate::Dropped { reason },
+                Step::Remove(own.name.clone()),
+            ),
+        };
+        steps.push(step);
+        outcomes.push(BitmapOutcome {
+            name: own.name,
+            fate,
+        });
+    }
+    Ok((outcomes, steps))
+}
+
+/// The lowest of the `leaving` layers below the top that has a bitmap of this name.
+fn lowest_with(top: &Chain, leaving: usize, name: &[u8]) -> Result<Option<usize>> {
+    for index in (1..=leaving).rev() {
+        let Some(layer) = top.layer(index) else {
+            continue;
+        };
+        if layer.stored_bitmaps()?.iter().any(|one| one.name == name) {
+            return Ok(Some(index));
+        }
+    }
+    Ok(None)
+}
+
+/// The pieces of a bitmap down to the base's own, as one, and how many bytes none of them named; or why that cannot
+/// be.
+fn joined(views: &Views, name: &[u8]) -> Result<std::result::Result<(Bitmap, u64), String>> {
+    let Some(base) = views.base.layer(0) else {
+        unreachable!("it has the bitmap");
+    };
+    let own = match has(base, name)? {
+        Has::Nothing(reason) | Has::Unusable(reason) | Has::Disabled(reason) => {
+            return Ok(Err(reason));
+        }
+        Has::Usable(own) => own,
+    };
+    let all = match above(views, name)? {
+        Ok(all) => all,
+        Err(reason) => return Ok(Err(reason)),
+    };
+    let (mut bits, unnamed_bytes) = match together(views, Some(&own), &all) {
+        Err(error @ Error::Io { .. }) => return Err(error),
+        Err(error) => return Ok(Err(error.to_string())),
+        Ok(together) => together,
+    };
+    match base.read_bitmap(&own) {
+        Err(error @ Error::Io { .. }) => return Err(error),
+        Err(error) => return Ok(Err(error.to_string())),
+        Ok(own) => bits.merge(&own),
+    }
+    Ok(Ok((bits, unnamed_bytes)))
+}
+
+/// Makes in the image what was decided.
+pub(in crate::ops) fn store(steps: &[Step], edit: &mut Edit) -> Result<()> {
+    for step in steps {
+        step.run(edit)?;
+    }
+    Ok(())
 }
 
 /// Decides on all bitmaps of the base and the layers above it. Only reads.

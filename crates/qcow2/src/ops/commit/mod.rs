@@ -19,7 +19,7 @@
 //! * Bitmaps never say less than what the commit changes in the base (see [`BitmapFate`]).
 //! * What an internal snapshot of a layer above sees of the base is not changed: that is refused.
 
-mod bitmaps;
+pub(in crate::ops) mod bitmaps;
 mod elsewhere;
 mod put;
 mod raw;
@@ -376,7 +376,8 @@ fn larger(one: Option<Plan>, other: Plan) -> Plan {
 /// Commits the layers above `options.base` of the chain `files`, top first, into it.
 ///
 /// Which files make the chain the caller says: all of them, down to the lowest. Overlays of the base other than
-/// those given show other bytes afterwards, as do layers between the top and the base.
+/// those given show other bytes afterwards, as do layers between the top and the base. What a committed layer
+/// recorded of the disk below it goes first, in a change of its own.
 ///
 /// # Durability
 /// When this returns `Ok`, the base is changed and synced, and so is the top, if it was to be emptied.
@@ -392,6 +393,7 @@ pub fn commit(
     options: &CommitOptions,
     control: &Control<'_>,
 ) -> Result<CommitReport> {
+    forget_records(files, options, control)?;
     let mut files = Files::open(files, options)?;
     let emptying = files.top.as_ref().filter(|_| options.empty_top);
     let emptying = emptying.map(|top| top.plan(Edit::empty)).transpose()?;
@@ -419,8 +421,37 @@ pub fn commit(
     Ok(report)
 }
 
+/// What the layers that are committed have recorded of the disk below them is not so afterwards: it goes before the
+/// first byte changes, once it is clear that the commit is not refused.
+fn forget_records(
+    files: &[LayerFile],
+    options: &CommitOptions,
+    control: &Control<'_>,
+) -> Result<()> {
+    let mut with_record = Vec::new();
+    for file in files.iter().take(options.base) {
+        let qcow2 = file.format == LayerFormat::Qcow2;
+        if qcow2 && Layer::inspect(&file.path)?.header().has_backing_record() {
+            with_record.push(&file.path);
+        }
+    }
+    if with_record.is_empty() {
+        return Ok(());
+    }
+    measure(files, options, control)?;
+    for path in with_record {
+        let mut editor = Editor::open(path, options.edit)?;
+        editor.apply(|edit| {
+            edit.record_backing(None);
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
 /// Commits the layers of `chain.0`, top first, into the open image; `chain.1` is what lies below it. `left` bytes of
-/// free space are left alone. `options.base` and `options.empty_top` mean nothing here.
+/// free space are left alone. `options.base` and `options.empty_top` mean nothing here. What the layers recorded of
+/// the disk below them stays, and is the caller's care.
 ///
 /// # Durability
 /// As [`Editor::apply`].
