@@ -19,9 +19,6 @@ pub enum Cache {
 }
 
 impl Cache {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::Warm, Self::Cold];
-
     /// As it is said in a figure.
     pub fn name(self) -> &'static str {
         match self {
@@ -94,7 +91,11 @@ impl Contest<'_> {
     /// When a command fails.
     pub async fn run(&self, images: &Images, cache: Cache, report: &mut Report) -> Result<Times> {
         let mut times = Times::default();
-        for round in 0..images.runs {
+        let rounds = match cache {
+            Cache::Warm => images.runs,
+            Cache::Cold => images.runs.div_ceil(2),
+        };
+        for round in 0..rounds {
             for turn in 0..2 {
                 let ours = (round + turn) % 2 == 0;
                 let took = self.once(images, cache, ours, &mut times).await?;
