@@ -264,7 +264,13 @@ fn a_merge_on_a_device_that_is_too_small_loses_no_bitmap() {
         let mut editor =
             Editor::on_storage(disk, &bench.path("base"), EditOptions::default()).expect("opens");
         let top = [layer(bench.path("top"), LayerFormat::Qcow2)];
-        match commit_into(&mut editor, 0, (&top, &[]), &CommitOptions::default()) {
+        match commit_into(
+            &mut editor,
+            0,
+            (&top, &[]),
+            &CommitOptions::default(),
+            &Control::default(),
+        ) {
             Ok(report) => {
                 let good = report.bitmaps.iter().find(|one| one.name == b"good");
                 let fate = &good.expect("named").fate;
@@ -514,7 +520,7 @@ fn child_that_commits() {
     let base = chain.file(1).map(|(path, format)| layer(path, format));
     let files = [top, base.expect("a base")];
     drop(chain);
-    commit(&files, &CommitOptions::default()).expect("committed");
+    commit(&files, &CommitOptions::default(), &Control::default()).expect("committed");
 }
 
 /// A base with a bitmap and much to overwrite in place.

@@ -337,7 +337,7 @@ fn a_commit_into_the_base_takes_the_record_of_what_was_below_away() {
             empty_top,
             ..CommitOptions::default()
         };
-        commit(&files, &options).expect("committed");
+        commit(&files, &options, &Control::default()).expect("committed");
         bench.has_none("top");
     }
     // A commit that is refused changes nothing.
@@ -350,7 +350,8 @@ fn a_commit_into_the_base_takes_the_record_of_what_was_below_away() {
         layer(bench.path("top"), LayerFormat::Qcow2),
         layer(bench.path("base"), LayerFormat::Raw),
     ];
-    let error = commit(&files, &CommitOptions::default()).expect_err("longer base");
+    let error =
+        commit(&files, &CommitOptions::default(), &Control::default()).expect_err("longer base");
     assert!(matches!(error, Error::Refused { .. }), "{error}");
     assert!(before == fs::read(bench.path("top")).expect("read"));
 }

@@ -142,6 +142,7 @@ fn flatten_and_rebase_keep_what_an_image_with_a_data_file_shows() {
                     format: Some(b"qcow2"),
                 },
                 disk: &disk,
+                content: None,
             };
             rebase::rebase(&mut editor, Some(&old), Some(&new), &quiet).expect("rebased");
         }
@@ -286,7 +287,11 @@ fn what_a_data_file_cannot_keep_is_refused_as_by_qemu_and_nothing_changes() {
         name: other_name.as_bytes(),
         format: Some(b"qcow2"),
     };
-    let new = rebase::NewBacking { file, disk: &disk };
+    let new = rebase::NewBacking {
+        file,
+        disk: &disk,
+        content: None,
+    };
     let quiet = Control::default();
     let error = rebase::rebase(&mut editor(&image), None, Some(&new), &quiet).expect_err("refused");
     assert!(error.to_string().contains("data file is raw"), "{error}");
