@@ -25,7 +25,7 @@ pub(crate) const COMMAND: Command = Command {
            \x20 -p, --progress        show how far it is\n\
            \x20 -q, --quiet           only the exit status\n\
            \x20     --no-follow       refuse an image that needs other files\n\
-           \x20     --cache-size SIZE memory for tables (64M)\n\
+           \x20     --cache-size SIZE  memory for tables (64M)\n\
            \x20 -U, --force-share     also while another process writes an image\n\
            \x20 -T, --cache CACHE     accepted for scripts\n\n\
            Exit status: 0 the same, 1 different, 2 an image cannot be opened, 3 or 4 it cannot be read.\n\n\
