@@ -14,7 +14,7 @@ use crate::args::{
     TemplateImportArgs,
 };
 use crate::size::human;
-use crate::{demo, exec, logs, manual, print, progress};
+use crate::{demo, exec, logs, manual, print, progress, save};
 
 /// Runs a command and returns the exit status.
 pub async fn run(cli: Cli) -> u8 {
@@ -41,6 +41,9 @@ pub async fn run(cli: Cli) -> u8 {
 
 async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
     let global = &cli.global;
+    if let Command::Save(command) = cli.command {
+        return save::run(command, watch, global.json).await;
+    }
     let settings = settings(global)?;
     if let Command::Demo(args) = &cli.command {
         return demo::run(args, &settings, watch, global.json).await;
@@ -84,6 +87,7 @@ async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
         | Command::Doctor
         | Command::Completion { .. }
         | Command::Man(_)
+        | Command::Save(_)
         | Command::Img { .. } => {
             unreachable!("handled before a worker is opened")
         }
@@ -126,6 +130,7 @@ fn on_interrupt(command: &Command) -> Option<&'static str> {
         | Command::Restore(_)
         | Command::Hibernate(_)
         | Command::Wake(_)
+        | Command::Save(_)
         | Command::Demo(_) => {
             Some("interrupted; undoing what was begun (once more to leave it to the next command)")
         }

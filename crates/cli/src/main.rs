@@ -9,6 +9,7 @@ mod logs;
 mod manual;
 mod print;
 mod progress;
+mod save;
 mod size;
 mod trace;
 

@@ -86,11 +86,15 @@ impl SaveImageError {
 
     /// Tells no room, a missing file and one in the way apart from other failures of the system.
     pub(crate) fn io(attempt: &str, path: &Path, source: io::Error) -> Self {
-        let kind = match source.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Kind::NoSpace,
-            io::ErrorKind::NotFound => Kind::NotFound,
-            io::ErrorKind::AlreadyExists => Kind::Exists,
-            _other => Kind::Io,
+        let is = |kinds: &[io::ErrorKind]| kinds.contains(&source.kind());
+        let kind = if is(&[io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded]) {
+            Kind::NoSpace
+        } else if is(&[io::ErrorKind::NotFound]) {
+            Kind::NotFound
+        } else if is(&[io::ErrorKind::AlreadyExists]) {
+            Kind::Exists
+        } else {
+            Kind::Io
         };
         let attempt = format!("{attempt} {}", path.display());
         Self::new(kind, attempt, "").because(source)

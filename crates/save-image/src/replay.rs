@@ -63,7 +63,7 @@ impl<F: FnMut() -> io::Result<Stream>> Replay<F> {
     }
 
     /// Reads from the kept end, if the place lies there.
-    fn from_tail(&mut self, bytes: &mut [u8]) -> Option<usize> {
+    fn read_tail(&mut self, bytes: &mut [u8]) -> Option<usize> {
         let tail_at = self.length - self.tail.len() as u64;
         let skip = usize::try_from(self.at.checked_sub(tail_at)?).ok()?;
         let left = self.tail.get(skip..).unwrap_or_default();
@@ -76,7 +76,7 @@ impl<F: FnMut() -> io::Result<Stream>> Replay<F> {
 
 impl<F: FnMut() -> io::Result<Stream>> Read for Replay<F> {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        if let Some(count) = self.from_tail(bytes) {
+        if let Some(count) = self.read_tail(bytes) {
             return Ok(count);
         }
         let (mut stream, from) = match self.pass.take() {

@@ -55,7 +55,7 @@ pub struct StreamFacts {
 pub struct Report {
     /// The file.
     pub path: PathBuf,
-    /// Whether nothing is wrong with it.
+    /// Whether its record or its structure proves it, and nothing is wrong with it.
     pub whole: bool,
     /// Whether it has a record.
     pub recorded: bool,
@@ -72,13 +72,19 @@ pub struct Report {
 }
 
 impl Report {
-    /// Turns damage into an error.
+    /// Turns anything but a whole image into an error.
     ///
     /// # Errors
-    /// [`Kind::Damaged`], naming the first damaged range, when the image is not whole.
+    /// [`Kind::Damaged`], naming the first damaged range; [`Kind::Unsupported`] when neither a record nor a structure
+    /// that this reader knows proves the image.
     pub fn require_whole(self) -> Result<Self> {
+        let attempt = format!("verify {}", self.path.display());
         let Some(first) = self.damage.first() else {
-            return Ok(self);
+            if self.whole {
+                return Ok(self);
+            }
+            let found = self.unproven.join("; ");
+            return Err(SaveImageError::new(Kind::Unsupported, attempt, found));
         };
         let more = match self.damage.len() - 1 {
             0 => String::new(),
@@ -91,7 +97,6 @@ impl Report {
             what,
         } = first;
         let found = format!("{part}, bytes {from} to {to}: {what}{more}");
-        let attempt = format!("verify {}", self.path.display());
         Err(SaveImageError::new(Kind::Damaged, attempt, found))
     }
 
@@ -143,7 +148,9 @@ impl SaveImage {
             verification.stream()?;
         }
         let mut report = verification.report;
-        report.whole = report.damage.is_empty();
+        // Nothing wrong was found; but unless something was also proven, nothing is known.
+        let proven = matches!(self.recorded, Recorded::Whole(_)) || report.stream.is_some();
+        report.whole = report.damage.is_empty() && proven;
         Ok(report)
     }
 
@@ -318,13 +325,11 @@ impl Verification<'_> {
                 return Ok(());
             }
         };
-        if let Recorded::Whole(record) = &self.image.recorded {
-            if (replay.length(), replay.hash()) != (record.stream_bytes, record.stream_hash) {
-                self.stream_damaged(
-                    "the decompressed stream is another one than was written".to_owned(),
-                );
-                return Ok(());
-            }
+        if let Recorded::Whole(record) = &self.image.recorded
+            && (replay.length(), replay.hash()) != (record.stream_bytes, record.stream_hash)
+        {
+            self.stream_damaged("it decompresses to another stream than was written".to_owned());
+            return Ok(());
         }
         self.report.stream_hash = Some(hex(&replay.hash()));
         if self.image.format() != Format::Raw {
