@@ -15,6 +15,8 @@ pub enum Step {
     Extend,
     /// What is going to be done is written down.
     Record,
+    /// The lowest layer is copied, to be the new one.
+    Copy,
     /// Data and bitmaps go into the base.
     Commit,
     /// The base is read back.
@@ -35,6 +37,7 @@ impl fmt::Display for Step {
             Self::Plan => write!(f, "plan"),
             Self::Extend => write!(f, "extend the device"),
             Self::Record => write!(f, "record"),
+            Self::Copy => write!(f, "copy"),
             Self::Commit => write!(f, "commit"),
             Self::Prove => write!(f, "prove"),
             Self::Void(path) => write!(f, "remove broken bitmaps from {}", path.display()),

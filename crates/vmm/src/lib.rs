@@ -38,6 +38,7 @@ mod qemu;
 mod qmp;
 mod ram_pages;
 mod recover;
+mod relayer;
 mod state_stream;
 mod vm;
 
