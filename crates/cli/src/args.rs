@@ -109,6 +109,9 @@ pub enum Command {
     /// Start a hibernated sandbox where it was
     #[command(after_help = "Example:\n  stead wake web")]
     Wake(One),
+    /// Merge the layers of a sandbox's disks that no checkpoint and no other sandbox needs; it runs on
+    #[command(after_help = "Example:\n  stead compact web")]
+    Compact(CompactArgs),
     /// Disk images: create, examine, convert and repair them, with the options of qemu-img
     #[command(
         disable_help_flag = true,
@@ -376,6 +379,19 @@ pub struct CheckpointCreateArgs {
     /// Only the disks, with the guest's file systems frozen for the instant
     #[arg(long)]
     pub disk_only: bool,
+    /// Compact the sandbox afterwards when a disk lies in more layers than this
+    #[arg(long, value_name = "LAYERS", env = "STEAD_COMPACT_ABOVE", default_value_t = stead_engine::DEPTH_COMPACTED)]
+    pub compact_above: usize,
+}
+
+#[derive(Debug, Args)]
+pub struct CompactArgs {
+    /// Name, id, or the beginning of an id
+    #[arg(value_name = "SANDBOX")]
+    pub name: String,
+    /// Only say what would be merged
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 #[derive(Debug, Args)]
