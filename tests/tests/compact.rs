@@ -270,8 +270,8 @@ fn a_compaction_killed_at_any_step_leaves_a_guest_that_runs_on_and_is_finished_o
     }
     // QEMU is killed together with it, before and after the switch.
     for point in ["made", "replaced", "switched"] {
-        let name = format!("dead-{point}");
-        layered(&worker, "a", &[&name, "kept"]);
+        let [name, kept] = ["dead", "kept"].map(|word| format!("{word}-{point}"));
+        layered(&worker, "a", &[&name, &kept]);
         remove(&worker, &[&name]);
         let files = guest::look_at_disk(&worker, "a");
         let pid = worker.pid("a");
@@ -283,7 +283,7 @@ fn a_compaction_killed_at_any_step_leaves_a_guest_that_runs_on_and_is_finished_o
         assert_same(&worker, "a", &before, point);
         worker.ok(&["start", "a"]);
         assert_eq!(guest::look_at_disk(&worker, "a"), files, "{point}");
-        remove(&worker, &["kept"]);
+        remove(&worker, &[&kept]);
     }
 }
 
