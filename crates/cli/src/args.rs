@@ -520,6 +520,12 @@ pub struct MergeArgs {
     /// Shell command that extends a device that is too short; it gets the device and the bytes it must have
     #[arg(long, value_name = "CMD")]
     pub extend_cmd: Option<String>,
+    /// The control socket of the QEMU that runs on this disk: it does the merge, and the guest runs on
+    #[arg(long, value_name = "SOCKET")]
+    pub qmp: Option<PathBuf>,
+    /// The most that a merge under a running VM moves in a second, for instance 50M
+    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse, requires = "qmp")]
+    pub speed: Option<u64>,
 }
 
 #[derive(Debug, Args)]

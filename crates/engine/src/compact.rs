@@ -550,6 +550,7 @@ fn told(error: MergeError) -> EngineError {
         stead_merge::Kind::Damaged => Kind::Damaged,
         stead_merge::Kind::Incompatible => Kind::Incompatible,
         stead_merge::Kind::NoSpace => Kind::NoSpace,
+        stead_merge::Kind::Vm => Kind::Vm,
         stead_merge::Kind::Cancelled => Kind::Cancelled,
     };
     EngineError::new(kind, error.attempt(), error.found()).next(error.next_step())

@@ -3,6 +3,7 @@
 //! * [`plan()`] reads the chain and says what a merge would do, what it needs, and why it is refused.
 //! * [`run()`] does it: record, commit, proof, the child's new backing name, and only then are layers removed.
 //! * [`fuse()`] makes one new file of several layers, for a chain that a running VM has open.
+//! * [`run_live()`] does it under a VM that runs, by QEMU's block jobs.
 //! * [`recover()`] finishes or undoes what was interrupted.
 //!
 //! `docs/merge.md` has the steps and what a crash behind each of them leaves.
@@ -19,6 +20,7 @@ mod error;
 mod event;
 mod fuse;
 mod layers;
+mod live;
 mod open;
 mod plan;
 mod prove;
@@ -33,6 +35,7 @@ pub use error::{Kind, MergeError, Result};
 pub use event::{Event, Step, Watch};
 pub use fuse::{Fused, fuse, fuse_needs_bytes};
 pub use layers::Role;
+pub use live::{LiveReport, run_live};
 pub use plan::{LayerInfo, MergePlan, MergeRequest, Refusal, Searched, StalePolicy, plan};
 pub use record::record_path;
 pub use recover::{Outcome, Recovered, recover};

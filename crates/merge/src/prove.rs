@@ -40,6 +40,29 @@ impl Proof<'_> {
         self.data_fault(&top, &base)
     }
 
+    /// Why what the base shows is not what the top shows.
+    pub fn data_fault_in_files(&self) -> Result<Option<String>> {
+        let (top, base) = (
+            Chain::open(self.files)?,
+            Chain::open(&self.files[self.base..])?,
+        );
+        self.data_fault(&top, &base)
+    }
+
+    /// The bitmaps of the base that do not say what they must, and why.
+    pub fn bitmap_faults(&self) -> Result<Vec<(String, &'static str)>> {
+        let (top, base) = (
+            Chain::open(self.files)?,
+            Chain::open(&self.files[self.base..])?,
+        );
+        let mut faults = Vec::new();
+        for bitmap in self.bitmaps {
+            let fault = self.bitmap_fault(bitmap, &top, &base)?;
+            faults.extend(fault.map(|fault| (text(&bitmap.name), fault)));
+        }
+        Ok(faults)
+    }
+
     fn data_fault(&self, top: &Chain, base: &Chain) -> Result<Option<String>> {
         let mut comparison = Comparison::new(top, base, self.watch);
         for range in top.allocated(self.base) {
