@@ -36,7 +36,7 @@ use crate::event::{Event, Step, Watch};
 use crate::layers::identity;
 use crate::plan::{MergePlan, MergeRequest, think};
 use crate::prove::Proof;
-use crate::record::{Record, RecordedLayer, record_path, remove_unfinished};
+use crate::record::{Phase, Record, RecordedLayer, record_path, remove_unfinished};
 use crate::run::{Going, extend};
 use crate::space::{Place, place_of};
 
@@ -78,7 +78,11 @@ pub fn run_live(request: &MergeRequest, qmp: &Path, watch: Watch<'_>) -> Result<
             path,
             watch,
         };
-        return Live::new(going, request, None)?.go_on(&mut qmp);
+        let live = Live::new(going, request, None)?;
+        if live.is_under_way(&mut qmp)? {
+            return live.go_on(&mut qmp);
+        }
+        live.begin_anew(&mut qmp)?;
     }
     let request = MergeRequest {
         live: true,
@@ -190,25 +194,41 @@ impl<'a> Live<'a> {
         })
     }
 
+    /// Whether this VM has come further than the record of what an earlier call wanted.
+    fn is_under_way(&self, qmp: &mut Qmp) -> Result<bool> {
+        let all = block_jobs::nodes(qmp).map_err(|error| vm("list the VM's disks", error))?;
+        node_of(&all, &self.going.record.layers[0])?;
+        Ok(self.look(qmp)?.is_some() || self.going.is_rewired()?)
+    }
+
+    /// An earlier call died before QEMU had begun, or QEMU did before it had ended: the disk is as it was.
+    fn begin_anew(&self, qmp: &mut Qmp) -> Result<()> {
+        self.nodes(qmp)?;
+        let lost = self.lost_bitmaps()?;
+        if !lost.is_empty() {
+            self.going.watch.notice(named(&lost));
+        }
+        self.going.forget()
+    }
+
     /// From wherever the job is to the end.
     fn go_on(mut self, qmp: &mut Qmp) -> Result<LiveReport> {
-        let job = self.look(qmp)?;
-        if job.is_some() {
+        if self.look(qmp)?.is_some() {
             match self.wait(qmp)? {
                 Waited::Pending => self.finalize(qmp)?,
                 Waited::Ended(error) => self.conclude(qmp, error)?,
             }
         }
         if !self.going.is_rewired()? {
-            let why = match job {
-                Some(_) => "QEMU ended the job, and the layer above does not name the base",
-                None => "the VM knows nothing of the merge that was begun",
-            };
+            let why = "QEMU ended the job, and the layer above does not name the base";
             return Err(MergeError::new(Kind::Conflict, ATTEMPT, why)
                 .left("the disk is read through all its layers, as before")
                 .next(format!("stop the VM and {}", self.going.recover_with())));
         }
-        self.prove()?;
+        // Once it is proven layers may be gone, and the proof with them.
+        if self.going.record.phase == Phase::Begun {
+            self.prove()?;
+        }
         let (removed, kept) = self.going.end(None, Vec::new())?;
         Ok(LiveReport {
             plan: self.plan,
