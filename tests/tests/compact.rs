@@ -9,7 +9,8 @@ use std::process::Command;
 
 use serde_json::Value;
 use stead_tests::guest::{self, Seen};
-use stead_tests::{Worker, kill};
+use stead_tests::mount::Mount;
+use stead_tests::{Worker, copy_tree, error_of, golden_store, kill, target_dir};
 
 const NEVER: [&str; 2] = ["--compact-above", "1000"];
 
@@ -179,10 +180,6 @@ fn layers_under_a_running_guest_are_merged_and_it_and_every_checkpoint_read_the_
     goes_on(&worker, "a", &full, "a second time");
     worker.ok(&["fork", "full", "--name", "b"]);
     assert_eq!(guest::look(&worker, "b").memory, now.memory);
-    worker.ok(&["rm", "--force", "b"]);
-    worker.ok(&["stop", "a"]);
-    worker.ok(&["start", "a"]);
-    assert_eq!(guest::look_at_disk(&worker, "a"), full.files);
 }
 
 #[test]
@@ -406,4 +403,46 @@ fn data_in(layer: &Path) -> Option<u64> {
         .iter()
         .filter(|part| part["depth"] == 0 && part["data"] == true);
     own.filter_map(|part| part["offset"].as_u64()).last()
+}
+
+#[test]
+fn layers_that_may_not_fit_are_not_merged_and_a_disk_that_fills_up_meanwhile_costs_the_merge_only()
+{
+    const MIB: u64 = 1 << 20;
+    let place = tempfile::tempdir_in(target_dir()).expect("folder");
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o711);
+    fs::set_permissions(place.path(), mode).expect("mode");
+    let data = Mount::tmpfs(&place.path().join("data"), 1500 * MIB);
+    let store = place.path().join("store");
+    copy_tree(golden_store(), &store);
+    let data_dir = data.folder().join("worker");
+    let worker = Worker::at(&data_dir, &store.display().to_string());
+    worker.boot("a");
+    guest::fill(&worker, "a");
+    layered(&worker, "a", &["one", "two"]);
+    remove(&worker, &["one"]);
+    let seen = guest::look(&worker, "a");
+    let files = worker.files();
+    let filler = data.fill(MIB);
+    let error = worker.fails(&["compact", "a"], 7);
+    assert!(
+        error["found"]
+            .as_str()
+            .is_some_and(|found| found.contains("bytes")),
+        "{error}"
+    );
+    fs::remove_file(filler).expect("remove");
+    assert_eq!(worker.files(), files);
+    let compact = worker.stopped_at(&["--json", "compact", "a"], "compact:merge");
+    let filler = data.fill(0);
+    compact.send("CONT");
+    let ended = compact.output();
+    assert_eq!(ended.status.code(), Some(7), "{:?}", error_of(&ended));
+    fs::remove_file(filler).expect("remove");
+    worker.ok(&["ls"]);
+    assert_eq!(worker.files(), files, "nothing is left behind");
+    let seen = goes_on(&worker, "a", &seen, "full");
+    worker.ok(&["compact", "a"]);
+    assert_eq!(layers(&worker, "a"), 3);
+    goes_on(&worker, "a", &seen, "merged");
 }

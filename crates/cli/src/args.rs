@@ -469,7 +469,7 @@ pub enum MergeCommand {
     Plan(MergeArgs),
     /// Merge: all of it or nothing; read back before a layer is removed
     #[command(
-        after_help = "The disk must not be in use. After a crash, `stead merge recover BASE` finishes or undoes it.\n\nExample:\n  stead merge run active.qcow2 --top old.qcow2 --base /dev/vg/base \\\n      --extend-cmd 'f() { lvextend -L \"${2}b\" \"$1\"; }; f'"
+        after_help = "The disk must not be in use, but by the VM of --qmp. After a crash, `stead merge recover BASE` finishes or undoes it.\n\nExample:\n  stead merge run active.qcow2 --top old.qcow2 --base /dev/vg/base \\\n      --extend-cmd 'f() { lvextend -L \"${2}b\" \"$1\"; }; f'"
     )]
     Run(MergeArgs),
     /// Finish or undo a merge that was interrupted

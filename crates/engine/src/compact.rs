@@ -257,12 +257,18 @@ impl Engine {
         Ok(())
     }
 
+    /// The files of a group, those that are merged first, and how many these are.
+    fn files_of(&self, group: &Group) -> (Vec<stead_qcow2::LayerFile>, usize) {
+        let rows: Vec<LayerRow> = group.merged.iter().chain(&group.below).cloned().collect();
+        (layers::files(&self.dir, &rows), group.merged.len())
+    }
+
     /// Both stand side by side until the switch.
     fn check_compact_room(&self, sandbox: &Sandbox, groups: &[&Group]) -> Result<()> {
         let mut needed = 0;
         for group in groups {
-            let files = layers::files(&self.dir, &group.merged);
-            needed += stead_merge::fuse_needs_bytes(&files).map_err(told)?;
+            let (files, count) = self.files_of(group);
+            needed += stead_merge::fuse_needs_bytes(&files, count).map_err(told)?;
         }
         let folder = self.dir.layers();
         let available = space::available_bytes(&folder).at("ask for room on", &folder)?;
@@ -334,8 +340,7 @@ impl Engine {
 
     /// Makes the new file beside the others, whole and compared.
     async fn make(&self, sandbox: &Sandbox, group: &Group) -> Result<()> {
-        let rows: Vec<LayerRow> = group.merged.iter().chain(&group.below).cloned().collect();
-        let (files, count) = (layers::files(&self.dir, &rows), group.merged.len());
+        let (files, count) = self.files_of(group);
         let made = layers::path_of(&self.dir, &group.made, layers::QCOW2);
         let (watch, path) = (self.watch.clone(), made.clone());
         blocking(move || {
@@ -554,4 +559,84 @@ fn told(error: MergeError) -> EngineError {
         stead_merge::Kind::Cancelled => Kind::Cancelled,
     };
     EngineError::new(kind, error.attempt(), error.found()).next(error.next_step())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layer(id: &str, parent: Option<&str>) -> LayerRow {
+        LayerRow {
+            id: id.to_owned(),
+            format: if parent.is_none() { "raw" } else { "qcow2" }.to_owned(),
+            parent: parent.map(str::to_owned),
+            virtual_bytes: 1 << 30,
+            frozen: true,
+            content: None,
+            stamp: None,
+        }
+    }
+
+    /// base ◀ a ◀ b ◀ c ◀ d ◀ e ◀ active, of the sandbox `own`.
+    fn uses(named: &[&str], more: &[(&str, &str)]) -> LayerUses {
+        let chain = ["base", "a", "b", "c", "d", "e", "active"];
+        let mut layers = vec![layer("base", None)];
+        layers.extend(chain.windows(2).map(|pair| layer(pair[1], Some(pair[0]))));
+        let mut disks = vec![("own".to_owned(), "active".to_owned())];
+        for (name, parent) in more {
+            layers.push(layer(name, Some(parent)));
+            disks.push(("other".to_owned(), (*name).to_owned()));
+        }
+        LayerUses {
+            layers,
+            disks,
+            named: named.iter().map(|id| (*id).to_owned()).collect(),
+            jobs: Vec::new(),
+        }
+    }
+
+    fn groups(uses: &LayerUses, running: bool) -> Vec<Vec<String>> {
+        let process =
+            running.then(|| stead_sys::process::ProcessId::own().expect("an own entry in /proc"));
+        let sandbox = Sandbox {
+            id: "own".to_owned(),
+            name: "own".to_owned(),
+            state: SandboxState::Running,
+            template: String::new(),
+            machine: String::new(),
+            vm_user: 0,
+            epoch: None,
+            launch: None,
+            process,
+            ram_sharing: None,
+            checkpoint: None,
+            hibernated_as: None,
+            created: String::new(),
+        };
+        let found = groups_in(uses, &sandbox, "active");
+        let ids = |layers: Vec<LayerRow>| layers.into_iter().map(|layer| layer.id).collect();
+        found.into_iter().map(|(merged, _)| ids(merged)).collect()
+    }
+
+    #[test]
+    fn what_is_named_shared_raw_or_written_to_is_not_merged_into_another() {
+        let none = uses(&[], &[]);
+        assert_eq!(groups(&none, true), [["e", "d", "c", "b", "a"]]);
+        assert_eq!(groups(&none, false), [["active", "e", "d", "c", "b", "a"]]);
+        let named = uses(&["d", "a"], &[]);
+        assert_eq!(groups(&named, true), [["d", "c", "b"]]);
+        assert_eq!(
+            groups(&named, false),
+            [vec!["active", "e"], vec!["d", "c", "b"]]
+        );
+        let all = uses(&["a", "b", "c", "d", "e"], &[]);
+        assert!(groups(&all, false).is_empty());
+        // Another sandbox stands on c: from there on down nothing is touched.
+        let shared = uses(&[], &[("others", "c")]);
+        assert_eq!(groups(&shared, true), [["e", "d"]]);
+        // A layer that only a checkpoint of the past stands on stays the one that it stands on.
+        let mut branch = uses(&["side"], &[]);
+        branch.layers.push(layer("side", Some("b")));
+        assert_eq!(groups(&branch, true), [vec!["e", "d", "c"], vec!["b", "a"]]);
+    }
 }

@@ -19,7 +19,7 @@ use std::fs::File;
 use std::path::Path;
 
 use stead_qcow2::edit::{EditOptions, Editor};
-use stead_qcow2::ops::commit::{CommitOptions, CommitReport, Incomplete, commit_into};
+use stead_qcow2::ops::commit::{CommitOptions, Incomplete, commit_into, measure_in_use};
 use stead_qcow2::{Chain, LayerFile, LayerFormat};
 use stead_sys::durable::{Existing, Partial};
 use stead_sys::image_lock::Access;
@@ -58,11 +58,7 @@ pub fn fuse(
     (target, mode): (&Path, u32),
     watch: Watch<'_>,
 ) -> Result<Fused> {
-    let options = CommitOptions {
-        incomplete: Incomplete::Refuse,
-        ..CommitOptions::default()
-    };
-    let (partial, _report) = build(files, count, &options, (target, mode), watch)?;
+    let partial = build(files, count, (target, mode), watch)?;
     let file_bytes = space::allocated_bytes(partial.temp_path())
         .map_err(|source| MergeError::io("measure", partial.temp_path(), source))?;
     let defined_bytes = prove(files, count, partial.temp_path(), watch)?;
@@ -76,36 +72,58 @@ pub fn fuse(
     })
 }
 
-/// How many bytes fusing may take at the most, before anything is written; for one file system.
+/// How many free bytes fusing needs where the target is to lie: the copy of the lowest layer, were no block of it
+/// shared, and what the commit adds to it. Nothing is written.
 ///
 /// # Errors
-/// When a file cannot be looked at.
-pub fn fuse_needs_bytes(merged: &[LayerFile]) -> Result<u64> {
-    let sizes = merged.iter().map(|file| {
-        space::allocated_bytes(&file.path)
-            .map_err(|source| MergeError::io("measure", &file.path, source))
-    });
-    sizes.sum()
+/// As [`fuse()`], of what can be known beforehand.
+///
+/// # Panics
+/// As [`fuse()`].
+pub fn fuse_needs_bytes(files: &[LayerFile], count: usize) -> Result<u64> {
+    require_qcow2(files, count)?;
+    let lowest = &files[count - 1].path;
+    let copied = space::allocated_bytes(lowest)
+        .map_err(|source| MergeError::io("measure", lowest, source))?;
+    let options = CommitOptions {
+        base: count - 1,
+        ..options()
+    };
+    let report = measure_in_use(files, &options)
+        .map_err(|error| MergeError::engine("measure the layers", error))?;
+    Ok(copied.saturating_add(report.base.new_bytes))
+}
+
+fn options() -> CommitOptions {
+    CommitOptions {
+        incomplete: Incomplete::Refuse,
+        ..CommitOptions::default()
+    }
+}
+
+fn require_qcow2(files: &[LayerFile], count: usize) -> Result<()> {
+    assert!(count >= 2, "one layer is one already");
+    assert!(count <= files.len(), "more layers than the chain has");
+    let mut merged = files[..count].iter();
+    let Some(raw) = merged.find(|file| file.format == LayerFormat::Raw) else {
+        return Ok(());
+    };
+    let found = format!("{} is raw, and stays as it is", raw.path.display());
+    Err(MergeError::new(Kind::Usage, ATTEMPT, found))
 }
 
 fn build(
     files: &[LayerFile],
     count: usize,
-    options: &CommitOptions,
     (target, mode): (&Path, u32),
     watch: Watch<'_>,
-) -> Result<(Partial, CommitReport)> {
-    assert!(count >= 2, "one layer is one already");
-    assert!(count <= files.len(), "more layers than the chain has");
+) -> Result<Partial> {
+    require_qcow2(files, count)?;
     let (merged, below) = files.split_at(count);
     let (lowest, above) = match merged.split_last() {
         Some(split) => split,
         None => unreachable!("there are at least two"),
     };
-    if let Some(raw) = merged.iter().find(|file| file.format == LayerFormat::Raw) {
-        let found = format!("{} is raw, and stays as it is", raw.path.display());
-        return Err(MergeError::new(Kind::Usage, ATTEMPT, found));
-    }
     let _locks = files
         .iter()
         .map(|file| lock(&file.path, Access::Read))
@@ -117,12 +135,12 @@ fn build(
     watch.step(Step::Commit);
     let engine = |error| MergeError::engine(ATTEMPT, error);
     let mut editor = Editor::open(partial.temp_path(), EditOptions::default()).map_err(engine)?;
-    let report = commit_into(&mut editor, 0, (above, below), options).map_err(engine)?;
+    commit_into(&mut editor, 0, (above, below), &options()).map_err(engine)?;
     if let corruptions @ 1.. = editor.check().corruptions {
         let found = format!("a check of the new layer has {corruptions} findings");
         return Err(MergeError::new(Kind::Damaged, ATTEMPT, found));
     }
-    Ok((partial, report))
+    Ok(partial)
 }
 
 const ATTEMPT: &str = "make one layer of several";
