@@ -402,7 +402,7 @@ fn data_in(layer: &Path) -> Option<u64> {
     let own = map
         .iter()
         .filter(|part| part["depth"] == 0 && part["data"] == true);
-    own.filter_map(|part| part["offset"].as_u64()).last()
+    own.filter_map(|part| part["offset"].as_u64()).next_back()
 }
 
 #[test]

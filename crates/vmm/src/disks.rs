@@ -23,6 +23,7 @@ use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
 use crate::launch::{Disk, LayerFormat};
+use crate::node_names::{Numbers, file_node_name, node_name, parse_node};
 use crate::qmp::Qmp;
 
 /// One layer of a disk, as QEMU has it open.
@@ -61,56 +62,6 @@ impl DiskChain {
             None => unreachable!("a chain is only made with the node its device is attached to"),
         }
     }
-}
-
-/// The numbers that a node stands for; mostly one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Numbers {
-    pub(crate) last: u32,
-    pub(crate) first: u32,
-}
-
-impl Numbers {
-    fn one(number: u32) -> Self {
-        Self {
-            last: number,
-            first: number,
-        }
-    }
-
-    /// Whether `other` stands for all of these and for more.
-    fn are_in(self, other: Self) -> bool {
-        self != other && other.first <= self.first && self.last <= other.last
-    }
-
-    /// The name of the node of `disk` that stands for them.
-    pub(crate) fn node_name(self, disk: &str) -> String {
-        if self.first == self.last {
-            return node_name(disk, self.last);
-        }
-        format!("{disk}.{}-{}", self.last, self.first)
-    }
-}
-
-/// The disk and numbers in a node's name; `None` for file nodes and nodes that are not ours.
-pub(crate) fn parse_node(name: &str) -> Option<(&str, Numbers)> {
-    let (disk, numbers) = name.split_once('.')?;
-    let numbers = match numbers.split_once('-') {
-        Some((last, first)) => Numbers {
-            last: last.parse().ok()?,
-            first: first.parse().ok()?,
-        },
-        None => Numbers::one(numbers.parse().ok()?),
-    };
-    (numbers.first <= numbers.last).then_some((disk, numbers))
-}
-
-fn node_name(disk: &str, number: u32) -> String {
-    format!("{disk}.{number}")
-}
-
-pub(crate) fn file_node_name(node: &str) -> String {
-    format!("{node}.f")
 }
 
 /// The options of every node of `disk`, lowest first, as `-blockdev` takes them.
@@ -278,7 +229,7 @@ impl BlockGraph {
 
     /// The numbers of all nodes of `disk`, lowest first.
     fn numbers(&self, disk: &str) -> Vec<Numbers> {
-        let names = self.nodes.iter().filter_map(|node| node.name.as_deref());
+        let names = self.names().into_iter();
         let mut numbers: Vec<Numbers> = names
             .filter_map(parse_node)
             .filter(|(id, _)| *id == disk)
@@ -295,11 +246,31 @@ impl BlockGraph {
         all.iter().copied().filter(is_current).collect()
     }
 
-    /// Nodes of `disk` that others stand for, the topmost first.
+    /// Nodes of `disk` that others stand for, the topmost first and each before the file below it. A file may have
+    /// lost its format already.
     pub(crate) fn superseded(&self, disk: &str) -> Vec<String> {
-        let (all, current) = (self.numbers(disk), self.current(disk));
-        let gone = all.iter().rev().filter(|one| !current.contains(one));
-        gone.map(|one| one.node_name(disk)).collect()
+        let (names, current) = (self.names(), self.current(disk));
+        let files = names.iter().filter_map(|name| name.strip_suffix(".f"));
+        let formats = names.iter().copied();
+        let all = formats.chain(files).filter_map(parse_node);
+        let own = all.filter(|(id, _)| *id == disk);
+        let mut gone: Vec<Numbers> = own
+            .map(|(_, numbers)| numbers)
+            .filter(|numbers| current.iter().any(|other| numbers.are_in(*other)))
+            .collect();
+        gone.sort_unstable();
+        gone.dedup();
+        let pair = |numbers: &Numbers| {
+            let format = numbers.node_name(disk);
+            [format.clone(), file_node_name(&format)]
+        };
+        let both = gone.iter().rev().flat_map(pair);
+        both.filter(|name| names.contains(&name.as_str())).collect()
+    }
+
+    fn names(&self) -> Vec<&str> {
+        let names = self.nodes.iter();
+        names.filter_map(|node| node.name.as_deref()).collect()
     }
 
     /// Whether there is such a node.
@@ -545,7 +516,14 @@ mod tests {
         let chains = graph.chains().expect("chains");
         let nodes: Vec<&str> = chains[0].layers.iter().map(|l| l.node.as_str()).collect();
         assert_eq!(nodes, ["vda.9-2", "vda.10"]);
-        assert_eq!(graph.superseded("vda"), ["vda.9", "vda.2"]);
+        assert_eq!(
+            graph.superseded("vda"),
+            ["vda.9", "vda.9.f", "vda.2", "vda.2.f"]
+        );
+        graph
+            .nodes
+            .retain(|node| node.name.as_deref() != Some("vda.9"));
+        assert_eq!(graph.superseded("vda"), ["vda.9.f", "vda.2", "vda.2.f"]);
         assert_eq!(graph.next_number("vda"), 13);
         assert_eq!(
             parse_node("vda.2-9"),

@@ -34,6 +34,7 @@ mod kvm;
 mod launch;
 mod machine;
 mod migration;
+mod node_names;
 mod process;
 mod qemu;
 mod qmp;

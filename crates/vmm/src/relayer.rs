@@ -19,12 +19,10 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::disks::{
-    self, BlockGraph, DiskChain, LayerNode, Numbers, file_node_name, file_options, format_options,
-    parse_node,
-};
+use crate::disks::{self, BlockGraph, DiskChain, LayerNode, file_options, format_options};
 use crate::error::{Error, Result};
 use crate::launch::{Layer, LayerFormat};
+use crate::node_names::{Numbers, file_node_name, parse_node};
 use crate::qmp::Qmp;
 
 /// Makes the chain of `disk` be the files of `wanted`, base first.
@@ -166,9 +164,7 @@ fn switch(qmp: &mut Qmp, disk: &str) -> Result<()> {
 /// the proof that nothing does.
 fn close_superseded(qmp: &mut Qmp, disk: &str) -> Result<()> {
     for node in BlockGraph::query(qmp)?.superseded(disk) {
-        for node in [node.clone(), file_node_name(&node)] {
-            qmp.execute::<Value>("blockdev-del", json!({ "node-name": node }))?;
-        }
+        qmp.execute::<Value>("blockdev-del", json!({ "node-name": node }))?;
     }
     Ok(())
 }
