@@ -115,6 +115,9 @@ pub enum Command {
         after_help = "Example:\n  stead save verify /var/lib/libvirt/qemu/save/web.save"
     )]
     Save(SaveCommand),
+    /// Merge the layers of a sandbox's disks that no checkpoint and no other sandbox needs; it runs on
+    #[command(after_help = "Example:\n  stead compact web")]
+    Compact(CompactArgs),
     /// Disk images: create, examine, convert and repair them, with the options of qemu-img
     #[command(
         disable_help_flag = true,
@@ -382,6 +385,19 @@ pub struct CheckpointCreateArgs {
     /// Only the disks, with the guest's file systems frozen for the instant
     #[arg(long)]
     pub disk_only: bool,
+    /// Compact the sandbox afterwards when a disk lies in more layers than this
+    #[arg(long, value_name = "LAYERS", env = "STEAD_COMPACT_ABOVE", default_value_t = stead_engine::DEPTH_COMPACTED)]
+    pub compact_above: usize,
+}
+
+#[derive(Debug, Args)]
+pub struct CompactArgs {
+    /// Name, id, or the beginning of an id
+    #[arg(value_name = "SANDBOX")]
+    pub name: String,
+    /// Only say what would be merged
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 #[derive(Debug, Args)]
@@ -565,7 +581,7 @@ pub enum MergeCommand {
     Plan(MergeArgs),
     /// Merge: all of it or nothing; read back before a layer is removed
     #[command(
-        after_help = "The disk must not be in use. After a crash, `stead merge recover BASE` finishes or undoes it.\n\nExample:\n  stead merge run active.qcow2 --top old.qcow2 --base /dev/vg/base \\\n      --extend-cmd 'f() { lvextend -L \"${2}b\" \"$1\"; }; f'"
+        after_help = "The disk must not be in use, but by the VM of --qmp. After a crash, `stead merge recover BASE` finishes or undoes it.\n\nExample:\n  stead merge run active.qcow2 --top old.qcow2 --base /dev/vg/base \\\n      --extend-cmd 'f() { lvextend -L \"${2}b\" \"$1\"; }; f'"
     )]
     Run(MergeArgs),
     /// Finish or undo a merge that was interrupted
@@ -616,6 +632,12 @@ pub struct MergeArgs {
     /// Shell command that extends a device that is too short; it gets the device and the bytes it must have
     #[arg(long, value_name = "CMD")]
     pub extend_cmd: Option<String>,
+    /// The control socket of the QEMU that runs on this disk: it does the merge, and the guest runs on
+    #[arg(long, value_name = "SOCKET")]
+    pub qmp: Option<PathBuf>,
+    /// The most that a merge under a running VM moves in a second, for instance 50M
+    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse, requires = "qmp")]
+    pub speed: Option<u64>,
 }
 
 #[derive(Debug, Args)]

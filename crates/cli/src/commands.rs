@@ -8,9 +8,9 @@ use stead_engine::{
 };
 
 use crate::args::{
-    Accelerator, CheckpointCommand, CheckpointCreateArgs, Cli, Command, CreateArgs, ForkArgs,
-    GcArgs, Global, RestoreArgs, StopArgs, StoreCommand, TemplateBuildArgs, TemplateCommand,
-    TemplateImportArgs,
+    Accelerator, CheckpointCommand, CheckpointCreateArgs, Cli, Command, CompactArgs, CreateArgs,
+    ForkArgs, GcArgs, Global, RestoreArgs, StopArgs, StoreCommand, TemplateBuildArgs,
+    TemplateCommand, TemplateImportArgs,
 };
 use crate::size::human;
 use crate::{demo, exec, img_manual, logs, manual, merge, print, progress, save};
@@ -82,6 +82,7 @@ async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
                 print::line(&report.sandbox.name)
             })
         }
+        Command::Compact(args) => compact(&engine, &args, global).await,
         Command::Store(command) => store(&engine, command, global).await,
         Command::Verify => verify_store(&engine, global).await,
         Command::Gc(args) => gc(&engine, &args, global).await,
@@ -134,6 +135,7 @@ fn on_interrupt(command: &Command) -> Option<&'static str> {
         | Command::Hibernate(_)
         | Command::Wake(_)
         | Command::Save(_)
+        | Command::Compact(_)
         | Command::Demo(_) => {
             Some("interrupted; undoing what was begun (once more to leave it to the next command)")
         }
@@ -448,6 +450,33 @@ async fn checkpoint(engine: &Engine, command: CheckpointCommand, global: &Global
     }
 }
 
+async fn compact(engine: &Engine, args: &CompactArgs, global: &Global) -> Result<u8> {
+    let report = engine.compact(&args.name, args.dry_run).await?;
+    if global.json {
+        return Ok(print::json(&report));
+    }
+    let rows = report.disks.iter().map(|disk| {
+        let [before, now] = disk.merged.iter().fold([0, 0], |[before, now], one| {
+            [before + one.bytes_before, now + one.bytes]
+        });
+        [
+            disk.name.clone(),
+            disk.layers_before.to_string(),
+            disk.layers.to_string(),
+            human(before),
+            if args.dry_run {
+                String::new()
+            } else {
+                human(now)
+            },
+        ]
+    });
+    Ok(print::table(
+        ["DISK", "LAYERS", "MERGED TO", "TOOK", "TAKES"],
+        rows,
+    ))
+}
+
 async fn checkpoint_create(
     engine: &Engine,
     args: CheckpointCreateArgs,
@@ -456,6 +485,7 @@ async fn checkpoint_create(
     let request = CheckpointRequest {
         name: args.name,
         disk_only: args.disk_only,
+        compact_above: Some(args.compact_above),
     };
     let made = engine.checkpoint_create(&args.sandbox, &request).await?;
     if global.json {
