@@ -156,18 +156,18 @@ impl Job<'_> {
             Ok(record) => record,
             Err(error) => return Err(self.undone(error)),
         };
-        self.watch.step(Step::Bitmap);
-        disk.switch(&next, &old).map_err(|error| {
-            error
-                .left(format!("the backup {} is whole and can be used; the disk's bitmaps are as they were, so the next incremental backup stands on an earlier one, or is a full one", self.id))
-                .next("see to the disk, and make the next backup")
-        })?;
         if let Err(stays) = self.folder.end(&self.id, true) {
             let id = &self.id;
             self.watch.notice(format!(
                 "the mark {id}.begun stays in the folder ({stays}); the next backup removes it"
             ));
         }
+        self.watch.step(Step::Bitmap);
+        disk.switch(&next, &old).map_err(|error| {
+            error
+                .left(format!("the backup {} is whole and can be used; the disk's bitmaps are as they were, so the next incremental backup stands on an earlier one, or is a full one", self.id))
+                .next("see to the disk, and make the next backup")
+        })?;
         Ok(BackupReport {
             image: self.folder.image_file(&self.id),
             record,

@@ -10,9 +10,11 @@ mod common;
 
 use std::path::PathBuf;
 
-use common::{World, silent, sh};
+use common::{World, sh};
 use stead_backup::{BackupKind, Wanted};
 use stead_merge::{MergeRequest, StalePolicy};
+use stead_qcow2::edit::{EditOptions, Editor, SnapshotName};
+use stead_qcow2::ops::snapshot;
 
 /// Numbers that look random and are the same in every run.
 struct Dice(u64);
@@ -33,7 +35,7 @@ struct Life {
     layers: Vec<PathBuf>,
     backups: Vec<(String, Vec<u8>)>,
     increments: usize,
-    snapshots: usize,
+    snapshots: u64,
     story: String,
 }
 
@@ -98,7 +100,9 @@ impl Life {
         let name = format!("layer-{}.qcow2", self.dice.below(1 << 40));
         let path = self.world.dir.path().join(name);
         let (below, new) = (self.world.disk.display(), path.display());
-        sh(&format!("qemu-img create -q -f qcow2 -b {below} -F qcow2 {new}"));
+        sh(&format!(
+            "qemu-img create -q -f qcow2 -b {below} -F qcow2 {new}"
+        ));
         if self.dice.below(2) == 0 {
             for bitmap in self.world.bitmaps() {
                 sh(&format!("qemu-img bitmap --add {new} {bitmap}"));
@@ -135,26 +139,36 @@ impl Life {
         // Internal snapshots in a layer that would go are a reason to refuse.
         if stead_merge::run(&request, silent).is_ok() {
             self.layers.remove(top);
+            self.snapshots = 0;
             self.world.disk = self.layers.last().expect("one stays").clone();
         }
     }
 
     /// An internal snapshot is made or gone back to, by our own engine: QEMU refuses where there are bitmaps.
     fn snapshot(&mut self) {
-        use stead_qcow2::edit::{EditOptions, Editor};
-        use stead_qcow2::ops::snapshot;
         let editor = Editor::open(&self.world.disk, EditOptions::default());
         let mut editor = editor.unwrap_or_else(|error| panic!("{}: {error}", self.story));
-        snapshot_step(&mut editor, &mut self.snapshots);
-        fn snapshot_step(editor: &mut Editor, count: &mut usize) {
-            let _ = (editor, count, snapshot::MARK);
+        if self.snapshots > 0 && self.dice.below(2) == 0 {
+            let name = format!("s{}", self.dice.below(self.snapshots));
+            snapshot::apply(&mut editor, name.as_bytes()).expect("applied");
+        } else {
+            let name = SnapshotName {
+                name: format!("s{}", self.snapshots).into_bytes(),
+                date_seconds: 0,
+                date_nanoseconds: 0,
+            };
+            snapshot::create(&mut editor, &name).expect("created");
+            self.snapshots += 1;
         }
     }
 
     /// The active layer is committed by qemu-img and stays, empty.
     fn commit(&mut self) {
         if self.layers.len() > 1 {
-            sh(&format!("qemu-img commit -q -f qcow2 {}", self.world.disk.display()));
+            sh(&format!(
+                "qemu-img commit -q -f qcow2 {}",
+                self.world.disk.display()
+            ));
         }
     }
 }

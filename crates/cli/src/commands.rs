@@ -13,7 +13,7 @@ use crate::args::{
     TemplateImportArgs,
 };
 use crate::size::human;
-use crate::{demo, exec, img_manual, logs, manual, merge, print, progress};
+use crate::{backup, demo, exec, img_manual, logs, manual, merge, print, progress};
 
 /// Runs a command and returns the exit status.
 pub async fn run(cli: Cli) -> u8 {
@@ -41,6 +41,9 @@ pub async fn run(cli: Cli) -> u8 {
 async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
     if let Command::Merge(command) = cli.command {
         return merge::run(command, cli.global, watch).await;
+    }
+    if let Command::Backup(command) = cli.command {
+        return backup::run(command, cli.global, watch).await;
     }
     let global = &cli.global;
     let settings = settings(global)?;
@@ -87,6 +90,7 @@ async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
         | Command::Completion { .. }
         | Command::Man(_)
         | Command::Merge(_)
+        | Command::Backup(_)
         | Command::Img { .. } => {
             unreachable!("handled before a worker is opened")
         }
@@ -129,6 +133,7 @@ fn on_interrupt(command: &Command) -> Option<&'static str> {
         | Command::Restore(_)
         | Command::Hibernate(_)
         | Command::Wake(_)
+        | Command::Backup(_)
         | Command::Demo(_) => {
             Some("interrupted; undoing what was begun (once more to leave it to the next command)")
         }
