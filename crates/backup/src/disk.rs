@@ -12,67 +12,150 @@ use crate::error::{BackupError, Kind, Result};
 
 const ATTEMPT: &str = "open the disk";
 
+/// A disk that is to be backed up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DiskSource {
+    /// The active layer of a disk that nobody has open; those below are found by the names in the images.
+    Image(PathBuf),
+    /// All layers of a disk that nobody has open, the active one first.
+    Layers {
+        /// What the disk is called.
+        name: String,
+        /// Its layers.
+        layers: Vec<LayerFile>,
+    },
+    /// Layers of a running disk that are not written any more, the topmost first: at that instant a new, empty layer took
+    /// over, and had the bitmap of [`next_bitmap`](crate::next_bitmap) from the beginning.
+    Frozen {
+        /// What the disk is called.
+        name: String,
+        /// The layers.
+        layers: Vec<LayerFile>,
+        /// The id, of [`new_id`](crate::new_id), that the bitmap has in its name.
+        id: String,
+    },
+}
+
 /// A disk that nobody else writes to while this lives.
 #[derive(Debug)]
 pub(crate) struct Disk {
-    pub path: PathBuf,
+    pub name: String,
     pub chain: Chain,
-    editor: Editor,
-    _below: Vec<ImageLock>,
+    /// The active layer; none where the next bitmap has begun already.
+    editor: Option<Editor>,
+    _locks: Vec<ImageLock>,
 }
 
 fn engine(error: stead_qcow2::Error) -> BackupError {
     BackupError::engine(ATTEMPT, error)
 }
 
+/// The files of a disk, the topmost first, by the names in them.
+fn follow(path: &Path) -> Result<Vec<LayerFile>> {
+    if probe_format(path).map_err(engine)? != LayerFormat::Qcow2 {
+        let found = format!("{} is a raw image, which has no bitmaps", path.display());
+        return Err(BackupError::new(Kind::Incompatible, ATTEMPT, found)
+            .next("put a qcow2 layer over it (`stead img create -f qcow2 -b RAW -F raw NEW`), or convert it"));
+    }
+    let top = LayerFile {
+        path: path.to_owned(),
+        format: LayerFormat::Qcow2,
+    };
+    let chain = Chain::open_following(&top, &OpenPolicy::NAMES).map_err(engine)?;
+    let files = (0..chain.depth()).filter_map(|index| chain.file(index));
+    let file = |(path, format): (&Path, _)| LayerFile {
+        path: path.to_owned(),
+        format,
+    };
+    Ok(files.map(file).collect())
+}
+
+fn edit(layer: &LayerFile) -> Result<Editor> {
+    if layer.format == LayerFormat::Raw {
+        let found = format!(
+            "{} is a raw image, which has no bitmaps",
+            layer.path.display()
+        );
+        return Err(BackupError::new(Kind::Incompatible, ATTEMPT, found)
+            .next("back it up while it runs: a layer is put over it then"));
+    }
+    Editor::open(&layer.path, EditOptions::default()).map_err(engine)
+}
+
 impl Disk {
-    /// Opens and locks the disk whose active layer is at `path`, and what it names below.
-    pub fn open(path: &Path) -> Result<Self> {
-        if probe_format(path).map_err(engine)? != LayerFormat::Qcow2 {
-            let found = format!("{} is a raw image, which has no bitmaps", path.display());
-            return Err(BackupError::new(Kind::Incompatible, ATTEMPT, found)
-                .next("put a qcow2 layer over it (`stead img create -f qcow2 -b RAW -F raw NEW`), or convert it"));
+    /// Opens and locks a disk.
+    pub fn open(source: &DiskSource) -> Result<Self> {
+        match source {
+            DiskSource::Image(path) => {
+                let absolute = std::path::absolute(path);
+                let absolute = absolute.map_err(|source| BackupError::io("find", path, source))?;
+                let editor = match probe_format(path).map_err(engine)? {
+                    LayerFormat::Qcow2 => {
+                        Some(Editor::open(path, EditOptions::default()).map_err(engine)?)
+                    }
+                    LayerFormat::Raw => None,
+                };
+                Self::new(absolute.display().to_string(), &follow(path)?, editor)
+            }
+            DiskSource::Layers { name, layers } => {
+                let active = layers.first().map(edit).transpose()?;
+                Self::new(name.clone(), layers, active)
+            }
+            DiskSource::Frozen { name, layers, .. } => Self::new(name.clone(), layers, None),
         }
-        let editor = Editor::open(path, EditOptions::default()).map_err(engine)?;
-        let top = LayerFile {
-            path: path.to_owned(),
-            format: LayerFormat::Qcow2,
-        };
-        let open = || Chain::open_following(&top, &OpenPolicy::NAMES).map_err(engine);
-        // What is read counts only from when it is locked, so it is opened again.
-        let files = open()?;
-        let files = (1..files.depth()).filter_map(|index| Some(files.file(index)?.0.to_owned()));
-        let locks = files.map(|file| lock(&file)).collect::<Result<_>>()?;
+    }
+
+    /// What is not opened for changes is locked against writers, and read only from then on.
+    fn new(name: String, layers: &[LayerFile], editor: Option<Editor>) -> Result<Self> {
+        let others = layers.iter().skip(usize::from(editor.is_some()));
+        let locks = others
+            .map(|layer| lock(&layer.path))
+            .collect::<Result<_>>()?;
         Ok(Self {
-            path: path.to_owned(),
-            chain: open()?,
+            name,
+            chain: Chain::open(layers).map_err(engine)?,
             editor,
-            _below: locks,
+            _locks: locks,
         })
+    }
+
+    /// The files that it is read from, the topmost first.
+    pub fn files(&self) -> Vec<PathBuf> {
+        let files = (0..self.chain.depth()).filter_map(|index| self.chain.file(index));
+        files.map(|(path, _)| path.to_owned()).collect()
     }
 
     /// The names of the bitmaps that the active layer has.
     pub fn bitmaps(&self) -> Result<Vec<Vec<u8>>> {
-        let stored = self.editor.layer().stored_bitmaps().map_err(engine)?;
+        let Some(editor) = &self.editor else {
+            return Ok(Vec::new());
+        };
+        let stored = editor.layer().stored_bitmaps().map_err(engine)?;
         Ok(stored.into_iter().map(|stored| stored.name).collect())
     }
 
     /// Whether the image was changed by a program that does not know bitmaps, which made all of them void.
     pub fn bitmaps_are_void(&self) -> bool {
-        let header = self.editor.layer().header();
-        header.bitmaps.is_some() && !header.bitmaps_consistent()
+        let top = self.chain.layer(0).map(stead_qcow2::Layer::header);
+        top.is_some_and(|header| header.bitmaps.is_some() && !header.bitmaps_consistent())
     }
 
     /// Whether the bitmap `new` can be begun and `old` ones removed, before anything is written.
     pub fn plan_switch(&self, new: &[u8], old: &[Vec<u8>]) -> Result<()> {
-        let planned = bitmap::plan(&self.editor, &steps(new, old));
+        let Some(editor) = &self.editor else {
+            return Ok(());
+        };
+        let planned = bitmap::plan(editor, &steps(new, old));
         planned.map_err(|error| BackupError::engine("plan the next bitmap", error))?;
         Ok(())
     }
 
     /// Begins the bitmap `new` and removes `old` ones, in one change of the image.
     pub fn switch(&mut self, new: &[u8], old: &[Vec<u8>]) -> Result<()> {
-        let changed = bitmap::change(&mut self.editor, &steps(new, old));
+        let Some(editor) = &mut self.editor else {
+            return Ok(());
+        };
+        let changed = bitmap::change(editor, &steps(new, old));
         changed.map_err(|error| BackupError::engine("begin the next bitmap", error))?;
         Ok(())
     }

@@ -26,10 +26,11 @@ mod record;
 mod restore;
 mod verify;
 
+pub use disk::DiskSource;
 pub use error::{BackupError, Kind, Result};
 pub use event::{Event, Step, Watch};
 pub use folder::{Listed, State, list};
-pub use make::{BackupReport, BackupRequest, Wanted, run};
+pub use make::{BackupReport, BackupRequest, Wanted, new_id, next_bitmap, run};
 pub use record::{BackupKind, Record};
 pub use restore::{RestoreFormat, RestoreReport, RestoreRequest, restore};
 pub use verify::{Verdict, verify};

@@ -23,7 +23,7 @@ use stead_sys::{readable, space};
 
 use crate::changes::changed_since;
 use crate::content::{CHUNK_BYTES, Hashes, chunks_of};
-use crate::disk::Disk;
+use crate::disk::{Disk, DiskSource};
 use crate::error::{BackupError, Kind, Result};
 use crate::event::{Step, Watch};
 use crate::folder::Folder;
@@ -51,8 +51,8 @@ pub enum Wanted {
 /// A backup to be made.
 #[derive(Debug, Clone)]
 pub struct BackupRequest {
-    /// The active layer of the disk; those below are found by the names in the images.
-    pub disk: PathBuf,
+    /// The disk.
+    pub disk: DiskSource,
     /// The name of the bitmaps.
     pub bitmap: String,
     /// The folder of backups; it is made if it is not there.
@@ -71,6 +71,8 @@ pub struct BackupReport {
     pub record: Record,
     /// Its image.
     pub image: PathBuf,
+    /// The files that the disk was read from, the topmost first.
+    pub read: Vec<PathBuf>,
     /// The bitmap that records what changes from now on.
     pub next_bitmap: String,
     /// Bitmaps that were not needed any more and were removed.
@@ -79,7 +81,13 @@ pub struct BackupReport {
     pub foreign_bitmaps: Vec<String>,
 }
 
-/// Makes a backup of a disk that nobody has open.
+/// The bitmap that is to record from the instant of the backup `id` on, for [`DiskSource::Frozen`].
+#[must_use]
+pub fn next_bitmap(name: &str, id: &str) -> Vec<u8> {
+    bitmap_name(name, id)
+}
+
+/// Makes a backup of a disk that nobody writes to.
 ///
 /// # Durability
 /// When this returns `Ok`, the backup has been read back, compared with the disk, and synced, and after that the next
@@ -98,7 +106,10 @@ pub fn run(request: &BackupRequest, watch: Watch<'_>) -> Result<BackupReport> {
         request,
         watch,
         folder,
-        id: new_id()?,
+        id: match &request.disk {
+            DiskSource::Frozen { id, .. } => id.clone(),
+            DiskSource::Image(_) | DiskSource::Layers { .. } => new_id()?,
+        },
     };
     job.run(disk)
 }
@@ -114,7 +125,11 @@ fn require_name(name: &str) -> Result<()> {
     Err(BackupError::new(Kind::Usage, "name the bitmap", found))
 }
 
-fn new_id() -> Result<String> {
+/// A fresh id of a backup: 32 random hex digits.
+///
+/// # Errors
+/// When the system has no random bytes.
+pub fn new_id() -> Result<String> {
     let mut bytes = [0; 16];
     getrandom::fill(&mut bytes).map_err(|error| {
         BackupError::new(Kind::Internal, "draw random bytes", error.to_string())
@@ -170,6 +185,7 @@ impl Job<'_> {
         })?;
         Ok(BackupReport {
             image: self.folder.image_file(&self.id),
+            read: disk.files(),
             record,
             next_bitmap: text(&next),
             removed_bitmaps: old.iter().map(|name| text(name)).collect(),
@@ -346,14 +362,12 @@ impl Job<'_> {
         let image = self.folder.image_file(&self.id);
         let (image_bytes, image_blake3) =
             hash_file(&image).map_err(|source| BackupError::io("read back", &image, source))?;
-        let absolute = std::path::absolute(&disk.path);
-        let path = absolute.map_err(|source| BackupError::io("find", &disk.path, source))?;
         Ok(Record {
             version: Record::version(),
             id: self.id.clone(),
             kind: copied.kind,
             parent: copied.parent.clone(),
-            disk: path.display().to_string(),
+            disk: disk.name.clone(),
             bitmap: self.request.bitmap.clone(),
             time,
             disk_bytes: disk.chain.len(),

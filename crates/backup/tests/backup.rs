@@ -14,9 +14,10 @@ use std::sync::atomic::AtomicBool;
 
 use common::{World, content, sh, silent};
 use stead_backup::{
-    BackupKind, Kind, RestoreFormat, RestoreRequest, State, Wanted, Watch, list, restore, run,
-    verify,
+    BackupKind, DiskSource, Kind, RestoreFormat, RestoreRequest, State, Wanted, Watch, list,
+    new_id, restore, run, verify,
 };
+use stead_qcow2::{LayerFile, LayerFormat};
 
 #[test]
 fn a_full_backup_and_each_incremental_one_restores_to_the_disk_of_its_time() {
@@ -276,7 +277,7 @@ fn a_raw_disk_and_a_backup_that_is_interrupted_change_nothing() {
     let raw = world.dir.path().join("disk.raw");
     fs::write(&raw, vec![1; 1 << 20]).expect("written");
     let mut request = world.request(Wanted::Full);
-    request.disk = raw;
+    request.disk = DiskSource::Image(raw);
     let error = run(&request, silent()).expect_err("raw");
     assert_eq!(error.kind(), Kind::Incompatible);
     let (disk, cancel) = (fs::read(&world.disk).expect("there"), AtomicBool::new(true));
@@ -340,4 +341,59 @@ fn a_flipped_bit_or_a_cut_file_is_found_wherever_it_is_and_is_never_restored() {
             .starts_with(".partial")
     };
     assert_eq!(leftovers.map(partial).filter(|partial| *partial).count(), 0);
+}
+
+#[test]
+fn a_disk_that_goes_on_in_a_new_layer_is_backed_up_from_the_frozen_ones() {
+    let world = World::new();
+    let mut layers = vec![world.disk.clone()];
+    let mut times = Vec::new();
+    for round in 0..4_u64 {
+        let id = new_id().expect("an id");
+        let new = world.dir.path().join(format!("layer-{round}.qcow2"));
+        let (below, name) = (layers[0].display(), format!("daily@{id}"));
+        sh(&format!(
+            "qemu-img create -q -f qcow2 -b {below} -F qcow2 {0} && qemu-img bitmap --add {0} {name}",
+            new.display()
+        ));
+        let file = |path: &std::path::PathBuf| LayerFile {
+            path: path.clone(),
+            format: LayerFormat::Qcow2,
+        };
+        let mut request = world.request(Wanted::Incremental);
+        request.disk = DiskSource::Frozen {
+            name: "web:vda".into(),
+            layers: layers.iter().map(file).collect(),
+            id: id.clone(),
+        };
+        let frozen = content(&layers[0]);
+        // What the guest writes meanwhile goes into the new layer.
+        layers.insert(0, new);
+        common::io(
+            &layers[0],
+            &[&format!("write -P {} {}k 100k", round + 9, round * 999)],
+        );
+        if round == 2 {
+            // This one fails; the next stands on the one before.
+            let cancel = AtomicBool::new(true);
+            let watch = Watch {
+                tell: &|_| {},
+                cancel: Some(&cancel),
+            };
+            assert!(run(&request, watch).is_err());
+            continue;
+        }
+        let report = run(&request, silent()).expect("made");
+        assert_eq!(report.record.id, id);
+        let kind = if round == 0 {
+            BackupKind::Full
+        } else {
+            BackupKind::Incremental
+        };
+        assert_eq!(report.record.kind, kind);
+        times.push((id, frozen));
+    }
+    for (id, disk) in &times {
+        world.require(id, disk, "frozen");
+    }
 }

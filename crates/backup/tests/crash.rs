@@ -14,7 +14,9 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::{World, silent};
-use stead_backup::{BackupKind, BackupRequest, Event, Wanted, Watch, list, run, verify};
+use stead_backup::{
+    BackupKind, BackupRequest, DiskSource, Event, Wanted, Watch, list, run, verify,
+};
 
 const FOLDER: &str = "STEAD_TEST_BACKUP_FOLDER";
 const STEP: &str = "STEAD_TEST_BACKUP_STEP";
@@ -39,7 +41,7 @@ fn the_backup_that_is_killed() {
     };
     let folder = Path::new(&folder);
     let request = BackupRequest {
-        disk: folder.join("disk.qcow2"),
+        disk: DiskSource::Image(folder.join("disk.qcow2")),
         bitmap: "daily".into(),
         to: folder.join("backups"),
         wanted: match std::env::var_os(WANTED) {

@@ -523,12 +523,12 @@ pub struct MergeRecoverArgs {
 pub enum BackupCommand {
     /// Back up the whole disk, and begin a bitmap of what changes from then on
     #[command(
-        after_help = "The disk must not be in use.\n\nExample:\n  stead backup full disk.qcow2 --bitmap daily --to /backups/web"
+        after_help = "An image must not be in use. All disks of a running sandbox are taken at one instant, its file systems frozen; it runs on.\n\nExample:\n  stead backup full disk.qcow2 --bitmap daily --to /backups/web\n  stead backup full web --bitmap daily --to /backups/web"
     )]
     Full(BackupFullArgs),
     /// Back up what changed since the last backup in the folder
     #[command(
-        after_help = "The disk must not be in use. Where its bitmap or the backup that it began with cannot be relied on, a full\nbackup is made and the reason is said.\n\nExample:\n  stead backup incremental disk.qcow2 --bitmap daily --to /backups/web --no-fallback"
+        after_help = "Where a disk's bitmap or the backup that it began with cannot be relied on,\na full backup of that disk is made and the reason is said.\n\nExample:\n  stead backup incremental disk.qcow2 --bitmap daily --to /backups/web --no-fallback"
     )]
     Incremental(BackupIncrementalArgs),
     /// Make the disk of a backup again; it appears when every MiB of it has the recorded hash
@@ -548,7 +548,8 @@ pub enum BackupCommand {
 
 #[derive(Debug, Args)]
 pub struct BackupArgs {
-    /// The disk's active layer, a qcow2 image; those below are found by the names in the images
+    /// A disk's active layer, a qcow2 image (those below are found by the names in the images); or a sandbox, running
+    /// or not, with all its disks (SANDBOX) or one of them (SANDBOX:DISK)
     #[arg(value_name = "DISK")]
     pub disk: PathBuf,
     /// Name of the bitmaps; each gets the id of the backup that it begins with behind it (NAME@ID)

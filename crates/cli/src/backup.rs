@@ -1,37 +1,45 @@
 //! `stead backup`: from the command line to the backup and back to what is printed.
 
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
 use stead_backup::{
-    BackupError, BackupReport, BackupRequest, Listed, RestoreFormat, RestoreReport, RestoreRequest,
-    State, Verdict, Wanted,
+    BackupError, BackupReport, BackupRequest, DiskSource, Listed, RestoreFormat, RestoreReport,
+    RestoreRequest, State, Verdict, Wanted,
 };
-use stead_engine::{EngineError, Event, Kind, Result, Watch};
+use stead_engine::{BackupDisk, BackupInstant, Engine, EngineError, Event, Kind, Result, Watch};
 
 use crate::args::{
     BackupArgs, BackupCommand, BackupLsArgs, BackupRestoreArgs, BackupVerifyArgs, DiskFormat,
     Global,
 };
-use crate::print;
 use crate::size::human;
+use crate::{commands, print};
 
 /// How many digits of an id are shown to people; any that are unique can be given.
 const SHORT_ID: usize = 12;
 
 /// Runs a command of `stead backup` and returns the exit status.
 pub async fn run(command: BackupCommand, global: Global, watch: Watch) -> Result<u8> {
-    let work = tokio::task::spawn_blocking(move || match command {
-        BackupCommand::Full(args) => backup(args.common, Wanted::Full, &global, &watch),
+    match command {
+        BackupCommand::Full(args) => backup(args.common, Wanted::Full, global, watch).await,
         BackupCommand::Incremental(args) => {
             let wanted = match args.no_fallback {
                 true => Wanted::IncrementalOnly,
                 false => Wanted::Incremental,
             };
-            backup(args.common, wanted, &global, &watch)
+            backup(args.common, wanted, global, watch).await
         }
-        BackupCommand::Restore(args) => restore(args, &global, &watch),
-        BackupCommand::Verify(args) => verify(&args, &global, &watch),
-        BackupCommand::Ls(args) => list(&args, &global),
-    });
-    match work.await {
+        BackupCommand::Restore(args) => blocking(move || restore(args, &global, &watch)).await,
+        BackupCommand::Verify(args) => blocking(move || verify(&args, &global, &watch)).await,
+        BackupCommand::Ls(args) => blocking(move || list(&args, &global)).await,
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
         Ok(outcome) => outcome,
         Err(error) => {
             Err(EngineError::new(Kind::Internal, "backup", "it ended early").because(error))
@@ -44,7 +52,7 @@ fn watched<T>(
     watch: &Watch,
     work: impl FnOnce(stead_backup::Watch<'_>) -> stead_backup::Result<T>,
 ) -> Result<T> {
-    let step = std::sync::Mutex::new(String::new());
+    let step = Mutex::new(String::new());
     let tell = |event| pass_on(watch, &step, event);
     let watching = stead_backup::Watch {
         tell: &tell,
@@ -53,19 +61,109 @@ fn watched<T>(
     work(watching).map_err(told)
 }
 
-fn backup(args: BackupArgs, wanted: Wanted, global: &Global, watch: &Watch) -> Result<u8> {
+/// An image's backup, or those of a sandbox's disks.
+async fn backup(args: BackupArgs, wanted: Wanted, global: Global, watch: Watch) -> Result<u8> {
+    if args.disk.exists() {
+        let source = DiskSource::Image(args.disk.clone());
+        let report = blocking(move || make(&args, source, wanted, &watch)).await?;
+        return Ok(match global.json {
+            true => print::json(&report),
+            false => print_report(&report),
+        });
+    }
+    let reports = sandbox(args, wanted, &global, watch).await?;
+    if global.json {
+        return Ok(print::json(&reports));
+    }
+    for report in &reports {
+        print_report(report);
+    }
+    Ok(0)
+}
+
+fn make(
+    args: &BackupArgs,
+    disk: DiskSource,
+    wanted: Wanted,
+    watch: &Watch,
+) -> Result<BackupReport> {
     let request = BackupRequest {
-        disk: args.disk,
-        bitmap: args.bitmap,
-        to: args.to,
+        disk,
+        bitmap: args.bitmap.clone(),
+        to: args.to.clone(),
         wanted,
         compress: !args.no_compress,
     };
-    let report = watched(watch, |watch| stead_backup::run(&request, watch))?;
-    Ok(match global.json {
-        true => print::json(&report),
-        false => print_report(&report),
+    watched(watch, |watch| stead_backup::run(&request, watch))
+}
+
+/// Takes one instant of all disks of a sandbox, and backs them up one after the other.
+async fn sandbox(
+    args: BackupArgs,
+    wanted: Wanted,
+    global: &Global,
+    watch: Watch,
+) -> Result<Vec<BackupReport>> {
+    let named = args.disk.display().to_string();
+    let (name, only) = match named.split_once(':') {
+        Some((name, disk)) => (name.to_owned(), Some(disk.to_owned())),
+        None => (named, None),
+    };
+    let engine = Engine::open(commands::settings(global)?, watch.clone()).await?;
+    let ids = Ids::default();
+    let begin = |disk: &str| {
+        let wanted = only.as_deref().is_none_or(|only| only == disk);
+        wanted.then(|| stead_backup::next_bitmap(&args.bitmap, &ids.of(disk)))
+    };
+    let instant = engine.backup_instant(&name, &begin).await?;
+    let disks = instant
+        .disks
+        .iter()
+        .filter(|one| only.as_deref().is_none_or(|only| only == one.disk));
+    let sources: Vec<DiskSource> = disks.map(|disk| source(&instant, disk, &ids)).collect();
+    if sources.is_empty() {
+        let found = format!(
+            "the sandbox {name} has no disk {}",
+            only.unwrap_or_default()
+        );
+        return Err(EngineError::new(Kind::NotFound, "back up", found));
+    }
+    blocking(move || {
+        // The sandbox stays ours until the last disk is done.
+        let reports = sources
+            .into_iter()
+            .map(|source| make(&args, source, wanted, &watch));
+        let reports = reports.collect();
+        drop(instant);
+        reports
     })
+    .await
+}
+
+fn source(instant: &BackupInstant, disk: &BackupDisk, ids: &Ids) -> DiskSource {
+    let name = format!("{}:{}", instant.sandbox, disk.disk);
+    let layers = disk.layers.clone();
+    match instant.frozen {
+        true => DiskSource::Frozen {
+            name,
+            layers,
+            id: ids.of(&disk.disk),
+        },
+        false => DiskSource::Layers { name, layers },
+    }
+}
+
+/// The id of each disk's backup.
+#[derive(Default)]
+struct Ids(Mutex<HashMap<String, String>>);
+
+impl Ids {
+    /// The same for a disk each time; without random bytes the empty id, under which nothing can be published.
+    fn of(&self, disk: &str) -> String {
+        let mut ids = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let new = || stead_backup::new_id().unwrap_or_default();
+        ids.entry(disk.to_owned()).or_insert_with(new).clone()
+    }
 }
 
 fn restore(args: BackupRestoreArgs, global: &Global, watch: &Watch) -> Result<u8> {
@@ -114,10 +212,8 @@ fn list(args: &BackupLsArgs, global: &Global) -> Result<u8> {
     })
 }
 
-fn pass_on(watch: &Watch, step: &std::sync::Mutex<String>, event: stead_backup::Event) {
-    let mut now = step
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner);
+fn pass_on(watch: &Watch, step: &Mutex<String>, event: stead_backup::Event) {
+    let mut now = step.lock().unwrap_or_else(PoisonError::into_inner);
     watch.tell(match event {
         stead_backup::Event::Step(step) => {
             *now = step.to_string();

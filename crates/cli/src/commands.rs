@@ -97,7 +97,7 @@ async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
     }
 }
 
-fn settings(global: &Global) -> Result<Settings> {
+pub fn settings(global: &Global) -> Result<Settings> {
     Ok(Settings {
         data_dir: match &global.data_dir {
             Some(dir) => dir.clone(),

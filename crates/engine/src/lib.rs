@@ -53,6 +53,7 @@ use stead_sys::lock::FileLock;
 use stead_vmm::Qemu;
 use tokio::sync::OnceCell;
 
+pub use capture::backup::{BackupDisk, BackupInstant};
 pub use capture::{CaptureReport, CheckpointRequest, PauseReport};
 pub use console::Console;
 pub use doctor::{Advice, DoctorReport, Finding, doctor};

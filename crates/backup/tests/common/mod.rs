@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use stead_backup::{
-    BackupError, BackupReport, BackupRequest, Event, RestoreFormat, RestoreRequest, Wanted, Watch,
-    restore, run, verify,
+    BackupError, BackupReport, BackupRequest, DiskSource, Event, RestoreFormat, RestoreRequest,
+    Wanted, Watch, restore, run, verify,
 };
 
 /// Runs a shell line that must succeed, and gives its output.
@@ -63,7 +63,7 @@ impl World {
 
     pub fn request(&self, wanted: Wanted) -> BackupRequest {
         BackupRequest {
-            disk: self.disk.clone(),
+            disk: DiskSource::Image(self.disk.clone()),
             bitmap: "daily".into(),
             to: self.folder.clone(),
             wanted,
