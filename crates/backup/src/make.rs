@@ -1,7 +1,7 @@
 //! Making a backup: what is wanted, what can be done, and the steps to it.
 //!
 //! ```text
-//!  lock folder and disk ─▶ plan ─▶ copy ─▶ read back ─▶ hashes ─▶ record ─▶ next bitmap begins, old ones go
+//!  lock disk and folder ─▶ plan ─▶ copy ─▶ read back ─▶ hashes ─▶ record ─▶ next bitmap begins, old ones go
 //!                                                                 │
 //!           an error or a crash: no backup, the bitmap says what it said   │ a crash: the backup is there, and the old bitmap,
 //!                                                                 │ which names more than needed, goes on
@@ -28,7 +28,7 @@ use crate::error::{BackupError, Kind, Result};
 use crate::event::{Step, Watch};
 use crate::folder::Folder;
 use crate::prove::{self, Outcome};
-use crate::record::{BackupKind, Record, bitmap_name, id_in};
+use crate::record::{BackupKind, Record, bitmap_name, id_in, is_id};
 
 /// Permission bits of the files of a backup: a disk's content is its owner's alone.
 const MODE: u32 = 0o600;
@@ -99,6 +99,7 @@ pub fn next_bitmap(name: &str, id: &str) -> Vec<u8> {
 /// and the disk's bitmaps are as they were; but when only the last step failed, the backup is there, and the error says so.
 pub fn run(request: &BackupRequest, watch: Watch<'_>) -> Result<BackupReport> {
     require_name(&request.bitmap)?;
+    require_folder(&request.to)?;
     watch.step(Step::Plan);
     let disk = Disk::open(&request.disk)?;
     let folder = Folder::open_for_writing(&request.to)?;
@@ -107,7 +108,7 @@ pub fn run(request: &BackupRequest, watch: Watch<'_>) -> Result<BackupReport> {
         watch,
         folder,
         id: match &request.disk {
-            DiskSource::Frozen { id, .. } => id.clone(),
+            DiskSource::Frozen { id, .. } => required_id(id)?,
             DiskSource::Image(_) | DiskSource::Layers { .. } => new_id()?,
         },
     };
@@ -123,6 +124,24 @@ fn require_name(name: &str) -> Result<()> {
         name.len()
     );
     Err(BackupError::new(Kind::Usage, "name the bitmap", found))
+}
+
+/// A store is named by a URL, and has backups of another kind.
+fn require_folder(to: &Path) -> Result<()> {
+    if !to.to_string_lossy().contains("://") {
+        return Ok(());
+    }
+    let found = format!("{} is a store, and backups go into a folder", to.display());
+    Err(BackupError::new(Kind::Usage, "make a backup", found)
+        .next("`stead checkpoint create --disk-only` puts a sandbox's disks into the store, and only what it does not have yet"))
+}
+
+fn required_id(id: &str) -> Result<String> {
+    if is_id(id) {
+        return Ok(id.to_owned());
+    }
+    let found = format!("{id:?} is not an id of 32 hex digits");
+    Err(BackupError::new(Kind::Internal, "make a backup", found))
 }
 
 /// A fresh id of a backup: 32 random hex digits.
@@ -240,7 +259,14 @@ impl Job<'_> {
         let mut why = Vec::new();
         for id in self.candidates(disk)? {
             match self.ground_of(disk, &id)? {
-                Ok(ground) => return Ok(Ok(ground)),
+                Ok(ground) => {
+                    if !why.is_empty() {
+                        let why = why.join("; ");
+                        self.watch
+                            .notice(format!("it stands on the earlier backup {id}: {why}"));
+                    }
+                    return Ok(Ok(ground));
+                }
                 Err(reason) => why.push(reason),
             }
         }

@@ -100,6 +100,16 @@ fn what_cannot_be_is_refused_with_its_status_and_a_next_step() {
         0,
     );
     assert!(made["record"]["why-full"].is_string());
+    let store = error(
+        at,
+        "backup full disk --bitmap daily --to s3://b/p --json -q",
+        2,
+    );
+    assert!(
+        store["next"]
+            .as_str()
+            .is_some_and(|next| next.contains("--disk-only"))
+    );
     assert_eq!(
         error(at, "backup restore b ffff new --json -q", 3)["kind"],
         "not-found"
