@@ -13,7 +13,7 @@ use crate::args::{
     TemplateCommand, TemplateImportArgs,
 };
 use crate::size::human;
-use crate::{demo, exec, img_manual, logs, manual, merge, print, progress, save};
+use crate::{backup, demo, exec, img_manual, logs, manual, merge, print, progress, save};
 
 /// Runs a command and returns the exit status.
 pub async fn run(cli: Cli) -> u8 {
@@ -41,6 +41,9 @@ pub async fn run(cli: Cli) -> u8 {
 async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
     if let Command::Merge(command) = cli.command {
         return merge::run(command, cli.global, watch).await;
+    }
+    if let Command::Backup(command) = cli.command {
+        return backup::run(command, cli.global, watch).await;
     }
     let global = &cli.global;
     if let Command::Save(command) = cli.command {
@@ -92,13 +95,14 @@ async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
         | Command::Man(_)
         | Command::Merge(_)
         | Command::Save(_)
+        | Command::Backup(_)
         | Command::Img { .. } => {
             unreachable!("handled before a worker is opened")
         }
     }
 }
 
-fn settings(global: &Global) -> Result<Settings> {
+pub fn settings(global: &Global) -> Result<Settings> {
     Ok(Settings {
         data_dir: match &global.data_dir {
             Some(dir) => dir.clone(),
@@ -136,6 +140,7 @@ fn on_interrupt(command: &Command) -> Option<&'static str> {
         | Command::Wake(_)
         | Command::Save(_)
         | Command::Compact(_)
+        | Command::Backup(_)
         | Command::Demo(_) => {
             Some("interrupted; undoing what was begun (once more to leave it to the next command)")
         }

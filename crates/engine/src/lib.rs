@@ -55,6 +55,7 @@ use stead_sys::lock::FileLock;
 use stead_vmm::Qemu;
 use tokio::sync::OnceCell;
 
+pub use capture::backup::{BackupDisk, BackupInstant};
 pub use capture::{CaptureReport, CheckpointRequest, PauseReport};
 pub use compact::{CompactReport, CompactedDisk, DEPTH_COMPACTED, MergedLayer};
 pub use console::Console;
