@@ -34,11 +34,11 @@ pub enum JobState {
     Standby,
     /// It waits for others of its transaction.
     Waiting,
-    /// Its work is done; nothing of the chain has changed. It waits for [`finalize`].
+    /// Its work is done; nothing of the chain has changed. It waits for [`Order::Finalize`].
     Pending,
     /// It is cleaning up after an error or a cancellation.
     Aborting,
-    /// It has ended; its error says how. It waits for [`dismiss`].
+    /// It has ended; its error says how. It waits for [`Order::Dismiss`].
     Concluded,
     /// It is gone.
     Null,

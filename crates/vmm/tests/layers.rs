@@ -152,19 +152,16 @@ fn interrupt(vm: &mut Vm, path: &Path, until: &str) {
     let [base, lowest, .., topmost, active] = &chain.layers[..] else {
         panic!("too short: {chain:?}");
     };
-    let number = |node: &str, end: usize| {
-        let mut numbers = node.trim_start_matches("vda.").split('-');
-        numbers
-            .clone()
-            .nth(end)
-            .or(numbers.next_back())
-            .expect("a number")
-            .to_owned()
+    // `vda.5-3` stands for 3 to 5, `vda.4` for itself.
+    let numbers = |node: &str| {
+        let numbers = node.trim_start_matches("vda.");
+        let (last, first) = numbers.split_once('-').unwrap_or((numbers, numbers));
+        (last.to_owned(), first.to_owned())
     };
     let node = format!(
         "vda.{}-{}",
-        number(&topmost.node, 0),
-        number(&lowest.node, 1)
+        numbers(&topmost.node).0,
+        numbers(&lowest.node).1
     );
     let file = format!("{node}.f");
     let path = path.to_str().expect("UTF-8");
