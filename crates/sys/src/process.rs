@@ -37,13 +37,15 @@ impl ProcessId {
                 format!("/proc/{pid}/stat is not of the known form: {stat:?}"),
             )
         })?;
-        if state == 'Z' || state == 'X' {
+        // The first thread of a process may have ended before others, which still have its files open.
+        let ended = state == 'X' || (state == 'Z' && !has_other_threads(pid)?);
+        if ended {
             return Err(io::Error::from(io::ErrorKind::NotFound));
         }
         Ok(Self { pid, start_ticks })
     }
 
-    /// Whether this very process still runs (a zombie does not).
+    /// Whether this very process still runs (a zombie does not, once all its threads have ended).
     ///
     /// # Errors
     /// When `/proc` is unreadable.
@@ -79,6 +81,15 @@ impl ProcessId {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+fn has_other_threads(pid: i32) -> io::Result<bool> {
+    let threads = match fs::read_dir(format!("/proc/{pid}/task")) {
+        Ok(threads) => threads,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    Ok(threads.take(2).count() > 1)
 }
 
 impl fmt::Display for ProcessId {
