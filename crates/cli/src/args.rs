@@ -109,6 +109,15 @@ pub enum Command {
     /// Start a hibernated sandbox where it was
     #[command(after_help = "Example:\n  stead wake web")]
     Wake(One),
+    /// Save images (libvirt's format): examine, verify, change and convert them
+    #[command(
+        subcommand,
+        after_help = "Example:\n  stead save verify /var/lib/libvirt/qemu/save/web.save"
+    )]
+    Save(SaveCommand),
+    /// Merge the layers of a sandbox's disks that no checkpoint and no other sandbox needs; it runs on
+    #[command(after_help = "Example:\n  stead compact web")]
+    Compact(CompactArgs),
     /// Disk images: create, examine, convert and repair them, with the options of qemu-img
     #[command(
         disable_help_flag = true,
@@ -382,6 +391,19 @@ pub struct CheckpointCreateArgs {
     /// Only the disks, with the guest's file systems frozen for the instant
     #[arg(long)]
     pub disk_only: bool,
+    /// Compact the sandbox afterwards when a disk lies in more layers than this
+    #[arg(long, value_name = "LAYERS", env = "STEAD_COMPACT_ABOVE", default_value_t = stead_engine::DEPTH_COMPACTED)]
+    pub compact_above: usize,
+}
+
+#[derive(Debug, Args)]
+pub struct CompactArgs {
+    /// Name, id, or the beginning of an id
+    #[arg(value_name = "SANDBOX")]
+    pub name: String,
+    /// Only say what would be merged
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 #[derive(Debug, Args)]
@@ -405,6 +427,112 @@ pub struct RestoreArgs {
     /// Name, id, or the beginning of an id
     #[arg(value_name = "CHECKPOINT")]
     pub checkpoint: String,
+}
+
+/// A save image.
+#[derive(Debug, Args)]
+pub struct SaveFile {
+    /// The save image
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum SaveCommand {
+    /// Show what a save image is, without reading its payload
+    #[command(after_help = "Example:\n  stead save info web.save")]
+    Info(SaveFile),
+    /// Read a save image to its end, and say what is proven, damaged, or cannot be known
+    #[command(
+        after_help = "Exit status: 0 when it is whole, 5 when it is damaged or incomplete.\n\nExample:\n  stead save verify web.save"
+    )]
+    Verify(SaveVerifyArgs),
+    /// Print the domain's XML
+    #[command(after_help = "Example:\n  stead save dump-xml web.save > web.xml")]
+    DumpXml(SaveFile),
+    /// Replace the domain's XML; the old image stands until the new one is durable
+    #[command(after_help = "Example:\n  stead save edit-xml web.save --xml web.xml")]
+    EditXml(SaveEditArgs),
+    /// Write a save image with another compression, verified before it appears
+    #[command(after_help = "Example:\n  stead save convert web.save web.zst.save --format zstd")]
+    Convert(SaveConvertArgs),
+    /// Write the migration stream of a save image, decompressed
+    #[command(after_help = "Example:\n  stead save extract web.save web.migration")]
+    Extract(SaveExtractArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct SaveVerifyArgs {
+    /// The save image
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// Compare a disk's raw content with what was recorded of it; repeatable
+    #[arg(long = "disk", value_name = "NAME=FILE", value_parser = disk)]
+    pub disks: Vec<(String, PathBuf)>,
+}
+
+/// `vda=/path/to/raw`.
+fn disk(text: &str) -> Result<(String, PathBuf), String> {
+    let (name, file) = text
+        .split_once('=')
+        .ok_or_else(|| format!("{text:?} is not of the form NAME=FILE"))?;
+    Ok((name.to_owned(), PathBuf::from(file)))
+}
+
+#[derive(Debug, Args)]
+pub struct SaveEditArgs {
+    /// The save image
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// The new XML; - for standard input
+    #[arg(long, value_name = "FILE")]
+    pub xml: PathBuf,
+}
+
+/// How a payload is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum SaveFormat {
+    /// As it is
+    Raw,
+    /// gzip
+    Gzip,
+    /// bzip2
+    Bzip2,
+    /// xz
+    Xz,
+    /// lzop
+    Lzop,
+    /// zstd
+    Zstd,
+}
+
+#[derive(Debug, Args)]
+pub struct SaveConvertArgs {
+    /// The save image
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// The new save image; may be the same file with --force
+    #[arg(value_name = "TO")]
+    pub to: PathBuf,
+    /// How the payload is to be stored
+    #[arg(long, value_enum)]
+    pub format: SaveFormat,
+    /// Replace TO if it is there
+    #[arg(long, short)]
+    pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct SaveExtractArgs {
+    /// The save image
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// Where to write the stream; - for standard output
+    #[arg(value_name = "TO")]
+    pub to: PathBuf,
+    /// Replace TO if it is there
+    #[arg(long, short)]
+    pub force: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -459,7 +587,7 @@ pub enum MergeCommand {
     Plan(MergeArgs),
     /// Merge: all of it or nothing; read back before a layer is removed
     #[command(
-        after_help = "The disk must not be in use. After a crash, `stead merge recover BASE` finishes or undoes it.\n\nExample:\n  stead merge run active.qcow2 --top old.qcow2 --base /dev/vg/base \\\n      --extend-cmd 'f() { lvextend -L \"${2}b\" \"$1\"; }; f'"
+        after_help = "The disk must not be in use, but by the VM of --qmp. After a crash, `stead merge recover BASE` finishes or undoes it.\n\nExample:\n  stead merge run active.qcow2 --top old.qcow2 --base /dev/vg/base \\\n      --extend-cmd 'f() { lvextend -L \"${2}b\" \"$1\"; }; f'"
     )]
     Run(MergeArgs),
     /// Finish or undo a merge that was interrupted
@@ -510,6 +638,12 @@ pub struct MergeArgs {
     /// Shell command that extends a device that is too short; it gets the device and the bytes it must have
     #[arg(long, value_name = "CMD")]
     pub extend_cmd: Option<String>,
+    /// The control socket of the QEMU that runs on this disk: it does the merge, and the guest runs on
+    #[arg(long, value_name = "SOCKET")]
+    pub qmp: Option<PathBuf>,
+    /// The most that a merge under a running VM moves in a second, for instance 50M
+    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse, requires = "qmp")]
+    pub speed: Option<u64>,
 }
 
 #[derive(Debug, Args)]

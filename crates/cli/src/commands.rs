@@ -8,12 +8,12 @@ use stead_engine::{
 };
 
 use crate::args::{
-    Accelerator, CheckpointCommand, CheckpointCreateArgs, Cli, Command, CreateArgs, ForkArgs,
-    GcArgs, Global, RestoreArgs, StopArgs, StoreCommand, TemplateBuildArgs, TemplateCommand,
-    TemplateImportArgs,
+    Accelerator, CheckpointCommand, CheckpointCreateArgs, Cli, Command, CompactArgs, CreateArgs,
+    ForkArgs, GcArgs, Global, RestoreArgs, StopArgs, StoreCommand, TemplateBuildArgs,
+    TemplateCommand, TemplateImportArgs,
 };
 use crate::size::human;
-use crate::{backup, demo, exec, img_manual, logs, manual, merge, print, progress};
+use crate::{backup, demo, exec, img_manual, logs, manual, merge, print, progress, save};
 
 /// Runs a command and returns the exit status.
 pub async fn run(cli: Cli) -> u8 {
@@ -46,6 +46,9 @@ async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
         return backup::run(command, cli.global, watch).await;
     }
     let global = &cli.global;
+    if let Command::Save(command) = cli.command {
+        return save::run(command, watch, global.json).await;
+    }
     let settings = settings(global)?;
     if let Command::Demo(args) = &cli.command {
         return demo::run(args, &settings, watch, global.json).await;
@@ -82,6 +85,7 @@ async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
                 print::line(&report.sandbox.name)
             })
         }
+        Command::Compact(args) => compact(&engine, &args, global).await,
         Command::Store(command) => store(&engine, command, global).await,
         Command::Verify => verify_store(&engine, global).await,
         Command::Gc(args) => gc(&engine, &args, global).await,
@@ -91,6 +95,7 @@ async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
         | Command::Man(_)
         | Command::Merge(_)
         | Command::Backup(_)
+        | Command::Save(_)
         | Command::Img { .. } => {
             unreachable!("handled before a worker is opened")
         }
@@ -134,6 +139,8 @@ fn on_interrupt(command: &Command) -> Option<&'static str> {
         | Command::Hibernate(_)
         | Command::Wake(_)
         | Command::Backup(_)
+        | Command::Save(_)
+        | Command::Compact(_)
         | Command::Demo(_) => {
             Some("interrupted; undoing what was begun (once more to leave it to the next command)")
         }
@@ -448,6 +455,33 @@ async fn checkpoint(engine: &Engine, command: CheckpointCommand, global: &Global
     }
 }
 
+async fn compact(engine: &Engine, args: &CompactArgs, global: &Global) -> Result<u8> {
+    let report = engine.compact(&args.name, args.dry_run).await?;
+    if global.json {
+        return Ok(print::json(&report));
+    }
+    let rows = report.disks.iter().map(|disk| {
+        let [before, now] = disk.merged.iter().fold([0, 0], |[before, now], one| {
+            [before + one.bytes_before, now + one.bytes]
+        });
+        [
+            disk.name.clone(),
+            disk.layers_before.to_string(),
+            disk.layers.to_string(),
+            human(before),
+            if args.dry_run {
+                String::new()
+            } else {
+                human(now)
+            },
+        ]
+    });
+    Ok(print::table(
+        ["DISK", "LAYERS", "MERGED TO", "TOOK", "TAKES"],
+        rows,
+    ))
+}
+
 async fn checkpoint_create(
     engine: &Engine,
     args: CheckpointCreateArgs,
@@ -456,6 +490,7 @@ async fn checkpoint_create(
     let request = CheckpointRequest {
         name: args.name,
         disk_only: args.disk_only,
+        compact_above: Some(args.compact_above),
     };
     let made = engine.checkpoint_create(&args.sandbox, &request).await?;
     if global.json {

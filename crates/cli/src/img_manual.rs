@@ -1,23 +1,41 @@
 //! `stead img` as manual pages and completion see it: its own crate reads its command lines, and says here which
 //! commands and options there are.
 
-use clap::{Arg, ArgAction, Command, CommandFactory, ValueHint};
+use clap::{Arg, ArgAction, Command, CommandFactory, Id, ValueHint};
 use stead_img::{CommandManual, OptionManual};
 
 use crate::args::Cli;
 
 /// The whole command line, `stead img` with its commands.
 pub fn whole() -> Command {
-    Cli::command().mut_subcommand("img", |img| {
-        let mut whole =
-            Command::new("img").subcommands(stead_img::manual("stead img").iter().map(command));
-        if let Some(about) = img.get_about() {
-            whole = whole.about(about.clone());
+    let stead = Cli::command();
+    let globals = stead.get_arguments().filter(|arg| arg.is_global_set());
+    let globals: Vec<Arg> = globals.cloned().collect();
+    let commands = stead_img::manual("stead img");
+    let commands = commands
+        .iter()
+        .map(|manual| without_globals(command(manual), &globals));
+    let mut img = without_globals(Command::new("img").subcommands(commands), &globals);
+    if let Some(known) = stead.find_subcommand("img") {
+        if let Some(about) = known.get_about() {
+            img = img.about(about.clone());
         }
-        match img.get_after_help() {
-            Some(text) => whole.after_help(text.clone()),
-            None => whole,
+        if let Some(text) = known.get_after_help() {
+            img = img.after_help(text.clone());
         }
+    }
+    stead.mut_subcommand("img", |_| img)
+}
+
+/// Options that every other command has are none of these commands: under the same names they are hidden.
+fn without_globals(command: Command, globals: &[Arg]) -> Command {
+    let own: Vec<Id> = command
+        .get_arguments()
+        .map(|arg| arg.get_id().clone())
+        .collect();
+    let foreign = globals.iter().filter(|arg| !own.contains(arg.get_id()));
+    foreign.fold(command, |command, arg| {
+        command.arg(arg.clone().global(false).hide(true))
     })
 }
 
@@ -67,7 +85,10 @@ mod tests {
                 .render(&mut page)
                 .expect("a page");
             let page = String::from_utf8_lossy(&page).into_owned();
-            assert!(page.contains("Example"), "{page}");
+            assert!(
+                page.contains("Example") && !page.contains("STEAD_STORE"),
+                "{page}"
+            );
         }
     }
 }

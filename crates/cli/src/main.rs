@@ -12,6 +12,7 @@ mod manual;
 mod merge;
 mod print;
 mod progress;
+mod save;
 mod size;
 mod trace;
 

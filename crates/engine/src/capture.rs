@@ -48,6 +48,9 @@ pub struct CheckpointRequest {
     pub name: Option<String>,
     /// Only the disks.
     pub disk_only: bool,
+    /// Layers are compacted afterwards when a disk lies in more than this many; `None` for
+    /// [`crate::DEPTH_COMPACTED`].
+    pub compact_above: Option<usize>,
 }
 
 /// How long the guest stood still, and for what.
@@ -144,7 +147,10 @@ impl Engine {
             self.publish_instant(&mut job, &plan, instant).await
         }
         .await;
-        self.undone_on_error(&job, made).await
+        let report = self.undone_on_error(&job, made).await?;
+        let limit = request.compact_above.unwrap_or(crate::DEPTH_COMPACTED);
+        self.compact_if_deep(&plan.sandbox.id, limit).await;
+        Ok(report)
     }
 
     /// Captures a running sandbox, publishes it and ends its VM.
@@ -231,7 +237,7 @@ impl Engine {
             &format!("its disk lies in {depth} layers, the most that can be"),
         )
         .next(format!(
-            "`stead restore {name} CHECKPOINT` with its newest checkpoint puts the disk into one layer"
+            "remove checkpoints that are not needed and run `stead compact {name}`; `stead restore {name} CHECKPOINT` with its newest checkpoint puts the disk into one layer"
         )))
     }
 

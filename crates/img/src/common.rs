@@ -18,7 +18,10 @@ pub(crate) const OUTPUT: Opt = Opt::value("output", "", &["output"]);
 pub(crate) const FORCE_SHARE: Opt = Opt::flag("force-share", "U", &["force-share"]);
 pub(crate) const PROGRESS: Opt = Opt::flag("progress", "p", &["progress"]);
 pub(crate) const NO_FOLLOW: Opt = Opt::flag("no-follow", "", &["no-follow"]);
+pub(crate) const CACHE_SIZE: Opt = Opt::value("cache-size", "", &["cache-size"]);
 pub(crate) const QUIET: Opt = Opt::flag("quiet", "q", &["quiet"]);
+/// What lies below is read, and what it shows recorded in the image.
+pub(crate) const RECORD_BACKING: Opt = Opt::flag("record-backing", "", &["record-backing"]);
 
 /// How a result is printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

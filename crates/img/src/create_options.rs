@@ -305,6 +305,7 @@ impl Given {
             lazy_refcounts: self.is_on("lazy_refcounts"),
             extended_l2: self.is_on("extended_l2"),
             data_file: self.data_file(image)?,
+            backing_content: None,
         };
         check_qcow2(&options)?;
         Ok(options)

@@ -13,7 +13,7 @@ use crate::failure::{Failure, Outcome};
 use crate::format::Format;
 use crate::getopt::Parsed;
 use crate::new_image;
-use crate::opened::{self, OpenedChain};
+use crate::opened::{self, OpenedChain, Sharing};
 use crate::reference::Reference;
 
 /// The image that `name` means by the options `-f` and `--image-opts`, and its format. A raw disk that nobody called raw gets a warning: whoever can
@@ -81,7 +81,7 @@ pub(crate) fn editor_for(image: &Reference, changes: Changes) -> Outcome<OpenedE
     let cannot = |error: Error| Failure::open(&image.given, &error);
     let Some(window) = image.window else {
         let opened = match changes {
-            Changes::Any => Editor::open(path, options),
+            Changes::Any => Editor::open_following(path, &common::follow_all(), options),
             Changes::Amendments => Editor::open_for_amendments(path, options),
         };
         let editor = opened.map_err(cannot)?;
@@ -102,14 +102,18 @@ pub(crate) fn editor_for(image: &Reference, changes: Changes) -> Outcome<OpenedE
     })
 }
 
-/// The disk below the image, which nobody writes to meanwhile.
-pub(crate) fn below(image: &Reference, editor: &Editor) -> Outcome<Option<OpenedChain>> {
+/// The disk below the image, which nobody writes to meanwhile, unless that is allowed.
+pub(crate) fn below(
+    image: &Reference,
+    editor: &Editor,
+    sharing: Sharing,
+) -> Outcome<Option<OpenedChain>> {
     let Some(backing) = &editor.layer().header().backing else {
         return Ok(None);
     };
     let name = String::from_utf8_lossy(&backing.name);
     let format = backing.format.as_deref().map(String::from_utf8_lossy);
-    let opened = new_image::below_locked(&image.path, &name, format.as_deref());
+    let opened = new_image::below_shared(&image.path, &name, format.as_deref(), sharing);
     let opened = opened
         .map_err(|why| opened::not_open(image, &format!("Could not open backing file: {why}")))?;
     Ok(Some(opened))

@@ -18,20 +18,12 @@ pub(crate) fn below(
     format: Option<&str>,
 ) -> Result<(Chain, Format), String> {
     // Nothing of it is kept, so it may be in use meanwhile.
-    let opened = open_below(image, name, format, Sharing::Shared)?;
+    let opened = below_shared(image, name, format, Sharing::Shared)?;
     Ok((opened.chain, opened.format))
 }
 
-/// As [`below`]; nobody writes to it meanwhile.
-pub(crate) fn below_locked(
-    image: &Path,
-    name: &str,
-    format: Option<&str>,
-) -> Result<OpenedChain, String> {
-    open_below(image, name, format, Sharing::Locked)
-}
-
-fn open_below(
+/// As [`below`]; nobody writes to it meanwhile, unless `sharing` allows it.
+pub(crate) fn below_shared(
     image: &Path,
     name: &str,
     format: Option<&str>,

@@ -9,7 +9,7 @@ use stead_qcow2::{info, info_layer, probe_format};
 use stead_sys::image_lock::{Access, Attempt, Holder, ImageLock};
 use stead_sys::readable;
 
-use crate::common::{self, FORCE_SHARE, FORMAT};
+use crate::common::{self, CACHE_SIZE, FORCE_SHARE, FORMAT};
 use crate::console::Console;
 use crate::failure::{Failure, Outcome, system_words};
 use crate::format::Format;
@@ -139,6 +139,17 @@ pub(crate) struct OpenedChain {
     pub locks: Vec<ReadLock>,
 }
 
+impl OpenedChain {
+    /// The same, with as much memory for tables as the command line says.
+    pub fn with_cache_of(self, parsed: &Parsed) -> Outcome<Self> {
+        if let Some(text) = common::text(parsed, CACHE_SIZE.id) {
+            self.chain
+                .set_cache_bytes(common::size(&text, "cache size")?);
+        }
+        Ok(self)
+    }
+}
+
 /// Opens the disk whose top image is `reference`.
 pub(crate) fn chain(
     reference: &Reference,
@@ -155,7 +166,7 @@ pub(crate) fn operand(parsed: &Parsed, console: &Console) -> Outcome<Reference> 
     common::image(parsed, name, FORMAT.id)
 }
 
-/// The disk that `name` means, by the options of `format_id`, `-U` and `--no-follow`.
+/// The disk that `name` means, by the options of `format_id`, `-U`, `--no-follow` and `--cache-size`.
 pub(crate) fn disk(
     parsed: &Parsed,
     name: &OsStr,
@@ -163,7 +174,7 @@ pub(crate) fn disk(
 ) -> Outcome<(Reference, OpenedChain)> {
     let image = common::image(parsed, name, format_id)?;
     let opened = chain(&image, Sharing::of(parsed), common::policy(parsed))?;
-    Ok((image, opened))
+    Ok((image, opened.with_cache_of(parsed)?))
 }
 
 /// As [`chain`]. The error is only the reason: its first line in qemu-img's words, ours below.
@@ -174,16 +185,20 @@ pub(crate) fn chain_or_why(
 ) -> Result<OpenedChain, String> {
     let format = format_or_why(reference)?;
     let mut locks = vec![lock_for_reading(&reference.path, sharing)?];
-    let chain = match reference.window {
+    let open = || match reference.window {
         None => whole(reference, format, policy),
         Some(window) => part(reference, window, format, policy),
-    }?;
-    for index in 1..chain.depth() {
-        let Some((path, _)) = chain.file(index) else {
-            unreachable!("the chain is that deep");
-        };
-        locks.push(lock_for_reading(path, sharing).map_err(|why| below(&why))?);
+    };
+    let chain = open()?;
+    for (index, path) in (0..chain.depth()).flat_map(|index| files(&chain, index)) {
+        let lock = lock_for_reading(path, sharing);
+        locks.push(lock.map_err(|why| if index == 0 { why } else { below(&why) })?);
     }
+    // What was read before the locks were had may be old by now.
+    let chain = match sharing {
+        Sharing::Locked => open()?,
+        Sharing::Shared => chain,
+    };
     Ok(OpenedChain {
         chain,
         format,
@@ -215,6 +230,19 @@ fn part(
         Format::Qcow2 => Chain::follow_storage(window.open(path)?, path, policy),
     };
     chain.map_err(|error| chain_words(reference, &error))
+}
+
+/// The files of one image of a chain that are not locked yet: itself, unless it is the top, and its external data file.
+fn files(chain: &Chain, index: usize) -> impl Iterator<Item = (usize, &Path)> {
+    let own = chain
+        .file(index)
+        .filter(|_| index > 0)
+        .map(|(path, _)| path);
+    let layer = chain
+        .layer(index)
+        .filter(|layer| layer.header().external_data.is_some());
+    let data = layer.map(Layer::data_path);
+    own.into_iter().chain(data).map(move |path| (index, path))
 }
 
 fn below(why: &str) -> String {

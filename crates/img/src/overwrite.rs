@@ -152,6 +152,7 @@ fn options(header: &Header, backing: Option<Backing>) -> Qcow2Options {
         backing,
         data_file: None,
         preallocation: Preallocation::Off,
+        backing_content: None,
     }
 }
 

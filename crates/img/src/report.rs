@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 use stead_qcow2::edit::{Done, Plan};
+use stead_qcow2::ops::commit::{BitmapFate, BitmapOutcome};
 
 use crate::common;
 use crate::console::Console;
@@ -38,6 +39,68 @@ pub(crate) fn room_line(plan: &Plan) -> String {
     )
 }
 
+/// A bitmap that `whose` image does not keep means a full backup.
+pub(crate) fn warn_of_bitmaps(
+    whose: &str,
+    outcomes: &[BitmapOutcome],
+    console: &mut Console,
+) -> Outcome<()> {
+    for bitmap in outcomes {
+        if let BitmapFate::Dropped { reason } = &bitmap.fate {
+            let name = String::from_utf8_lossy(&bitmap.name);
+            let text = format!("WARNING: {whose} does not keep the bitmap '{name}': {reason}");
+            console.error_line(&text)?;
+        }
+    }
+    Ok(())
+}
+
+/// What became of bitmaps.
+pub(crate) fn bitmaps(outcomes: &[BitmapOutcome]) -> Value {
+    outcomes.iter().map(bitmap).collect()
+}
+
+fn bitmap(outcome: &BitmapOutcome) -> Value {
+    let (fate, reason) = match &outcome.fate {
+        BitmapFate::Merged { .. } => ("merged", None),
+        BitmapFate::Carried { .. } => ("carried", None),
+        BitmapFate::Marked => ("marked", None),
+        BitmapFate::Kept => ("kept", None),
+        BitmapFate::MarkedInstead { reason } => ("marked", Some(reason)),
+        BitmapFate::Dropped { reason } => ("dropped", Some(reason)),
+    };
+    json!({
+        "name": String::from_utf8_lossy(&outcome.name),
+        "fate": fate,
+        "reason": reason,
+    })
+}
+
+/// As [`done`], with what became of the image's bitmaps.
+pub(crate) fn done_with_bitmaps<T>(
+    parsed: &Parsed,
+    done: &Done<T>,
+    outcomes: &[BitmapOutcome],
+    console: &mut Console,
+) -> Outcome<()> {
+    warn_of_bitmaps("the image", outcomes, console)?;
+    if !parsed.has(JSON.id) {
+        return Ok(());
+    }
+    let mut report = as_json(done);
+    report["bitmaps"] = bitmaps(outcomes);
+    console.line(&json::pretty(&report)?)
+}
+
+fn as_json<T>(done: &Done<T>) -> Value {
+    json!({
+        "outcome": "done",
+        "verified": "structure",
+        "leaks": done.check.leaks,
+        "room": room(&done.room),
+    })
+}
+
 /// It was done and proven. People get `text`, unless they want quiet.
 pub(crate) fn done<T>(
     parsed: &Parsed,
@@ -46,13 +109,7 @@ pub(crate) fn done<T>(
     console: &mut Console,
 ) -> Outcome<()> {
     if parsed.has(JSON.id) {
-        let report = json!({
-            "outcome": "done",
-            "verified": "structure",
-            "leaks": done.check.leaks,
-            "room": room(&done.room),
-        });
-        return console.line(&json::pretty(&report)?);
+        return console.line(&json::pretty(&as_json(done))?);
     }
     if text.is_empty() || parsed.has(common::QUIET.id) {
         return Ok(());

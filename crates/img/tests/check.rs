@@ -93,3 +93,57 @@ fn an_image_that_cannot_be_opened_is_refused_in_the_same_words() {
         "check -f qcow2 empty.qcow2",
     ]);
 }
+
+#[test]
+fn a_base_that_was_changed_is_found_by_check_backing() {
+    let bench = Bench::new();
+    bench.sh(
+        "qemu-img create -q -f raw base 8M; qemu-io -f raw -c 'write -P 7 0 1M' base; cp base same",
+    );
+    let run = |line: &str| {
+        let output = bench.ours(line);
+        let text = [output.stdout, output.stderr].concat();
+        (
+            output.status.code(),
+            String::from_utf8_lossy(&text).into_owned(),
+        )
+    };
+    let good = |line: &str| {
+        let (status, text) = run(line);
+        assert_eq!(status, Some(0), "{line}: {text}");
+        text
+    };
+    good("create -q -f qcow2 -b base -F raw --record-backing top.qcow2");
+    good("create -q -f qcow2 -b base -F raw plain.qcow2");
+    let text = good("check --backing --progress top.qcow2");
+    assert!(text.contains("(100.00/100%)"), "{text}");
+    let text = good("check --backing plain.qcow2");
+    assert!(text.contains("nothing was compared"), "{text}");
+    // An image that is there gets a record, and nothing else of it changes.
+    good("rebase -b base -F raw --record-backing plain.qcow2");
+    let text = good("check --backing --output=json plain.qcow2");
+    assert!(text.contains("\"backing-compared\": 1"), "{text}");
+    put(&bench.path("base"), 5000, &[1]);
+    for image in ["top.qcow2", "plain.qcow2"] {
+        let (status, text) = run(&format!("check --backing {image}"));
+        assert_eq!(status, Some(2), "{text}");
+        assert!(
+            text.contains("shows other bytes than when its content was recorded"),
+            "{text}"
+        );
+        // Without the option no other file is opened.
+        good(&format!("check {image}"));
+    }
+    // What it was in time: another file with the same bytes.
+    good("rebase -u -b same -F raw top.qcow2");
+    good("check --backing top.qcow2");
+    for line in [
+        "create -q -f qcow2 --record-backing x.qcow2 1M",
+        "create -q -f raw --record-backing x.raw 1M",
+        "rebase --record-backing -b '' top.qcow2",
+        "rebase --record-backing -u -b same -F raw top.qcow2",
+    ] {
+        assert_eq!(run(line).0, Some(1), "{line}");
+    }
+    assert!(!bench.path("x.qcow2").exists() && !bench.path("x.raw").exists());
+}

@@ -157,3 +157,109 @@ fn a_dry_run_changes_nothing_and_the_report_says_what_was_needed() {
     assert_eq!(planned["room"], done["room"]);
     assert_eq!(planned["image-room"], done["image-room"]);
 }
+
+/// A program that has an image open for writing, so that nobody else reads it; ended when dropped.
+struct Writer(std::process::Child);
+
+impl Writer {
+    fn of(bench: &Bench, name: &str, format: &str) -> Self {
+        let child = std::process::Command::new("qemu-io")
+            .args(["-f", format])
+            .arg(bench.path(name))
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn();
+        let mut child = child.expect("qemu-io");
+        // It asks for a command when the image is open.
+        let stdout = child.stdout.as_mut().expect("piped");
+        std::io::Read::read_exact(stdout, &mut [0]).expect("a prompt");
+        Self(child)
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.0.kill().expect("killed");
+        self.0.wait().expect("ended");
+    }
+}
+
+#[test]
+fn a_file_below_that_somebody_writes_to_is_not_read_and_its_user_is_named() {
+    for (held, format) in [("other.qcow2", "qcow2"), ("data.raw", "raw")] {
+        let bench = chain();
+        bench.sh(
+            "qemu-img create -q -f qcow2 -o data_file=data.raw -b base.raw -F raw data.qcow2 4M",
+        );
+        let _writer = Writer::of(&bench, held, format);
+        let below = format == "qcow2";
+        let image = if below { "tiny.qcow2" } else { "data.qcow2" };
+        for line in [
+            "commit IMAGE",
+            "commit -d IMAGE",
+            "rebase -b '' IMAGE",
+            "convert -O raw IMAGE out",
+            "compare IMAGE top.qcow2",
+            "map IMAGE",
+            "measure -O qcow2 IMAGE",
+            "dd if=IMAGE of=out bs=1M count=1",
+        ] {
+            let line = line.replace("IMAGE", image);
+            let [ours, theirs] = [bench.ours(&line), bench.theirs(&line)];
+            // Of raw files, QEMU's tools let others go on writing.
+            assert!(!below || !theirs.status.success(), "{line}: {theirs:?}");
+            let text = String::from_utf8_lossy(&ours.stderr).into_owned();
+            assert!(!ours.status.success(), "{line}: {text}");
+            assert!(text.contains("qemu-io"), "{line}: {text}");
+            assert!(text.contains(held), "{line}: {text}");
+        }
+        for line in [
+            "map -U IMAGE",
+            "convert -U -O raw IMAGE out",
+            "measure -U -O qcow2 IMAGE",
+        ] {
+            let shared = bench.ours(&line.replace("IMAGE", image));
+            assert!(shared.status.success(), "{line}: {shared:?}");
+        }
+        if below {
+            let shared = bench.ours("rebase -U -b '' tiny.qcow2");
+            assert!(shared.status.success(), "{shared:?}");
+        }
+    }
+}
+
+#[test]
+fn a_commit_shows_how_far_it_is_and_ends_when_asked_with_everything_as_it_was() {
+    let bench = Bench::new();
+    bench.sh("qemu-img create -q -f qcow2 base.qcow2 4G; qemu-img create -q -f qcow2 -b base.qcow2 -F qcow2 top.qcow2");
+    bench.sh("qemu-io -c 'write -P 3 0 192M' top.qcow2; sha256sum base.qcow2 top.qcow2 > before");
+    let child = std::process::Command::new(bench.path("../bin/qemu-img"))
+        .args(["commit", "-p", "top.qcow2"])
+        .current_dir(bench.path("."))
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn();
+    let mut child = child.expect("ours");
+    // It has begun to move data when more than the start is shown.
+    let mut stdout = child.stdout.take().expect("piped");
+    let (mut said, mut byte) = (Vec::new(), [0]);
+    while said.iter().filter(|byte| **byte == b'%').count() < 2 {
+        let read = std::io::Read::read(&mut stdout, &mut byte).expect("read");
+        assert_eq!(read, 1, "it ended: {}", String::from_utf8_lossy(&said));
+        said.push(byte[0]);
+    }
+    bench.sh(&format!("kill -INT {}", child.id()));
+    std::io::Read::read_to_end(&mut stdout, &mut said).expect("read");
+    let ended = child.wait_with_output().expect("ended");
+    let text = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(1), "{text}");
+    assert!(text.contains("cancelled"), "{text}");
+    bench.sh("sha256sum -c before");
+    let shown = bench.ours("commit -p top.qcow2");
+    let text = String::from_utf8_lossy(&shown.stdout).into_owned();
+    assert!(shown.status.success(), "{shown:?}");
+    assert!(
+        text.matches('%').count() > 4 && text.contains("(100.00/100%)"),
+        "{text}"
+    );
+}

@@ -6,7 +6,7 @@ use stead_qcow2::edit::{EditOptions, Editor};
 use stead_qcow2::ops::commit::{
     CommitOptions, CommitReport, RawBase, commit_into, commit_into_raw,
 };
-use stead_qcow2::{Error, LayerFormat};
+use stead_qcow2::{Control, Error, LayerFormat};
 use stead_sys::image_lock::{Access, Attempt, ImageLock};
 use stead_sys::readable;
 
@@ -85,14 +85,15 @@ impl Opened {
         layers: &Layers,
         options: &CommitOptions,
         left: u64,
+        control: &Control<'_>,
     ) -> stead_qcow2::Result<CommitReport> {
         match &mut self.target {
             Target::Qcow2(editor) => {
                 let below = &layers.files[layers.base + 1..];
-                commit_into(editor, left, (layers.merged(), below), options)
+                commit_into(editor, left, (layers.merged(), below), options, control)
             }
             Target::Raw { top, base, .. } => {
-                commit_into_raw(top, &layers.merged()[1..], base, options)
+                commit_into_raw(top, &layers.merged()[1..], base, options, control)
             }
         }
     }

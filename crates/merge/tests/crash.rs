@@ -242,7 +242,13 @@ fn commit_on(world: &World, at_call: u64, fault: DiskFault) -> Result<(), stead_
         ..CommitOptions::default()
     };
     let above = [file("top"), file("mid")];
-    commit_into(&mut editor, 0, (&above, &[]), &options)?;
+    commit_into(
+        &mut editor,
+        0,
+        (&above, &[]),
+        &options,
+        &stead_qcow2::Control::default(),
+    )?;
     Ok(())
 }
 

@@ -18,7 +18,7 @@ use stead_merge::{Becomes, Kind, MergeRequest, Place, StalePolicy, plan, run};
 use stead_qcow2::edit::{EditOptions, Editor};
 use stead_qcow2::ops::bitmap::{self, Action};
 use stead_qcow2::ops::commit::{Chosen, CommitOptions, Incomplete, commit_into};
-use stead_qcow2::{Layer, LayerFile, LayerFormat};
+use stead_qcow2::{Control, Layer, LayerFile, LayerFormat};
 use stead_sys::storage::{FileStorage, Storage};
 
 const MIB: u64 = 1 << 20;
@@ -154,7 +154,7 @@ impl Case {
             path: self.path("top"),
             format: LayerFormat::Qcow2,
         }];
-        commit_into(&mut editor, 0, (&top, &[]), &options).is_ok()
+        commit_into(&mut editor, 0, (&top, &[]), &options, &Control::default()).is_ok()
     }
 
     /// The smallest disk, in clusters, on which it can be done.

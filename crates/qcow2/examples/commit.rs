@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use stead_qcow2::ops::commit::{CommitOptions, commit};
-use stead_qcow2::{LayerFile, LayerFormat};
+use stead_qcow2::{Control, LayerFile, LayerFormat};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut args = std::env::args().skip(1);
@@ -23,7 +23,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         ..CommitOptions::default()
     };
     let start = Instant::now();
-    let report = commit(&files, &options)?;
+    let report = commit(&files, &options, &Control::default())?;
     println!("{:?} {report:?}", start.elapsed());
     Ok(())
 }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use stead_qcow2::edit::{EditOptions, Editor};
 use stead_qcow2::ops::commit::{CommitOptions, RawBase, commit_into_raw};
 use stead_qcow2::ops::rebase::{BackingFile, rename};
-use stead_qcow2::{Layer, Result as ImageResult};
+use stead_qcow2::{Control, Layer, Result as ImageResult};
 use stead_sim::RecordedDisk;
 use stead_sim::disk::Event;
 use stead_sys::storage::Storage;
@@ -219,7 +219,14 @@ impl Seeds {
         let raw: Arc<dyn Storage> = Arc::new(RecordedDisk::new(std::fs::read(raw)?));
         let marked = marked(top, |editor| {
             let base = RawBase::on_storage(raw, PathBuf::from("/raw"));
-            commit_into_raw(editor, &[], &base, &CommitOptions::default()).map(drop)
+            commit_into_raw(
+                editor,
+                &[],
+                &base,
+                &CommitOptions::default(),
+                &Control::default(),
+            )
+            .map(drop)
         })?;
         self.keep("recover", "commit-into-raw", &marked)
     }

@@ -16,9 +16,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::cache::DEFAULT_CACHE_BYTES;
 use crate::directory::InternalSnapshot;
 use crate::error::{Error, Result};
 use crate::file::ImageFile;
+use crate::following::{OpenPolicy, data_file_of};
 use crate::header::{to_u64, to_usize};
 use crate::layer::{ExtentKind, Layer};
 use crate::raw::RawDisk;
@@ -61,6 +63,27 @@ impl Member {
             }
             LayerFormat::Qcow2 => Self::from_layer(Layer::open(&file.path)?),
         }
+    }
+
+    /// As [`Member::open`], with the external data file that a qcow2 image needs, if it is given.
+    pub fn open_with_data(file: &LayerFile, data: Option<&Path>) -> Result<Self> {
+        match (file.format, data) {
+            (LayerFormat::Qcow2, Some(data)) => {
+                Self::from_layer(Layer::open_with_data(&file.path, data)?)
+            }
+            (LayerFormat::Raw | LayerFormat::Qcow2, _) => Self::open(file),
+        }
+    }
+
+    /// As [`Member::open`], with the external data file that the image names, if `follow_data`.
+    pub fn open_following(file: &LayerFile, follow_data: bool) -> Result<Self> {
+        let data = match (follow_data, file.format) {
+            (true, LayerFormat::Qcow2) => {
+                data_file_of(&Layer::inspect(&file.path)?, &OpenPolicy::NAMES)?
+            }
+            (false, _) | (true, LayerFormat::Raw) => None,
+        };
+        Self::open_with_data(file, data.as_deref())
     }
 
     pub fn from_layer(layer: Layer) -> Result<Self> {
@@ -150,8 +173,9 @@ pub(crate) enum StoredAs {
     },
 }
 
-/// A disk made of layers over a base, open for reading. Usable from several threads.
-#[derive(Debug)]
+/// A disk made of layers over a base, open for reading. Usable from several threads. A clone is the same files, opened
+/// once.
+#[derive(Debug, Clone)]
 pub struct Chain {
     members: Vec<Arc<Member>>,
     /// In order; one, but for joined disks.
@@ -187,7 +211,7 @@ impl Chain {
         }
         let open = |file| Member::open(file).map(Arc::new);
         let members = files.iter().map(open).collect::<Result<_>>()?;
-        Ok(Self::from_shared(members))
+        Ok(Self::sharing_cache(members))
     }
 
     /// A part of the file at `path` as a raw disk: `bytes` from `start` on.
@@ -243,6 +267,13 @@ impl Chain {
         self.sections.len() > 1
     }
 
+    /// All members together have one cache.
+    fn sharing_cache(members: Vec<Arc<Member>>) -> Self {
+        let chain = Self::from_shared(members);
+        chain.set_cache_bytes(DEFAULT_CACHE_BYTES);
+        chain
+    }
+
     fn from_shared(members: Vec<Arc<Member>>) -> Self {
         let section = Section {
             bytes: 0..members[0].length(),
@@ -254,29 +285,64 @@ impl Chain {
         }
     }
 
+    /// Keeps at most this many bytes of L2 tables in memory from now on, for all files together;
+    /// [`DEFAULT_CACHE_BYTES`] if nothing is said, and never less than one piece of 16 KiB for each file.
+    pub fn set_cache_bytes(&self, bytes: u64) {
+        let layers = self.members.iter().filter_map(|member| match &**member {
+            Member::Raw(_) => None,
+            Member::Qcow2(layer) => Some(layer),
+        });
+        let count = to_u64(layers.clone().count());
+        for layer in layers {
+            layer.set_cache_bytes(bytes / count);
+        }
+    }
+
     /// The layers `above`, top first, over an open layer over the files `below` it.
-    pub(crate) fn around(above: &[LayerFile], base: Member, below: &[LayerFile]) -> Result<Self> {
-        let open = |file| Member::open(file);
+    pub(crate) fn around(
+        above: &[LayerFile],
+        base: Member,
+        below: &[LayerFile],
+        follow_data: bool,
+    ) -> Result<Self> {
+        let open = |file| Member::open_following(file, follow_data);
         let mut members = above.iter().map(open).collect::<Result<Vec<_>>>()?;
         members.push(base);
         for file in below {
-            members.push(Member::open(file)?);
+            members.push(open(file)?);
         }
-        if members.len() > MAX_LAYERS {
-            let reason = format!("{} files, expected at most {MAX_LAYERS}", members.len());
+        Self::of_members(members)
+    }
+
+    /// A chain of members whose number is not known to be right.
+    pub(crate) fn of_members(members: Vec<Member>) -> Result<Self> {
+        if members.is_empty() || members.len() > MAX_LAYERS {
+            let reason = format!("{} files, expected 1 to {MAX_LAYERS}", members.len());
             return Err(Error::InvalidChain { reason });
         }
         Ok(Self::from_members(members))
     }
 
     /// An open layer over the files `between` it and the base.
-    pub(crate) fn over(top: Member, between: &[LayerFile], base: Member) -> Result<Self> {
+    pub(crate) fn over(
+        top: Member,
+        between: &[LayerFile],
+        base: Member,
+        follow_data: bool,
+    ) -> Result<Self> {
         let mut members = vec![top];
         for file in between {
-            members.push(Member::open(file)?);
+            members.push(Member::open_following(file, follow_data)?);
         }
         members.push(base);
         Ok(Self::from_members(members))
+    }
+
+    /// An open layer over the files of `below`.
+    pub(crate) fn on_top(top: Member, below: &Self) -> Self {
+        let mut members = vec![Arc::new(top)];
+        members.extend(below.members.iter().map(Arc::clone));
+        Self::from_shared(members)
     }
 
     /// How many bytes from `at` on, up to `end`, come from one place, and which file has them at which offset,
@@ -296,7 +362,7 @@ impl Chain {
     /// A chain of what was opened and found to fit.
     pub(crate) fn from_members(members: Vec<Member>) -> Self {
         assert!(!members.is_empty(), "a chain has a top");
-        Self::from_shared(members.into_iter().map(Arc::new).collect())
+        Self::sharing_cache(members.into_iter().map(Arc::new).collect())
     }
 
     /// The disk as it was when `snapshot` of the top layer was made, over the same layers below.

@@ -61,6 +61,12 @@ pub enum Note {
     NoBitmaps,
     /// The auto-clear bit of a raw data file is set, but guest data lies in the image.
     NoDataFile,
+    /// What the image recorded of the disk below it is of a backing file with another name, and does not fit the one
+    /// that it has now: a program that does not know the record gave the image another one.
+    BackingRecordOutdated {
+        /// The image.
+        image: String,
+    },
     /// The internal snapshot may have lost what it had from a backing file that was removed.
     PossibleLoss {
         /// The internal snapshot's identifier.
@@ -97,6 +103,12 @@ impl fmt::Display for Note {
             ),
             Self::NoBitmaps => write!(f, "bitmaps are said to be consistent, but there are none"),
             Self::NoDataFile => write!(f, "a data file is said to be raw, but there is none"),
+            Self::BackingRecordOutdated { image } => write!(
+                f,
+                "what {image} recorded of the disk below it is of an earlier backing file with another name, and does \
+                 not fit this one; if the two were to show the same, the name is wrong, else record it anew with a \
+                 rebase"
+            ),
             Self::PossibleLoss {
                 id,
                 name,

@@ -1,7 +1,7 @@
 //! What a caller sees and decides while something long runs.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
 
@@ -48,5 +48,41 @@ impl Control<'_> {
             };
             progress(fraction.min(1.0));
         }
+    }
+}
+
+/// How far an operation is that plans how many bytes it moves, and then moves them.
+#[derive(Debug)]
+pub(crate) struct Moving<'a> {
+    control: Control<'a>,
+    /// Bytes that are to be moved.
+    all: AtomicU64,
+    /// Bytes that were moved.
+    done: AtomicU64,
+}
+
+impl<'a> Moving<'a> {
+    pub fn new(control: &Control<'a>) -> Self {
+        Self {
+            control: *control,
+            all: AtomicU64::new(0),
+            done: AtomicU64::new(0),
+        }
+    }
+
+    /// So many bytes more are to be moved.
+    pub fn plan(&self, bytes: u64) {
+        self.all.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// So many bytes more were moved.
+    pub fn moved(&self, bytes: u64) {
+        let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        self.control.tell(done, self.all.load(Ordering::Relaxed));
+    }
+
+    /// As [`Control::go_on`].
+    pub fn go_on(&self, path: &Path) -> Result<()> {
+        self.control.go_on(path)
     }
 }

@@ -328,24 +328,34 @@ impl Opened {
     }
 
     fn with_data(&mut self, layer: Layer, policy: &OpenPolicy) -> Result<Layer> {
-        let name = layer.header().external_data.as_ref();
-        let Some(name) = name.and_then(|data| data.name.clone()) else {
+        let Some(path) = data_file_of(&layer, policy)? else {
             return Ok(layer);
         };
-        let image = layer.path().to_owned();
-        let named = Named {
-            image: &image,
-            what: "external data file",
-            name: &name,
-        };
-        let (path, format) = named.resolve(&policy.follow)?;
-        if format == Some(LayerFormat::Qcow2) {
-            return named.refuse("a data file is raw");
-        }
         let data = ImageFile::open(&path)?;
         self.seen.accept(&data)?;
         layer.with_data(data)
     }
+}
+
+/// The path of the external data file that an image names, if it names one and `policy` follows the name.
+///
+/// # Errors
+/// [`Error::NotFollowed`].
+pub fn data_file_of(layer: &Layer, policy: &OpenPolicy) -> Result<Option<PathBuf>> {
+    let name = layer.header().external_data.as_ref();
+    let Some(name) = name.and_then(|data| data.name.as_deref()) else {
+        return Ok(None);
+    };
+    let named = Named {
+        image: layer.path(),
+        what: "external data file",
+        name,
+    };
+    let (path, format) = named.resolve(&policy.follow)?;
+    if format == Some(LayerFormat::Qcow2) {
+        return named.refuse("a data file is raw");
+    }
+    Ok(Some(path))
 }
 
 pub(crate) fn below(layer: &Layer, policy: &OpenPolicy) -> Result<Option<LayerFile>> {

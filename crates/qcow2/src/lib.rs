@@ -18,6 +18,7 @@
 
 #![forbid(unsafe_code)]
 
+mod backing_record;
 mod bitmap;
 mod bitmap_read;
 mod cache;
@@ -25,6 +26,7 @@ mod chain;
 mod check;
 mod compare;
 mod consistency;
+mod content;
 mod control;
 mod counts;
 mod decompress;
@@ -44,16 +46,19 @@ mod raw;
 mod refcounts;
 mod units;
 
+pub use backing_record::{BackingRecord, check_backing};
 pub use bitmap::{Bitmap, BitmapCluster, GRANULARITY_BITS, MAX_BITMAP_BITS, MAX_BITMAP_NAME_BYTES};
+pub use cache::DEFAULT_CACHE_BYTES;
 pub use chain::{Chain, LayerFile, LayerFormat, MAX_LAYERS};
 pub use check::{CheckReport, Finding, MAX_FINDINGS, Use, check};
 pub use compare::{Comparison, Difference, compare};
 pub use consistency::Note;
+pub use content::DiskContent;
 pub use control::{Control, Progress};
 pub use directory::{InternalSnapshot, StoredBitmap};
 pub use entry::CompressedCluster;
 pub use error::{Error, Result};
-pub use following::{Follow, OpenPolicy, probe_format};
+pub use following::{Follow, OpenPolicy, data_file_of, probe_format};
 pub use header::{
     BackingName, BitmapsExtension, Compression, Encryption, ExternalData, FeatureName, Header,
     UnknownExtension,

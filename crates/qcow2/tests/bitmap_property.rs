@@ -15,7 +15,7 @@ use proptest::prelude::*;
 use stead_qcow2::edit::{EditOptions, Editor, SnapshotName};
 use stead_qcow2::ops::bitmap::{Action, Step};
 use stead_qcow2::ops::commit::{BitmapFate, CommitOptions, Incomplete, LongerBase, commit};
-use stead_qcow2::{Chain, Error, Layer, LayerFile, LayerFormat, ops};
+use stead_qcow2::{Chain, Control, Error, Layer, LayerFile, LayerFormat, ops};
 
 const CLUSTER: usize = 4096;
 const NAMES: [&str; 3] = ["a", "b", "c"];
@@ -399,10 +399,11 @@ impl World {
             } else {
                 Incomplete::Drop
             },
+            follow_data: false,
             edit: EditOptions::default(),
         };
         let above = &self.levels[last + 1 - depth..];
-        let report = match commit(&self.files(last), &options) {
+        let report = match commit(&self.files(last), &options, &Control::default()) {
             Ok(report) => report,
             Err(error) => {
                 // Snapshots above would show other bytes.

@@ -14,9 +14,17 @@ use std::process::Command;
 use images::{Random, convert, layer, make_chain, qemu_dirty, run, sh};
 use stead_qcow2::edit::EditOptions;
 use stead_qcow2::ops::commit::{
-    BitmapFate, Chosen, CommitOptions, CommitReport, Incomplete, LongerBase, commit, measure,
+    self, BitmapFate, Chosen, CommitOptions, CommitReport, Incomplete, LongerBase,
 };
-use stead_qcow2::{Chain, Error, Layer, LayerFile, LayerFormat};
+use stead_qcow2::{Chain, Control, Error, Layer, LayerFile, LayerFormat, Result};
+
+fn commit(files: &[LayerFile], options: &CommitOptions) -> Result<CommitReport> {
+    commit::commit(files, options, &Control::default())
+}
+
+fn measure(files: &[LayerFile], options: &CommitOptions) -> Result<CommitReport> {
+    commit::measure(files, options, &Control::default())
+}
 
 fn text(path: &Path) -> &str {
     path.to_str().expect("temp paths are text")

@@ -17,7 +17,7 @@ use crashes::{editor, judge, settled, state};
 use images::{layer, run, sh};
 use stead_qcow2::edit::{Recovery, recover_storage_over};
 use stead_qcow2::ops::commit::{CommitOptions, RawBase, commit_into, commit_into_raw};
-use stead_qcow2::{Chain, Error, Layer, LayerFile, LayerFormat, Result};
+use stead_qcow2::{Chain, Control, Error, Layer, LayerFile, LayerFormat, Result};
 use stead_sim::{DiskFault, FaultDisk, RecordedDisk};
 use stead_sys::storage::Storage;
 
@@ -106,7 +106,9 @@ const KINDS: [&str; 4] = [
 
 fn run_on(setup: &Setup, storage: Arc<dyn Storage>) -> Result<()> {
     let options = CommitOptions::default();
-    commit_into(&mut editor(storage)?, 0, (&setup.above, &[]), &options).map(drop)
+    let chain = (&setup.above[..], &[][..]);
+    let quiet = Control::default();
+    commit_into(&mut editor(storage)?, 0, chain, &options, &quiet).map(drop)
 }
 
 /// What the disk is through the top over a base with these bytes.
@@ -278,7 +280,8 @@ fn commit_raw(
     };
     let base = RawBase::on_storage(mortal(&raw, honest), PathBuf::from("/raw"));
     let mut editor = editor(mortal(&top, true)).expect("opening writes nothing");
-    let outcome = commit_into_raw(&mut editor, &[], &base, &CommitOptions::default());
+    let (options, quiet) = (CommitOptions::default(), Control::default());
+    let outcome = commit_into_raw(&mut editor, &[], &base, &options, &quiet);
     assert_eq!(outcome.is_ok(), at_call == u64::MAX, "{outcome:?}");
     let calls = calls.load(Ordering::SeqCst);
     (raw, top, calls)
@@ -340,4 +343,172 @@ fn crash_raw(
         }
     }
     (recovered, None)
+}
+
+/// A disk that says of one write, counted from 1, that it is done, and forgets it.
+#[derive(Debug)]
+struct Liar {
+    inner: Arc<RecordedDisk>,
+    writes: AtomicU64,
+    forgets: u64,
+    /// The number of the first write to the first sector.
+    marked: AtomicU64,
+}
+
+impl Liar {
+    fn new(bytes: &[u8], forgets: u64) -> Arc<Self> {
+        Arc::new(Self {
+            inner: Arc::new(RecordedDisk::new(bytes.to_vec())),
+            writes: AtomicU64::new(0),
+            forgets,
+            marked: AtomicU64::new(u64::MAX),
+        })
+    }
+}
+
+impl Storage for Liar {
+    fn len(&self) -> io::Result<u64> {
+        self.inner.len()
+    }
+
+    fn read_exact_at(&self, bytes: &mut [u8], at: u64) -> io::Result<()> {
+        self.inner.read_exact_at(bytes, at)
+    }
+
+    fn write_all_at(&self, bytes: &[u8], at: u64) -> io::Result<()> {
+        let write = self.writes.fetch_add(1, Ordering::SeqCst) + 1;
+        if at == 0 {
+            self.marked.fetch_min(write, Ordering::SeqCst);
+        }
+        if write == self.forgets {
+            return Ok(());
+        }
+        self.inner.write_all_at(bytes, at)
+    }
+
+    fn set_len(&self, length: u64) -> io::Result<()> {
+        self.inner.set_len(length)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.inner.sync()
+    }
+}
+
+#[test]
+fn a_storage_that_forgets_what_was_written_in_place_is_found_out_and_recovery_puts_it_right() {
+    let setup = setup(KINDS[0]);
+    let honest = Liar::new(&setup.bytes, 0);
+    run_on(&setup, Arc::clone(&honest) as _).expect("commit");
+    let old = state(&setup.bytes).expect("whole");
+    let new = state(&honest.inner.bytes()).expect("whole");
+    let marked = honest.marked.load(Ordering::SeqCst);
+    let all = honest.writes.load(Ordering::SeqCst);
+    let mut recovered = 0;
+    for forgets in marked..=all {
+        let liar = Liar::new(&setup.bytes, forgets);
+        let text = format!("write {forgets} of {all}, in progress from {marked}");
+        match run_on(&setup, Arc::clone(&liar) as _) {
+            // The rest of the first cluster is as it was.
+            Ok(()) => assert!(state(&liar.inner.bytes()).expect("whole") == new, "{text}"),
+            Err(error @ Error::Switch { .. }) => {
+                assert!(error.to_string().contains("faulty"), "{text}: {error}");
+                let (found, again) = settled(&liar.inner.bytes()).expect("whole");
+                let expected = if again { &new } else { &old };
+                assert!(found == *expected, "{text}");
+                recovered += u64::from(again);
+            }
+            Err(error) => panic!("{text}: {error}"),
+        }
+    }
+    // All but the mark itself, and perhaps the rest of the first cluster.
+    assert!(
+        recovered + 2 >= all - marked && recovered > 1,
+        "{recovered}"
+    );
+}
+
+#[test]
+fn a_raw_base_that_forgets_a_write_is_found_out_and_recovery_puts_it_right() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let bytes = over_raw(dir.path());
+    let commit = |forgets| {
+        let raw = Liar::new(&bytes.0, forgets);
+        let top = Arc::new(RecordedDisk::new(bytes.1.clone()));
+        let base = RawBase::on_storage(Arc::clone(&raw) as _, PathBuf::from("/raw"));
+        let mut editor = editor(Arc::clone(&top) as _).expect("opened");
+        let (options, quiet) = (CommitOptions::default(), Control::default());
+        let outcome = commit_into_raw(&mut editor, &[], &base, &options, &quiet);
+        (raw, top, outcome)
+    };
+    let (honest, _, outcome) = commit(0);
+    outcome.expect("commit");
+    let all = honest.writes.load(Ordering::SeqCst);
+    assert!(all >= 3);
+    for forgets in 1..=all {
+        let (raw, top, outcome) = commit(forgets);
+        let error = outcome.expect_err("found out").to_string();
+        assert!(error.contains("of /raw are not those"), "{error}");
+        let (top, to) = (Arc::clone(&top), Arc::clone(&raw.inner));
+        let recovery = recover_storage_over(top, Path::new("top"), to);
+        assert_eq!(recovery.expect("recovered"), Recovery::Finished);
+        assert!(raw.inner.bytes() == honest.inner.bytes(), "write {forgets}");
+    }
+}
+
+#[test]
+fn no_room_or_an_error_at_any_call_leaves_a_raw_base_before_or_after_or_recoverable() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let bytes = over_raw(dir.path());
+    let old = state(&bytes.1).expect("whole");
+    let (after, _, _) = commit_raw((&bytes.0, &bytes.1), u64::MAX, true);
+    let after = after.bytes();
+    let mut kinds = (0, 0);
+    for in_raw in [true, false] {
+        for fault in [DiskFault::NoSpace, DiskFault::Io] {
+            for call in 1.. {
+                let text = format!("{fault:?} at call {call}, of the raw file: {in_raw}");
+                let [raw, top] =
+                    [&bytes.0, &bytes.1].map(|bytes| Arc::new(RecordedDisk::new(bytes.clone())));
+                let faulty = |disk: &Arc<RecordedDisk>, here: bool| -> Arc<dyn Storage> {
+                    let call = if here { call } else { 0 };
+                    Arc::new(FaultDisk::new(Arc::clone(disk) as _, call, fault))
+                };
+                let base = RawBase::on_storage(faulty(&raw, in_raw), PathBuf::from("/raw"));
+                let mut editor = editor(faulty(&top, !in_raw)).expect("opening writes nothing");
+                let (options, quiet) = (CommitOptions::default(), Control::default());
+                let outcome = commit_into_raw(&mut editor, &[], &base, &options, &quiet);
+                let done = outcome.is_ok();
+                let in_progress = matches!(
+                    Layer::from_storage(Arc::clone(&top) as _, Path::new("top")),
+                    Err(Error::InProgress { .. })
+                );
+                if in_progress {
+                    let (top, raw) = (Arc::clone(&top), Arc::clone(&raw));
+                    let recovery = recover_storage_over(top, Path::new("top"), raw);
+                    let recovery = recovery.unwrap_or_else(|error| panic!("{text}: {error}"));
+                    assert_eq!(recovery, Recovery::Finished);
+                    assert!(!done, "{text}");
+                    kinds.0 += 1;
+                }
+                let found = raw_bytes(&base);
+                assert!(found == bytes.0 || found == after, "{text}");
+                assert!(!in_progress || found == after, "{text}");
+                assert!(state(&top.bytes()).expect("whole") == old, "{text}");
+                if done {
+                    assert!(found == after, "{text}");
+                    break;
+                }
+                kinds.1 += 1;
+            }
+        }
+    }
+    assert!(kinds.0 > 8 && kinds.1 > kinds.0 + 4, "{kinds:?}");
+}
+
+fn raw_bytes(base: &RawBase) -> Vec<u8> {
+    let length = base.storage.len().expect("known");
+    let mut bytes = vec![0; usize::try_from(length).expect("small")];
+    base.storage.read_exact_at(&mut bytes, 0).expect("read");
+    bytes
 }

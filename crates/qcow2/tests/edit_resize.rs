@@ -12,7 +12,7 @@ use std::process::Command;
 use images::{Random, make_chain, run, sh};
 use serde_json::Value;
 use stead_qcow2::edit::{EditOptions, Editor, SnapshotName};
-use stead_qcow2::{Chain, Error, Layer, LayerFile, LayerFormat, ops};
+use stead_qcow2::{Chain, Error, Layer, LayerFile, LayerFormat, Preallocation, ops};
 
 fn text(path: &Path) -> &str {
     path.to_str().expect("temp paths are text")
@@ -72,7 +72,14 @@ fn a_disk_that_shrinks_and_grows_reads_as_an_array_that_does() {
                 Err(Error::Damaged { .. }) => break,
                 opened => opened.expect("whole"),
             };
-            let done = ops::resize::resize(&mut one, length as u64, below.as_ref());
+            let grown = length as u64;
+            let mode = match random.below(4) {
+                0 => Preallocation::Metadata,
+                1 => Preallocation::Falloc,
+                2 => Preallocation::Full,
+                _ => Preallocation::Off,
+            };
+            let done = ops::resize::resize_reserving(&mut one, grown, below.as_ref(), mode);
             let done = done.unwrap_or_else(|error| panic!("{error}\n{}", made.story));
             drop(one);
             assert_eq!(

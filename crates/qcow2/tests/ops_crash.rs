@@ -11,9 +11,11 @@ use stead_qcow2::edit::{EditOptions, Editor, Recovery, recover_storage};
 use stead_qcow2::ops::amend::{self, Amendments, FormatVersion};
 use stead_qcow2::ops::rebase::{self, BackingFile, NewBacking};
 use stead_qcow2::ops::repair::{RepairMode, repair_storage};
+use stead_qcow2::ops::resize;
 use stead_qcow2::ops::restore::restore_from_active;
 use stead_qcow2::{
-    Chain, Control, Error, ExtentKind, GuestOffset, Layer, LayerFile, LayerFormat, Result, check,
+    Chain, Control, Error, ExtentKind, GuestOffset, Layer, LayerFile, LayerFormat, Preallocation,
+    Result, check,
 };
 use stead_sim::disk::Event;
 use stead_sim::{DiskFault, FaultDisk, History, RecordedDisk};
@@ -188,6 +190,7 @@ fn other_base(storage: Arc<dyn Storage>, bases: &Bases) -> Result<()> {
             format: Some(b"raw"),
         },
         disk: &disk,
+        content: None,
     };
     let mut editor = editor(storage)?;
     rebase::rebase(&mut editor, Some(&below), Some(&new), &Control::default()).map(drop)
@@ -206,6 +209,13 @@ fn width(storage: Arc<dyn Storage>, bases: &Bases) -> Result<()> {
         ..Amendments::default()
     };
     amended(storage, &wanted, bases)
+}
+
+fn reserving(storage: Arc<dyn Storage>, bases: &Bases) -> Result<()> {
+    let below = bases.named(OLD.as_bytes());
+    let mut editor = editor(storage)?;
+    let mode = Preallocation::Falloc;
+    resize::resize_reserving(&mut editor, 300 << 10, Some(&below), mode).map(drop)
 }
 
 fn down(storage: Arc<dyn Storage>, bases: &Bases) -> Result<()> {
@@ -284,6 +294,7 @@ fn for_each(mut each: impl FnMut(&str, &[u8], Operation, &Bases)) {
             each(&format!("down, {kind}"), &bytes, down, &bases);
         }
         if kind == KINDS[0] {
+            each(&format!("reserve, {kind}"), &bytes, reserving, &bases);
             each("restore", &hollowed(dir.path()), restored, &bases);
         }
     }

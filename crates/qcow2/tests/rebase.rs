@@ -242,6 +242,7 @@ fn every_disk_state_reads_the_same_over_another_backing_file() {
                 format: Some(format_name(new[0].format).as_bytes()),
             },
             disk: &disk,
+            content: None,
         };
         let Ok(mut one) = editor(&top) else { continue };
         let result = rebase::rebase(&mut one, Some(&below), Some(&backing), &Control::default())
@@ -306,10 +307,7 @@ fn overlay(dir: &Path, options: &str, snapshots: usize) -> (PathBuf, PathBuf) {
     (base, image)
 }
 
-fn flatten(
-    base: &Path,
-    image: &Path,
-) -> Result<stead_qcow2::edit::Done<stead_qcow2::edit::Filled>, Error> {
+fn flatten(base: &Path, image: &Path) -> Result<stead_qcow2::edit::Done<rebase::Rebased>, Error> {
     let below = Chain::open(&[layer(base, LayerFormat::Raw)]).expect("whole");
     rebase::flatten(&mut editor(image)?, Some(&below), &Control::default())
 }
@@ -492,6 +490,7 @@ fn what_cannot_be_is_refused_and_nothing_is_written() {
     let new = NewBacking {
         file,
         disk: &itself,
+        content: None,
     };
     refused(rebase::rebase(&mut one, Some(&below), Some(&new), &quiet));
     let cancel = AtomicBool::new(false);

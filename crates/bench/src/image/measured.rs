@@ -69,12 +69,22 @@ fn peak(pid: u32) -> Result<Option<u64>> {
     Ok(kib.map(|kib| kib * 1024))
 }
 
+/// The bytes that this process caused to be written so far, as [`Used::written_bytes`].
+///
+/// # Errors
+/// When the system does not tell.
+pub fn own_written() -> Result<u64> {
+    written(std::process::id())
+}
+
+/// What was thrown away before it reached a disk, as that of nameless files, does not count.
 fn written(pid: u32) -> Result<u64> {
     let doing = "count what a command wrote";
     let io = fs::read_to_string(format!("/proc/{pid}/io")).doing(doing)?;
-    let line = io
-        .lines()
-        .find_map(|line| line.strip_prefix("write_bytes: "));
-    line.and_then(|bytes| bytes.parse().ok())
-        .ok_or_else(|| BenchError::new(doing, "there is no line write_bytes"))
+    let number = |name: &str| {
+        let line = io.lines().find_map(|line| line.strip_prefix(name));
+        line.and_then(|bytes| bytes.trim().parse::<u64>().ok())
+            .ok_or_else(|| BenchError::new(doing, format!("there is no line {name}")))
+    };
+    Ok(number("write_bytes:")?.saturating_sub(number("cancelled_write_bytes:")?))
 }

@@ -14,6 +14,7 @@ use crate::failure::{Failure, Outcome};
 use crate::format::Format;
 use crate::getopt::{Opt, Parsed};
 use crate::keyval;
+use crate::opened::Sharing;
 use crate::progress::Progress;
 use crate::reference::Reference;
 use crate::report::{self, DRY_RUN, JSON};
@@ -115,7 +116,7 @@ fn change(
     let amendments = wanted.amendments(data_file.as_deref().map(str::as_bytes));
     let grows = wanted.size() > Some(editor.layer().virtual_size());
     let below = match grows {
-        true => editing::below(image, &editor)?,
+        true => editing::below(image, &editor, Sharing::Locked)?,
         false => None,
     };
     let below = below.as_ref().map(|opened| &opened.chain);

@@ -4,10 +4,9 @@ use std::ffi::OsStr;
 use std::path::Path;
 
 use serde_json::{Value, json};
-use stead_qcow2::ops::commit::{
-    self, BitmapFate, BitmapOutcome, CommitOptions, CommitReport, Incomplete, LongerBase,
-};
-use stead_qcow2::{Chain, LayerFile};
+use stead_qcow2::ops::commit::{self, CommitOptions, CommitReport, Incomplete, LongerBase};
+use stead_qcow2::{Chain, Control, LayerFile};
+use stead_sys::signal;
 
 use crate::command::Command;
 use crate::common::{self, FORMAT, IMAGE_OPTS, OBJECT, PROGRESS, QUIET};
@@ -25,14 +24,15 @@ pub(crate) const COMMAND: Command = Command {
     name: "commit",
     about: "Put what an image has itself into one below it",
     usage: "[-f FMT | --image-opts] [-b BASE] [-d] [-p] [-q] [-t CACHE] [-r RATE] [--dry-run] [--json] FILE",
-    help: "The base then shows what FILE shows, and FILE is emptied. An interrupted commit is finished by recover, run on \
-           the base, or on FILE where the base is raw. Other images over the base show other bytes afterwards.\n\n\
+    help: "The base then shows what FILE shows, and FILE is emptied. Ctrl-C ends it as long as nothing of \
+           the base was written over; what was interrupted later is finished by recover, run on the base, or on FILE where \
+           the base is raw. Other images over the base show other bytes afterwards.\n\n\
            \x20 -b, --base BASE       the image to put it into, with all that lies between; FILE is not emptied;\n\
            \x20                       else the one directly below\n\
            \x20 -d                    do not empty FILE\n\
            \x20 -f, --format FMT      the format of FILE; else its first bytes tell\n\
            \x20     --image-opts      FILE is an option string\n\
-           \x20 -p, --progress        show that it is done\n\
+           \x20 -p, --progress        show how far it is\n\
            \x20     --dry-run         only say how much room it takes\n\
            \x20     --json            say as JSON what was done, also to each bitmap\n\
            \x20 -q, --quiet           print nothing\n\
@@ -72,16 +72,22 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
         empty_top: !parsed.has("keep") && !parsed.has("base"),
         longer_base: LongerBase::Keep,
         incomplete: Incomplete::Mark,
+        follow_data: true,
         ..CommitOptions::default()
     };
     let progress = Progress::start(parsed.has(PROGRESS.id) && !parsed.has(QUIET.id));
+    let tell = |fraction| progress.tell(fraction);
+    let control = Control {
+        cancel: signal::note_stop().ok(),
+        progress: Some(&tell),
+    };
     if parsed.has(DRY_RUN.id) {
-        let report = commit::measure(&files, &options)?;
+        let report = commit::measure(&files, &options, &control)?;
         drop(progress);
         planned(parsed, &report, console)?;
         return Ok(0);
     }
-    let report = commit::commit(&files, &options)?;
+    let report = commit::commit(&files, &options, &control)?;
     progress.done();
     drop(progress);
     done(parsed, &report, console)?;
@@ -152,40 +158,17 @@ fn done(parsed: &Parsed, report: &CommitReport, console: &mut Console) -> Outcom
     warn_of_bitmaps(report, console)
 }
 
-/// A bitmap that is gone means a full backup.
 fn warn_of_bitmaps(report: &CommitReport, console: &mut Console) -> Outcome<()> {
-    for bitmap in &report.bitmaps {
-        if let BitmapFate::Dropped { reason } = &bitmap.fate {
-            let name = String::from_utf8_lossy(&bitmap.name);
-            let text = format!("WARNING: the base does not keep the bitmap '{name}': {reason}");
-            console.error_line(&text)?;
-        }
-    }
-    Ok(())
+    report::warn_of_bitmaps("the base", &report.bitmaps, console)
 }
 
 fn as_json(report: &CommitReport, outcome: &str) -> Value {
     json!({
         "outcome": outcome,
         "committed-bytes": report.defined_bytes,
+        "verified-in-place-bytes": report.in_place_bytes,
         "room": report::room(&report.base),
         "image-room": report.top.as_ref().map(report::room),
-        "bitmaps": report.bitmaps.iter().map(bitmap).collect::<Vec<_>>(),
-    })
-}
-
-fn bitmap(outcome: &BitmapOutcome) -> Value {
-    let (fate, reason) = match &outcome.fate {
-        BitmapFate::Merged { .. } => ("merged", None),
-        BitmapFate::Carried { .. } => ("carried", None),
-        BitmapFate::Marked => ("marked", None),
-        BitmapFate::Kept => ("kept", None),
-        BitmapFate::MarkedInstead { reason } => ("marked", Some(reason)),
-        BitmapFate::Dropped { reason } => ("dropped", Some(reason)),
-    };
-    json!({
-        "name": String::from_utf8_lossy(&outcome.name),
-        "fate": fate,
-        "reason": reason,
+        "bitmaps": report::bitmaps(&report.bitmaps),
     })
 }

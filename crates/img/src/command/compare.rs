@@ -5,7 +5,9 @@ use std::ffi::OsStr;
 use stead_qcow2::{Comparison, Difference, compare};
 
 use crate::command::Command;
-use crate::common::{self, FORCE_SHARE, IMAGE_OPTS, NO_FOLLOW, OBJECT, PROGRESS, QUIET};
+use crate::common::{
+    self, CACHE_SIZE, FORCE_SHARE, IMAGE_OPTS, NO_FOLLOW, OBJECT, PROGRESS, QUIET,
+};
 use crate::console::Console;
 use crate::failure::{Failure, Outcome};
 use crate::getopt::{Opt, Parsed};
@@ -23,6 +25,7 @@ pub(crate) const COMMAND: Command = Command {
            \x20 -p, --progress        show how far it is\n\
            \x20 -q, --quiet           only the exit status\n\
            \x20     --no-follow       refuse an image that needs other files\n\
+           \x20     --cache-size SIZE  memory for tables (64M)\n\
            \x20 -U, --force-share     also while another process writes an image\n\
            \x20 -T, --cache CACHE     accepted for scripts\n\n\
            Exit status: 0 the same, 1 different, 2 an image cannot be opened, 3 or 4 it cannot be read.\n\n\
@@ -36,6 +39,7 @@ pub(crate) const COMMAND: Command = Command {
         PROGRESS,
         QUIET,
         NO_FOLLOW,
+        CACHE_SIZE,
         FORCE_SHARE,
         Opt::value("cache", "T", &["cache", "source-cache"]),
     ],

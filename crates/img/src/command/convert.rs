@@ -13,7 +13,9 @@ use stead_qcow2::{convert, lost_bitmaps, predict};
 use stead_sys::signal;
 
 use crate::command::Command;
-use crate::common::{self, FORCE_SHARE, IMAGE_OPTS, NO_FOLLOW, OBJECT, PROGRESS, QUIET};
+use crate::common::{
+    self, CACHE_SIZE, FORCE_SHARE, IMAGE_OPTS, NO_FOLLOW, OBJECT, PROGRESS, QUIET,
+};
 use crate::console::Console;
 use crate::create_options::{self, Given};
 use crate::failure::{Failure, Outcome};
@@ -57,6 +59,7 @@ pub(crate) const COMMAND: Command = Command {
            \x20     --json                 say as JSON what was made\n\
            \x20     --image-opts           FILE is an option string\n\
            \x20     --no-follow            refuse an image that needs other files\n\
+           \x20     --cache-size SIZE      memory for tables (64M)\n\
            \x20 -U, --force-share          also while another process writes FILE\n\
            \x20 -W, -C, -r, -T, --target-is-zero  accepted for scripts\n\n\
            Example:\n  {program} convert -p -O qcow2 -c -o compression_type=zstd disk.raw disk.qcow2\n",
@@ -90,6 +93,7 @@ pub(crate) const COMMAND: Command = Command {
         OBJECT,
         IMAGE_OPTS,
         NO_FOLLOW,
+        CACHE_SIZE,
         FORCE_SHARE,
     ],
     run,

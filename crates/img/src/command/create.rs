@@ -3,12 +3,12 @@
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use stead_qcow2::{Control, create};
+use stead_qcow2::{Control, DiskContent, NewFormat, create};
 
 use stead_sys::signal;
 
 use crate::command::Command;
-use crate::common::{self, FORMAT, OBJECT, QUIET};
+use crate::common::{self, FORMAT, OBJECT, QUIET, RECORD_BACKING};
 use crate::console::Console;
 use crate::create_options::{self, Given};
 use crate::failure::{Failure, Outcome};
@@ -16,19 +16,21 @@ use crate::format::Format;
 use crate::getopt::{Opt, Parsed};
 use crate::keyval;
 use crate::new_image;
+use crate::opened::{OpenedChain, Sharing};
 use crate::reference;
 use crate::target;
 
 pub(crate) const COMMAND: Command = Command {
     name: "create",
     about: "Make an empty image",
-    usage: "[-f FMT] [-o OPTIONS] [-b BACKING [-F BACKING_FMT]] [-u] [-q] FILE [SIZE]",
+    usage: "[-f FMT] [-o OPTIONS] [-b BACKING [-F BACKING_FMT]] [-u] [--record-backing] [-q] FILE [SIZE]",
     help: "The file appears when it is whole and on the disk. An image that is in use is not replaced.\n\n\
            \x20 -f, --format FMT           raw (the default) or qcow2\n\
            \x20 -o, --options LIST         options of the format, key=value,…; -o help lists them\n\
            \x20 -b, --backing FILE         the image below; its name is kept as given, and starts in the folder of FILE\n\
            \x20 -F, -B, --backing-format   the format of the image below\n\
            \x20 -u, --backing-unsafe       do not look at the image below\n\
+           \x20     --record-backing       read all of the image below and record what it shows, for check --backing\n\
            \x20 -q, --quiet                print nothing\n\n\
            SIZE may be left out where there is an image below.\n\n\
            Example:\n  {program} create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2\n",
@@ -39,6 +41,7 @@ pub(crate) const COMMAND: Command = Command {
         Opt::value("backing", "b", &["backing"]),
         Opt::value("backing-format", "FB", &["backing-format"]),
         Opt::flag("unsafe", "u", &["backing-unsafe"]),
+        RECORD_BACKING,
         QUIET,
     ],
     run,
@@ -62,7 +65,7 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
         console.line(&given.formatting(&shown))?;
     }
     let path = reference::plain_path(name).unwrap_or_else(|_empty| PathBuf::new());
-    make(&path, &given).map_err(cannot)?;
+    make(&path, &given, parsed.has(RECORD_BACKING.id)).map_err(cannot)?;
     Ok(0)
 }
 
@@ -169,8 +172,24 @@ fn size_below(image: &Path, name: &str, format: Option<&str>) -> Result<u64, Str
     Ok(below.0.len())
 }
 
-fn make(path: &Path, given: &Given) -> Result<(), String> {
-    let format = given.new_format(path)?;
+/// Records in `format` what the image below shows, and gives that image, locked.
+fn record(
+    path: &Path,
+    given: &Given,
+    format: &mut NewFormat,
+    control: &Control<'_>,
+) -> Result<OpenedChain, String> {
+    let (NewFormat::Qcow2(options), Some(name)) = (format, given.get("backing_file")) else {
+        return Err("there is no image below whose content could be recorded".into());
+    };
+    let below = new_image::below_shared(path, name, given.get("backing_fmt"), Sharing::Locked)?;
+    let content = DiskContent::of(&below.chain, control);
+    options.backing_content = Some(content.map_err(|error| new_image::words(&error))?);
+    Ok(below)
+}
+
+fn make(path: &Path, given: &Given, record_backing: bool) -> Result<(), String> {
+    let mut format = given.new_format(path)?;
     let size = given.size().unwrap_or(0);
     let disk = size.checked_next_multiple_of(512);
     let disk = disk.ok_or("Could not resize image: Image size cannot be negative")?;
@@ -178,6 +197,11 @@ fn make(path: &Path, given: &Given) -> Result<(), String> {
     let control = Control {
         cancel: signal::note_stop().ok(),
         progress: None,
+    };
+    // Nobody writes to it until the image that records it is there.
+    let _below = match record_backing {
+        true => Some(record(path, given, &mut format, &control)?),
+        false => None,
     };
     let made = create(&place.target, &format, disk, &control);
     made.map(drop).map_err(|error| new_image::words(&error))

@@ -9,7 +9,7 @@ use stead_qcow2::{Qcow2Options, convert};
 use stead_sys::signal;
 
 use crate::command::Command;
-use crate::common::{self, FORCE_SHARE, FORMAT, IMAGE_OPTS, NO_FOLLOW, OBJECT};
+use crate::common::{self, CACHE_SIZE, FORCE_SHARE, FORMAT, IMAGE_OPTS, NO_FOLLOW, OBJECT};
 use crate::console::Console;
 use crate::failure::{Failure, Outcome};
 use crate::format::Format;
@@ -33,6 +33,7 @@ pub(crate) const COMMAND: Command = Command {
            \x20 -O, --output-format FMT    the format of NEW: raw (the default) or qcow2\n\
            \x20     --image-opts           FILE is an option string\n\
            \x20     --no-follow            refuse an image that needs other files\n\
+           \x20     --cache-size SIZE      memory for tables (64M)\n\
            \x20 -U, --force-share          also while another process writes the image\n\n\
            Example:\n  {program} dd -O raw bs=1M count=1 if=disk.qcow2 of=first-mebibyte.raw\n",
     opts: &[
@@ -41,6 +42,7 @@ pub(crate) const COMMAND: Command = Command {
         OBJECT,
         IMAGE_OPTS,
         NO_FOLLOW,
+        CACHE_SIZE,
         FORCE_SHARE,
     ],
     run,

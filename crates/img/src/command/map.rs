@@ -3,7 +3,9 @@
 use stead_qcow2::MapEntry;
 
 use crate::command::Command;
-use crate::common::{self, FORCE_SHARE, FORMAT, IMAGE_OPTS, NO_FOLLOW, OBJECT, OUTPUT, Output};
+use crate::common::{
+    self, CACHE_SIZE, FORCE_SHARE, FORMAT, IMAGE_OPTS, NO_FOLLOW, OBJECT, OUTPUT, Output,
+};
 use crate::console::Console;
 use crate::failure::{Failure, Outcome};
 use crate::getopt::{Opt, Parsed};
@@ -21,6 +23,7 @@ pub(crate) const COMMAND: Command = Command {
            \x20 -l, --max-length LENGTH    how much to tell\n\
            \x20     --output FORMAT        human or json\n\
            \x20     --no-follow            refuse an image that needs other files\n\
+           \x20     --cache-size SIZE      memory for tables (64M)\n\
            \x20 -U, --force-share          also while another process writes the image\n\n\
            Example:\n  {program} map --output=json disk.qcow2\n",
     opts: &[
@@ -30,6 +33,7 @@ pub(crate) const COMMAND: Command = Command {
         OUTPUT,
         FORCE_SHARE,
         NO_FOLLOW,
+        CACHE_SIZE,
         Opt::value("start", "s", &["start-offset"]),
         Opt::value("length", "l", &["max-length"]),
     ],

@@ -8,7 +8,9 @@ use stead_qcow2::{Target, measure, measure_empty, predict};
 use stead_sys::durable::Existing;
 
 use crate::command::Command;
-use crate::common::{self, FORCE_SHARE, FORMAT, IMAGE_OPTS, NO_FOLLOW, OBJECT, OUTPUT, Output};
+use crate::common::{
+    self, CACHE_SIZE, FORCE_SHARE, FORMAT, IMAGE_OPTS, NO_FOLLOW, OBJECT, OUTPUT, Output,
+};
 use crate::console::Console;
 use crate::create_options::Given;
 use crate::failure::{Failure, Outcome};
@@ -32,6 +34,7 @@ pub(crate) const COMMAND: Command = Command {
            \x20 -l, --snapshot NAME        the internal snapshot of that id or name instead of the active state\n\
            \x20     --exact                also the exact length of the copy; reads the whole disk\n\
            \x20     --no-follow            refuse an image that needs other files\n\
+           \x20     --cache-size SIZE      memory for tables (64M)\n\
            \x20     --output FORMAT        human or json\n\
            \x20 -U, --force-share          also while another process writes the image\n\n\
            Example:\n  {program} measure -O qcow2 disk.raw\n",
@@ -42,6 +45,7 @@ pub(crate) const COMMAND: Command = Command {
         OUTPUT,
         FORCE_SHARE,
         NO_FOLLOW,
+        CACHE_SIZE,
         Opt::value("target-format", "O", &["target-format"]),
         Opt::value("options", "o", &["options", "target-options"]),
         Opt::value("size", "s", &["size"]),

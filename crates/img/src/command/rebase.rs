@@ -1,18 +1,20 @@
 //! `rebase`: another backing file, or none.
 
 use stead_qcow2::ops::rebase::{self, BackingFile, NewBacking};
-use stead_qcow2::{Control, Error};
+use stead_qcow2::{Control, DiskContent, Error};
 use stead_sys::signal;
 
 use crate::command::Command;
-use crate::common::{self, FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, PROGRESS, QUIET};
+use crate::common::{
+    self, FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, PROGRESS, QUIET, RECORD_BACKING,
+};
 use crate::console::Console;
 use crate::editing;
 use crate::failure::{Failure, Outcome};
 use crate::format::Format;
 use crate::getopt::{Opt, Parsed};
 use crate::new_image;
-use crate::opened::OpenedChain;
+use crate::opened::{OpenedChain, Sharing};
 use crate::progress::Progress;
 use crate::reference::Reference;
 use crate::report::{self, DRY_RUN, JSON};
@@ -20,7 +22,7 @@ use crate::report::{self, DRY_RUN, JSON};
 pub(crate) const COMMAND: Command = Command {
     name: "rebase",
     about: "Give an image another backing file, or none",
-    usage: "[-f FMT | --image-opts] [-u] [-b NAME [-F FMT]] [-p] [-q] [-U] [-t CACHE] [-T CACHE] [--dry-run] [--json] FILE",
+    usage: "[-f FMT | --image-opts] [-u] [-b NAME [-F FMT]] [-p] [-q] [-U] [-t CACHE] [-T CACHE] [--record-backing] [--dry-run] [--json] FILE",
     help: "What the active disk and every internal snapshot show stays: where the new file below shows something else, \
            the image gets the old bytes itself. It is changed in one step: after an error or a crash it is as it was.\n\n\
            \x20 -b, --backing NAME    the new backing file, which starts in FILE's folder; \"\": none, FILE gets everything\n\
@@ -30,10 +32,13 @@ pub(crate) const COMMAND: Command = Command {
            \x20 -f, --format FMT      the format of FILE; else its first bytes tell\n\
            \x20     --image-opts      FILE is an option string\n\
            \x20 -p, --progress        show how far it is\n\
+           \x20     --record-backing  read all of the new file and record what it shows, for check --backing; with -b and the\n\
+           \x20                       present file nothing else changes\n\
            \x20     --dry-run         only say how much room it takes\n\
            \x20     --json            say as JSON what was done\n\
            \x20 -q, --quiet           print nothing\n\
-           \x20 -U, -t, -T            accepted for scripts\n\n\
+           \x20 -U, --force-share     read the files below though somebody may write to them\n\
+           \x20 -t, -T                accepted for scripts\n\n\
            Example:\n  {program} rebase -b new-base.qcow2 -F qcow2 disk.qcow2\n",
     opts: &[
         FORMAT,
@@ -47,6 +52,7 @@ pub(crate) const COMMAND: Command = Command {
         FORCE_SHARE,
         OBJECT,
         IMAGE_OPTS,
+        RECORD_BACKING,
         DRY_RUN,
         JSON,
     ],
@@ -84,6 +90,10 @@ impl Wanted {
             name: common::text(parsed, "backing"),
             format: common::text(parsed, "backing-format"),
         };
+        if parsed.has(RECORD_BACKING.id) && (wanted.name().is_none() || parsed.has("unsafe")) {
+            let text = "--record-backing is for a backing file (-b) that is looked at (without -u)";
+            return Err(Failure::usage(program, text));
+        }
         if wanted.name.is_none() && !parsed.has("unsafe") {
             let text = "Must specify backing file (-b) or use unsafe mode (-u)";
             return Err(Failure::usage(program, text));
@@ -122,12 +132,12 @@ impl Wanted {
     }
 
     /// The disk that it is.
-    fn disk(&self, image: &Reference) -> Outcome<Option<OpenedChain>> {
+    fn disk(&self, image: &Reference, sharing: Sharing) -> Outcome<Option<OpenedChain>> {
         let Some(name) = self.name() else {
             return Ok(None);
         };
         let format = self.format.as_deref();
-        let opened = new_image::below_locked(&image.path, name, format);
+        let opened = new_image::below_shared(&image.path, name, format, sharing);
         let opened = opened.map_err(|why| {
             Failure::lines(&format!("Could not open new backing file '{name}': "), &why)
         })?;
@@ -183,24 +193,36 @@ fn rename(
 fn keep(parsed: &Parsed, image: &Reference, wanted: &Wanted, console: &mut Console) -> Outcome<()> {
     let progress = progress(parsed);
     let mut editor = editing::editor(image)?;
-    let old = editing::below(image, &editor)?;
+    let sharing = Sharing::of(parsed);
+    let old = editing::below(image, &editor, sharing)?;
     let old = old.as_ref().map(|opened| &opened.chain);
     wanted.require_known_format()?;
-    let disk = wanted.disk(image)?;
+    let disk = wanted.disk(image, sharing)?;
     wanted.require_format()?;
-    let new = disk
-        .as_ref()
-        .zip(wanted.file())
-        .map(|(opened, file)| NewBacking {
-            file,
-            disk: &opened.chain,
-        });
     let failed = |error: Error| wanted.failed(&error);
     let tell = |fraction| progress.tell(fraction);
     let control = Control {
         cancel: signal::note_stop().ok(),
         progress: Some(&tell),
     };
+    let content = match &disk {
+        Some(opened) if parsed.has(RECORD_BACKING.id) => {
+            let quiet = Control {
+                progress: None,
+                ..control
+            };
+            Some(DiskContent::of(&opened.chain, &quiet).map_err(failed)?)
+        }
+        Some(_) | None => None,
+    };
+    let new = disk
+        .as_ref()
+        .zip(wanted.file())
+        .map(|(opened, file)| NewBacking {
+            file,
+            disk: &opened.chain,
+            content,
+        });
     if parsed.has(DRY_RUN.id) {
         let plan = rebase::plan(&editor, old, new.as_ref(), &control);
         return report::planned(parsed, &plan.map_err(failed)?, console);
@@ -208,7 +230,7 @@ fn keep(parsed: &Parsed, image: &Reference, wanted: &Wanted, console: &mut Conso
     let done = rebase::rebase(&mut editor, old, new.as_ref(), &control).map_err(failed)?;
     progress.done();
     drop(progress);
-    report::done(parsed, &done, "", console)
+    report::done_with_bitmaps(parsed, &done, &done.value.bitmaps, console)
 }
 
 fn progress(parsed: &Parsed) -> Progress {

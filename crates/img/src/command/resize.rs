@@ -11,7 +11,7 @@ use crate::editing;
 use crate::failure::{Failure, Outcome, system_words};
 use crate::format::Format;
 use crate::getopt::{Opt, Parsed};
-use crate::opened;
+use crate::opened::{self, Sharing};
 use crate::raw_length::RawFile;
 use crate::reference::Reference;
 use crate::report::{self, DRY_RUN, JSON};
@@ -181,7 +181,7 @@ fn qcow2(
     }
     check_growth(mode, old, new)?;
     // What is added must not show the disk below.
-    let below = editing::below(image, &editor)?;
+    let below = editing::below(image, &editor, Sharing::Locked)?;
     let below = below.as_ref().map(|opened| &opened.chain);
     let cannot = |error: Error| Failure::new(error.to_string());
     if parsed.has(DRY_RUN.id) {

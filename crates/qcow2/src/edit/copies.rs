@@ -101,7 +101,12 @@ impl<'a> Copies<'a> {
 
     /// Adds a copy to clusters that the transaction took. It is made before [`Copies::finish`] returns.
     pub fn add(&mut self, copy: Copy, edit: &mut Edit) -> Result<()> {
-        edit.require_new(copy.to, copy.length)?;
+        edit.require_unseen(copy.to, copy.length)?;
+        if let (From::Member { member, at }, Some(disk)) = (copy.from, self.disk)
+            && let (Some(file), _length) = disk.member_file(member)
+        {
+            edit.note_shared(copy.to, file, at.0, copy.length)?;
+        }
         self.waiting_bytes += copy.length;
         match self.waiting.last_mut() {
             Some(last) if follows(last, &copy) => last.length += copy.length,
@@ -161,7 +166,7 @@ impl<'a> Copies<'a> {
             (From::Disk { start, length }, Some(disk)) => {
                 from_disk(disk, copy, (start, length), edit)?;
             }
-            (From::Zeros, _) => write(edit, copy.to, &vec![0; to_usize(copy.length)])?,
+            (From::Zeros, _) => edit.put_guest(copy.to, &vec![0; to_usize(copy.length)])?,
             (From::Member { .. } | From::Disk { .. }, None) => {
                 unreachable!("data comes from a disk")
             }
@@ -175,12 +180,11 @@ impl<'a> Copies<'a> {
 fn from_member(disk: &Chain, copy: &Copy, from: (usize, HostOffset), edit: &Edit) -> Result<()> {
     let (member, at) = from;
     if let (Some(file), _length) = disk.member_file(member) {
-        let copied = edit.storage.copy_from(file, at.0, copy.to.0, copy.length);
-        return copied.map_err(edit.io("copy data to"));
+        return edit.clone_guest(copy.to, file, at.0, copy.length);
     }
     let mut bytes = vec![0; to_usize(copy.length)];
     disk.read_member(member, at.0, &mut bytes)?;
-    write(edit, copy.to, &bytes)
+    edit.put_guest(copy.to, &bytes)
 }
 
 /// Cluster by cluster: what is read so is small or compressed.
@@ -192,14 +196,9 @@ fn from_disk(disk: &Chain, copy: &Copy, from: (GuestOffset, u64), edit: &Edit) -
         let (seen, behind) = bytes.split_at_mut(to_usize(there));
         disk.read_padded(from.0.0 + start, seen)?;
         behind.fill(0);
-        write(edit, HostOffset(copy.to.0 + start), &bytes)?;
+        edit.put_guest(HostOffset(copy.to.0 + start), &bytes)?;
     }
     Ok(())
-}
-
-fn write(edit: &Edit, at: HostOffset, bytes: &[u8]) -> Result<()> {
-    let written = edit.storage.write_all_at(bytes, at.0);
-    written.map_err(edit.io("write data of"))
 }
 
 /// Whether `next` goes on where `last` ends, in both files.

@@ -59,6 +59,11 @@ impl Edit {
         control: &Control<'_>,
         expected_bytes: u64,
     ) -> Result<Filled> {
+        if self.is_raw_elsewhere() && (below.old.is_some() || below.new.is_some()) {
+            let reason =
+                "its data file is raw, the whole disk by itself, so nothing can be below it";
+            return Err(self.refused("change the backing file", reason));
+        }
         let entries = self.shape().l2_entries();
         let disks = self.disks();
         let longest = disks.iter().map(|disk| disk.length).max().unwrap_or(0);
@@ -235,7 +240,7 @@ impl Fill<'_, '_> {
                 }
             }
             (_, Mapping::Subclusters { host, data, zero }) => {
-                let to = self.take(1, some.views)?.0;
+                let to = self.take(clusters.start, 1, some.views)?.0;
                 self.assemble(clusters.start, to, some)?;
                 let new = match zero {
                     0 => Mapping::Data { host: to },
@@ -247,7 +252,7 @@ impl Fill<'_, '_> {
                 };
                 assert!(data & zero == 0, "a subcluster is one thing");
                 put(self, clusters.start, new)?;
-                if let Some(host) = host {
+                if let Some(host) = host.filter(|_| !self.edit.is_elsewhere()) {
                     let views = i64::try_from(some.views).unwrap_or(i64::MAX);
                     self.edit.add_references(host, 1, -views)?;
                 }
@@ -256,7 +261,7 @@ impl Fill<'_, '_> {
                 let bits = self.edit.size().bits();
                 let mut at = clusters.start;
                 while at < clusters.end {
-                    let (to, count) = self.take(clusters.end - at, some.views)?;
+                    let (to, count) = self.take(at, clusters.end - at, some.views)?;
                     let here = what.behind((at - clusters.start) << bits);
                     let from = self.source(here, at..at + count, some.seen);
                     let length = count << bits;
@@ -272,9 +277,9 @@ impl Fill<'_, '_> {
         Ok(())
     }
 
-    /// Takes at most `count` clusters, with a reference for each of `views`.
-    fn take(&mut self, count: u64, views: u64) -> Result<(HostOffset, u64)> {
-        let (to, count) = self.edit.allocate_up_to(count)?;
+    /// Takes at most `count` clusters for guest clusters from `first` on, with a reference for each of `views`.
+    fn take(&mut self, first: u64, count: u64, views: u64) -> Result<(HostOffset, u64)> {
+        let (to, count) = self.edit.place(first, count)?;
         if views > 1 {
             let more = i64::try_from(views - 1).unwrap_or(i64::MAX);
             self.edit.add_references(to, count, more)?;
@@ -315,12 +320,15 @@ impl Fill<'_, '_> {
         let mut bytes = vec![0; self.edit.size().buffer_len()];
         let mut own = bytes.clone();
         if let Some(host) = host.filter(|_| data != 0) {
-            self.edit.read_cut_off(host, &mut own)?;
+            self.edit.read_guest(host, &mut own)?;
         }
         self.finder.read(cluster, &mut bytes)?;
         bytes[to_usize(some.seen)..].fill(0);
         lay_over(&mut bytes, &own, data, zero);
-        self.edit.write_data(to, &bytes)
+        if self.edit.is_elsewhere() {
+            return self.edit.write_rest(cluster, &bytes);
+        }
+        self.edit.write_guest(to, &bytes)
     }
 }
 

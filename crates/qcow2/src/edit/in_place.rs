@@ -3,15 +3,15 @@
 //! ```text
 //! bytes        field
 //! 0–7          "STEADJNL"
-//! 8–11, 12–15  version (1), number of layers
+//! 8–11, 12–15  version (1; 2: the other file is the image's external data file), number of layers
 //! 16–23        number of ranges
 //! 24–31        length of the first cluster
 //! 32–39        the file's length afterwards
 //! 40–47        the length of the other file afterwards
 //! 48–51        length of the other file's path; 0: the ranges lie in the image itself
 //! ..           that path
-//! ..           each layer: format (0 raw, 1 qcow2), path length, file length (8 bytes), BLAKE3 of its first
-//!              64 KiB (32 bytes), path
+//! ..           each layer: format (0 raw, 1 qcow2, 2 external data file of the one before or, first, of the image),
+//!              path length, file length (8 bytes), BLAKE3 of its first 64 KiB (32 bytes), path
 //! ..           the first cluster of the new state
 //! ..           each range: guest offset, host offset, length
 //! ```
@@ -34,13 +34,17 @@ use stead_sys::storage::Storage;
 
 use crate::chain::{LayerFile, LayerFormat};
 use crate::error::{Error, Result};
+use crate::following::{OpenPolicy, data_file_of};
 use crate::header::{be_u32, be_u64, to_u64, to_usize};
+use crate::layer::Layer;
 use crate::units::{GuestOffset, HostOffset};
 
 use super::transaction::Edit;
 
 const MAGIC: &[u8; 8] = b"STEADJNL";
 const VERSION: u32 = 1;
+/// The other file is the image's own external data file.
+const DATA_FILE_VERSION: u32 = 2;
 const FIXED: usize = 52;
 const RANGE_BYTES: usize = 24;
 /// How much of a layer's start is hashed, so that another file is not taken for it.
@@ -60,11 +64,34 @@ pub(super) struct InPlaceRange {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct SourceLayer {
     pub file: LayerFile,
+    /// It is the external data file of the one before it or, first of all, of the image itself.
+    pub is_data: bool,
     length: u64,
     hash: [u8; 32],
 }
 
 impl SourceLayer {
+    /// The layer and, if names are followed, its external data file.
+    fn with_data(file: &LayerFile, follow_data: bool) -> Result<Vec<Self>> {
+        let mut all = vec![Self::of(file)?];
+        if follow_data && file.format == LayerFormat::Qcow2 {
+            let data = data_file_of(&Layer::inspect(&file.path)?, &OpenPolicy::NAMES)?;
+            all.extend(data.map(Self::data).transpose()?);
+        }
+        Ok(all)
+    }
+
+    fn data(path: PathBuf) -> Result<Self> {
+        let file = LayerFile {
+            path,
+            format: LayerFormat::Raw,
+        };
+        Ok(Self {
+            is_data: true,
+            ..Self::of(&file)?
+        })
+    }
+
     fn of(file: &LayerFile) -> Result<Self> {
         let error = |source| Error::io("read the layer", &file.path, source);
         let path = std::fs::canonicalize(&file.path).map_err(error)?;
@@ -74,6 +101,7 @@ impl SourceLayer {
                 path,
                 format: file.format,
             },
+            is_data: false,
             length,
             hash,
         })
@@ -100,6 +128,8 @@ pub(super) struct Target {
     pub path: PathBuf,
     /// Its length afterwards, in bytes.
     pub length: u64,
+    /// It is the external data file of the image, and not a raw file below it.
+    pub data_file: bool,
 }
 
 /// What a transaction does in place.
@@ -115,7 +145,7 @@ impl InPlace {
         self.ranges.is_empty() && self.target.is_none()
     }
 
-    fn push(&mut self, next: InPlaceRange) {
+    pub fn push(&mut self, next: InPlaceRange) {
         match self.ranges.last_mut() {
             Some(last)
                 if last.guest.0 + last.length == next.guest.0
@@ -135,8 +165,30 @@ impl Edit {
     /// # Errors
     /// When one cannot be read.
     pub fn set_sources(&mut self, layers: &[LayerFile]) -> Result<()> {
-        let layers = layers.iter().map(SourceLayer::of);
-        self.in_place.layers = layers.collect::<Result<_>>()?;
+        self.set_sources_with_data(layers, false)
+    }
+
+    /// As [`Edit::set_sources`], with the external data files that the layers name, if `follow_data`.
+    pub(crate) fn set_sources_with_data(
+        &mut self,
+        layers: &[LayerFile],
+        follow_data: bool,
+    ) -> Result<()> {
+        self.in_place.layers.clear();
+        for layer in layers {
+            let all = SourceLayer::with_data(layer, follow_data)?;
+            self.in_place.layers.extend(all);
+        }
+        Ok(())
+    }
+
+    /// Names this image's own external data file, if it has one, as where the bytes of [`Edit::overwrite_there`] come
+    /// from, too; behind [`Edit::set_sources`].
+    pub(crate) fn set_own_source(&mut self) -> Result<()> {
+        if let Some(guest) = &self.guest {
+            let own = SourceLayer::data(guest.path().to_owned())?;
+            self.in_place.layers.insert(0, own);
+        }
         Ok(())
     }
 
@@ -179,7 +231,11 @@ impl Edit {
     /// image as it stands and the layers of [`Edit::set_sources`] below it, so nothing else may change with it.
     pub(crate) fn set_target(&mut self, path: PathBuf, storage: Arc<dyn Storage>, length: u64) {
         assert!(path.is_absolute(), "a recovery may start anywhere");
-        let target = Target { path, length };
+        let target = Target {
+            path,
+            length,
+            data_file: false,
+        };
         self.in_place.target = Some((target, Some(storage)));
     }
 
@@ -193,7 +249,7 @@ impl Edit {
         self.require_few_ranges()
     }
 
-    fn require_few_ranges(&self) -> Result<()> {
+    pub(super) fn require_few_ranges(&self) -> Result<()> {
         if self.in_place.ranges.len() > MAX_IN_PLACE_RANGES {
             let reason = format!("there are more than {MAX_IN_PLACE_RANGES} ranges");
             return Err(self.refused("write in place", reason));
@@ -216,7 +272,11 @@ impl Journal {
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = MAGIC.to_vec();
         let count = |length: usize| u32::try_from(length).unwrap_or(u32::MAX).to_be_bytes();
-        bytes.extend(VERSION.to_be_bytes());
+        let version = match &self.target {
+            Some(target) if target.data_file => DATA_FILE_VERSION,
+            Some(_) | None => VERSION,
+        };
+        bytes.extend(version.to_be_bytes());
         bytes.extend(count(self.layers.len()));
         for number in [self.ranges.len(), self.first.len()] {
             bytes.extend(to_u64(number).to_be_bytes());
@@ -230,6 +290,7 @@ impl Journal {
         for layer in &self.layers {
             let path = layer.file.path.as_os_str().as_bytes();
             bytes.extend(match layer.file.format {
+                LayerFormat::Raw if layer.is_data => [0, 0, 0, 2],
                 LayerFormat::Raw => [0, 0, 0, 0],
                 LayerFormat::Qcow2 => [0, 0, 0, 1],
             });
@@ -251,13 +312,15 @@ impl Journal {
     pub fn decode(bytes: &[u8]) -> Option<Self> {
         let mut rest = bytes;
         let fixed = take(&mut rest, FIXED)?;
-        if &fixed[..8] != MAGIC || be_u32(&fixed[8..]) != VERSION {
+        let version = be_u32(&fixed[8..]);
+        if &fixed[..8] != MAGIC || ![VERSION, DATA_FILE_VERSION].contains(&version) {
             return None;
         }
         let path = take(&mut rest, usize::try_from(be_u32(&fixed[48..])).ok()?)?;
         let target = (!path.is_empty()).then(|| Target {
             path: PathBuf::from(OsStr::from_bytes(path)),
             length: be_u64(&fixed[40..]),
+            data_file: version == DATA_FILE_VERSION,
         });
         let layers = (0..be_u32(&fixed[12..])).map(|_| layer(&mut rest));
         let layers = layers.collect::<Option<_>>()?;
@@ -289,9 +352,10 @@ fn take<'a>(rest: &mut &'a [u8], length: usize) -> Option<&'a [u8]> {
 
 fn layer(rest: &mut &[u8]) -> Option<SourceLayer> {
     let fixed = take(rest, 48)?;
-    let format = match be_u32(fixed) {
-        0 => LayerFormat::Raw,
-        1 => LayerFormat::Qcow2,
+    let (format, is_data) = match be_u32(fixed) {
+        0 => (LayerFormat::Raw, false),
+        1 => (LayerFormat::Qcow2, false),
+        2 => (LayerFormat::Raw, true),
         _ => return None,
     };
     let path = take(rest, usize::try_from(be_u32(&fixed[4..])).ok()?)?;
@@ -300,6 +364,7 @@ fn layer(rest: &mut &[u8]) -> Option<SourceLayer> {
             path: PathBuf::from(OsStr::from_bytes(path)),
             format,
         },
+        is_data,
         length: be_u64(&fixed[8..]),
         hash: fixed[16..48].try_into().ok()?,
     })
@@ -317,12 +382,14 @@ mod tests {
                     path: PathBuf::from("/a/layer"),
                     format: LayerFormat::Qcow2,
                 },
+                is_data: false,
                 length: 77,
                 hash: [3; 32],
             }],
             target: Some(Target {
                 path: PathBuf::from("/raw"),
                 length: 99,
+                data_file: true,
             }),
             first: vec![9; 512],
             length: 1 << 20,

@@ -13,7 +13,7 @@ use crate::chain::Chain;
 use crate::entry::SUBCLUSTERS;
 use crate::error::Result;
 use crate::header::{MAX_L1_BYTES, SECTOR_BYTES, to_usize};
-use crate::units::{GuestOffset, HostOffset};
+use crate::units::GuestOffset;
 
 use super::transaction::Edit;
 use super::views::{Mapping, View};
@@ -33,6 +33,7 @@ impl Edit {
         self.drop_behind(before.min(after))?;
         self.fit_l1(after);
         if after > before {
+            self.clear_behind(before, after)?;
             self.clear_last_cluster(before, below)?;
             self.first.raw.virtual_size.set(after);
             self.hide_below(before, after, below)?;
@@ -112,7 +113,8 @@ impl Edit {
     fn clear_last_cluster(&mut self, end: u64, below: Option<&Chain>) -> Result<()> {
         let size = self.size();
         let (cluster, kept) = (end >> size.bits(), to_usize(size.offset_in(end)));
-        if kept == 0 {
+        if kept == 0 || self.is_elsewhere() && end < self.virtual_size() {
+            // Of an external data file, what the old state shows is cut off by the journal.
             return Ok(());
         }
         let mapping = self.mapping(View::Active, cluster)?;
@@ -121,8 +123,11 @@ impl Edit {
             return Ok(());
         }
         bytes[kept..].fill(0);
+        if self.is_elsewhere() {
+            return self.own_last_cluster(cluster, &bytes);
+        }
         let host = self.allocate(1)?;
-        self.write_data(host, &bytes)?;
+        self.write_guest(host, &bytes)?;
         self.set_mapping(View::Active, cluster, Mapping::Data { host })
     }
 
@@ -138,7 +143,7 @@ impl Edit {
         let start = cluster << self.size().bits();
         match mapping {
             Mapping::Zero { .. } => return Ok(false),
-            Mapping::Data { host } => self.read_cut_off(host, bytes)?,
+            Mapping::Data { host } => self.read_guest(host, bytes)?,
             Mapping::Compressed(compressed) => self.old.read_compressed(compressed, 0, bytes)?,
             Mapping::Unallocated => {
                 let Some(below) = below else {
@@ -153,7 +158,7 @@ impl Edit {
                 }
                 let mut own = vec![0; bytes.len()];
                 if let Some(host) = host.filter(|_| data != 0) {
-                    self.read_cut_off(host, &mut own)?;
+                    self.read_guest(host, &mut own)?;
                 }
                 if let Some(below) = below {
                     read_below(below, start, bytes)?;
@@ -162,16 +167,6 @@ impl Edit {
             }
         }
         Ok(true)
-    }
-
-    /// The file may end in the last cluster, where the disk ends too.
-    pub(super) fn read_cut_off(&self, host: HostOffset, bytes: &mut [u8]) -> Result<()> {
-        let length = self.storage.len().map_err(self.io("find the length of"))?;
-        let there = length.saturating_sub(host.0);
-        let whole = crate::header::to_u64(bytes.len());
-        let (data, behind) = bytes.split_at_mut(to_usize(there.min(whole)));
-        behind.fill(0);
-        self.read(host, data)
     }
 
     /// Lets the bytes from `before` to `after` be zeros where a longer file below would be seen.
@@ -202,7 +197,7 @@ impl Edit {
             }
             let host = self.allocate(1)?;
             let zeros = vec![0; self.size().buffer_len()];
-            self.write_data(host, &zeros)?;
+            self.write_guest(host, &zeros)?;
             self.set_mapping(View::Active, cluster, Mapping::Data { host })?;
         }
         Ok(())

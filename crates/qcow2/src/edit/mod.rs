@@ -28,6 +28,7 @@ mod bitmap_changes;
 mod bitmaps;
 mod bitmaps_proof;
 mod copies;
+mod data;
 mod expand;
 mod fill;
 mod first;
@@ -57,8 +58,10 @@ use stead_sys::space;
 use stead_sys::storage::{FileStorage, Storage};
 
 use crate::check::{CheckReport, check};
+use crate::control::Moving;
 use crate::error::{Error, Result};
 use crate::file::ImageFile;
+use crate::following::{OpenPolicy, data_file_of};
 use crate::header::to_usize;
 use crate::layer::Layer;
 
@@ -72,6 +75,7 @@ pub use switch::Recovery;
 pub use transaction::Edit;
 pub use views::{Mapping, View};
 
+use data::DataFile;
 pub(crate) use room::NewBlocks;
 use room::Scratch;
 use switch::Built;
@@ -95,13 +99,21 @@ impl Default for EditOptions {
     }
 }
 
-/// What a change leaves behind.
+/// What a change leaves behind, and who looks on.
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Leaving {
+pub(crate) struct Leaving<'a> {
     /// Free space that must be left for something else, in bytes.
     pub free_bytes: u64,
     /// Corruptions that the new state may still have: a repair takes away what it can.
     pub corruptions: u64,
+    /// Is told of data that is written in place, and can end the change as long as the image is as it was.
+    pub moving: Option<&'a Moving<'a>>,
+}
+
+impl Leaving<'_> {
+    fn go_on(&self, path: &Path) -> Result<()> {
+        self.moving.map_or(Ok(()), |moving| moving.go_on(path))
+    }
 }
 
 /// What a change did.
@@ -113,6 +125,8 @@ pub struct Done<T> {
     pub room: Plan,
     /// What a check of the new state found, before it was switched to.
     pub check: CheckReport,
+    /// How many bytes were written in place, and were read back and found to be what they had to be.
+    pub in_place_bytes: u64,
 }
 
 /// An image that is locked, whole and open for changes. Dropping it gives the lock back.
@@ -129,8 +143,10 @@ pub struct Editor {
     before: CheckReport,
     /// The image may be damaged, and its repair is what it is open for.
     damaged: bool,
-    /// Guest data may lie in another file; then only the header and refcounts can be changed.
+    /// Guest data may lie in another file that is not open; then only the header and refcounts can be changed.
     data_elsewhere: bool,
+    /// Where guest data lies, if that is another file.
+    data: Option<DataFile>,
 }
 
 /// Locks the file at `path`, open for reading and writing.
@@ -212,6 +228,50 @@ impl Editor {
         Self::open_with(path, |storage| Self::on_storage(storage, path, options))
     }
 
+    /// As [`Editor::open`], with the guest data in the file at `data`, which is locked, too.
+    ///
+    /// # Errors
+    /// As [`Editor::open`]; [`Error::NoExternalData`] when the image keeps guest data itself.
+    pub fn open_with_data(path: &Path, data: &Path, options: EditOptions) -> Result<Self> {
+        Self::open_with(path, |storage| {
+            let data = DataFile::open(data)?;
+            Self::read(storage, path, options, Elsewhere::File(data))?.whole()
+        })
+    }
+
+    /// As [`Editor::open`], with the external data file that the image may name, as far as `policy` follows names.
+    ///
+    /// # Errors
+    /// As [`Editor::open`]; [`Error::NotFollowed`].
+    pub fn open_following(path: &Path, policy: &OpenPolicy, options: EditOptions) -> Result<Self> {
+        match data_file_of(&Layer::inspect(path)?, policy)? {
+            Some(data) => Self::open_with_data(path, &data, options),
+            None => Self::open(path, options),
+        }
+    }
+
+    /// As [`Editor::on_storage`], with the guest data in another storage that nobody else uses. `data_path` is from
+    /// the root; a recovery opens the file by it, unless it is given the storage
+    /// ([`recover_storage_over`]).
+    ///
+    /// # Errors
+    /// As [`Editor::open_with_data`].
+    pub fn on_storage_with_data(
+        storage: Arc<dyn Storage>,
+        path: &Path,
+        (data, data_path): (Arc<dyn Storage>, &Path),
+        options: EditOptions,
+    ) -> Result<Self> {
+        let data = DataFile::on_storage(data, data_path);
+        Self::read(storage, path, options, Elsewhere::File(data))?.whole()
+    }
+
+    fn whole(mut self) -> Result<Self> {
+        self.require_whole()?;
+        self.damaged = false;
+        Ok(self)
+    }
+
     /// As [`Editor::open`], also for an image whose guest data lies in an external data file, which is not opened. Of
     /// such an image the header and refcounts can be changed ([`crate::ops::amend`]); what touches its tables is refused.
     ///
@@ -232,10 +292,7 @@ impl Editor {
         path: &Path,
         options: EditOptions,
     ) -> Result<Self> {
-        let mut editor = Self::read(storage, path, options, true)?;
-        editor.require_whole()?;
-        editor.damaged = false;
-        Ok(editor)
+        Self::read(storage, path, options, Elsewhere::Closed)?.whole()
     }
 
     /// As [`Editor::open`], for the repair of an image that may be damaged.
@@ -263,10 +320,7 @@ impl Editor {
         path: &Path,
         options: EditOptions,
     ) -> Result<Self> {
-        let mut editor = Self::damaged_on(storage, path, options)?;
-        editor.require_whole()?;
-        editor.damaged = false;
-        Ok(editor)
+        Self::read(storage, path, options, Elsewhere::Nothing)?.whole()
     }
 
     pub(crate) fn damaged_on(
@@ -274,16 +328,22 @@ impl Editor {
         path: &Path,
         options: EditOptions,
     ) -> Result<Self> {
-        Self::read(storage, path, options, false)
+        // Refcounts say nothing of data elsewhere, so it is not needed.
+        Self::read(storage, path, options, Elsewhere::Closed)
     }
 
     fn read(
         storage: Arc<dyn Storage>,
         path: &Path,
         options: EditOptions,
-        data_elsewhere: bool,
+        elsewhere: Elsewhere,
     ) -> Result<Self> {
-        let (old, old_first) = load(&storage, path, data_elsewhere)?;
+        let (data_elsewhere, data) = match elsewhere {
+            Elsewhere::Nothing => (false, None),
+            Elsewhere::Closed => (true, None),
+            Elsewhere::File(data) => (false, Some(data)),
+        };
+        let (old, old_first) = load(&storage, path, data_elsewhere, data.as_ref())?;
         let before = check(&old)?;
         Ok(Self {
             path: path.to_owned(),
@@ -296,6 +356,7 @@ impl Editor {
             before,
             damaged: true,
             data_elsewhere,
+            data,
         })
     }
 
@@ -361,42 +422,58 @@ impl Editor {
     /// As [`Editor::apply`], with what it may or must leave.
     pub(crate) fn apply_leaving<T>(
         &mut self,
-        leaving: Leaving,
+        leaving: Leaving<'_>,
         mut change: impl FnMut(&mut Edit) -> Result<T>,
     ) -> Result<Done<T>> {
         let room = self.plan(&mut change)?;
         self.require_room(&room, leaving.free_bytes)?;
+        leaving.go_on(&self.path)?;
         let length = self.storage.len();
         let length =
             length.map_err(|source| Error::io("find the length of", &self.path, source))?;
-        let built = self.build(leaving.corruptions, &mut change);
+        let data_length = self.data.as_ref().map(DataFile::length).transpose()?;
+        let built = self.build(&leaving, &mut change);
         let (built, value, check) = match built {
             Ok(built) => built,
             Err(error) => {
                 self.give_back(length);
+                if let (Some(data), Some(length)) = (&self.data, data_length) {
+                    data.give_back(length);
+                }
                 return Err(error);
             }
         };
-        built.switch()?;
-        let (old, old_first) = load(&self.storage, &self.path, self.data_elsewhere)?;
+        let in_place_bytes = built.switch(leaving.moving)?;
+        let data = self.data.as_ref();
+        let (old, old_first) = load(&self.storage, &self.path, self.data_elsewhere, data)?;
         (self.old, self.old_first) = (Arc::new(old), old_first);
         self.before = check.clone();
-        Ok(Done { value, room, check })
+        Ok(Done {
+            value,
+            room,
+            check,
+            in_place_bytes,
+        })
     }
 
     fn build<T>(
         &self,
-        corruptions: u64,
+        leaving: &Leaving<'_>,
         change: &mut impl FnMut(&mut Edit) -> Result<T>,
     ) -> Result<(Built, T, CheckReport)> {
         let mut edit = self.edit(Arc::clone(&self.storage), false)?;
         let value = change(&mut edit)?;
+        leaving.go_on(&self.path)?;
         let built = edit.build()?;
-        let check = built.prove(&self.before, corruptions)?;
+        let check = built.prove(&self.before, leaving.corruptions)?;
+        leaving.go_on(&self.path)?;
         Ok((built, value, check))
     }
 
     fn edit(&self, storage: Arc<dyn Storage>, plan: bool) -> Result<Edit> {
+        let external = self.old.header().external_data.as_ref();
+        let raw = external.is_some_and(|external| external.raw);
+        let guest = self.data.as_ref().map(|data| data.for_edit(raw));
         let file = self.file.as_ref().map(|file| file.file().try_clone());
         let file = file.transpose();
         let file = file.map_err(|source| Error::io("open", &self.path, source))?;
@@ -409,15 +486,23 @@ impl Editor {
             cache_bytes: self.options.cache_bytes,
             blocks: NewBlocks::new(file, self.old.file_length()),
             damaged: self.damaged,
+            guest: guest.transpose()?,
         })
     }
 
     /// As the image is now, once more, for a chain.
     pub(crate) fn reopen(&self) -> Result<Layer> {
-        Layer::from_storage(Arc::clone(&self.storage), &self.path)
+        let layer = Layer::inspect_image(ImageFile::on(Arc::clone(&self.storage), &self.path)?)?;
+        let layer = with_data(layer, self.data.as_ref())?;
+        layer.require_readable()?;
+        Ok(layer)
     }
 
     fn require_room(&self, room: &Plan, left: u64) -> Result<()> {
+        if let Some(data) = &self.data {
+            let others = room.new_bytes.saturating_add(left);
+            data.require_room(room.data_bytes, &self.path, others)?;
+        }
         let error = |source| Error::io("find the room for", &self.path, source);
         let limit = self.storage.room().map_err(error)?;
         let (needed, available) = if let Some(limit) = limit {
@@ -460,13 +545,37 @@ fn plan_of(built: &Built) -> Plan {
         reached_bytes: built.reached_bytes,
         end_bytes: built.end_bytes,
         new_bytes: built.new_bytes,
+        data_bytes: built.data_bytes,
         journal: built.has_journal(),
     }
 }
 
+/// Where guest data that is not in the image lies.
+enum Elsewhere {
+    /// It is in the image, or this is an error.
+    Nothing,
+    /// It may lie in another file, which is not needed.
+    Closed,
+    /// In this file.
+    File(DataFile),
+}
+
+fn with_data(layer: Layer, data: Option<&DataFile>) -> Result<Layer> {
+    match data {
+        Some(data) => layer.with_data(data.image()?),
+        None => Ok(layer),
+    }
+}
+
 /// Reads an image and its first cluster.
-fn load(storage: &Arc<dyn Storage>, path: &Path, data_elsewhere: bool) -> Result<(Layer, Vec<u8>)> {
+fn load(
+    storage: &Arc<dyn Storage>,
+    path: &Path,
+    data_elsewhere: bool,
+    data: Option<&DataFile>,
+) -> Result<(Layer, Vec<u8>)> {
     let layer = Layer::inspect_image(ImageFile::on(Arc::clone(storage), path)?)?;
+    let layer = with_data(layer, data)?;
     if !data_elsewhere || layer.header().encryption.is_some() {
         layer.require_readable()?;
     }

@@ -14,7 +14,7 @@ use crate::header::{to_u64, to_usize};
 use crate::units::ClusterSize;
 
 /// What file systems give out at a time, in bytes: a hole is filled in such blocks.
-const BLOCK_BYTES: u64 = 4096;
+pub(super) const BLOCK_BYTES: u64 = 4096;
 
 /// The room that a change needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,8 +26,10 @@ pub struct Plan {
     /// The file's length afterwards, in bytes.
     pub end_bytes: u64,
     /// Bytes that the file system must have free: what lies behind the end of the file now or in its
-    /// holes and is written to.
+    /// holes and is written to. Blocks that are shared with another file are none of them.
     pub new_bytes: u64,
+    /// Bytes that the file system of the external data file must have free, if there is such a file.
+    pub data_bytes: u64,
     /// Whether the change needs the journal, because more than the first sector changes in place.
     pub journal: bool,
 }
@@ -171,6 +173,11 @@ impl NewBlocks {
         self.bytes
     }
 
+    /// Whether the image is a file of a file system.
+    pub fn has_file(&self) -> bool {
+        self.file.is_some()
+    }
+
     /// Counts a range that is going to be written.
     pub fn add(&mut self, at: u64, length: u64) -> io::Result<()> {
         let start = at / BLOCK_BYTES * BLOCK_BYTES;
@@ -193,6 +200,12 @@ impl NewBlocks {
             place = behind;
         }
         self.join(start, end);
+        Ok(())
+    }
+
+    /// A range that was counted gets blocks that another file has: it needs no room of its own.
+    pub fn share(&mut self, at: u64, length: u64) -> io::Result<()> {
+        self.bytes = self.bytes.saturating_sub(self.missing(at, at + length)?);
         Ok(())
     }
 
@@ -251,6 +264,9 @@ mod tests {
             assert_eq!(blocks.bytes(), sum, "{at} {length}");
         }
         assert_eq!(blocks.counted.len(), 1);
+        // Blocks that are there were not counted, so nothing is taken off for them.
+        blocks.share(0, 32 << 10).expect("count");
+        assert_eq!(blocks.bytes(), (72 << 10) - 8192 - ((32 << 10) - 8192));
     }
 
     #[test]

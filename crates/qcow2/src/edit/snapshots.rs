@@ -23,6 +23,11 @@ impl Edit {
     /// table cannot be read or written.
     pub fn create_snapshot(&mut self, called: &SnapshotName) -> Result<Vec<u8>> {
         let operation = "create an internal snapshot";
+        if self.is_elsewhere() {
+            let reason = "guest data lies in an external data file, where a cluster cannot be kept while the disk goes on \
+                          elsewhere";
+            return Err(self.refused(operation, reason));
+        }
         if called.name.len() > usize::from(u16::MAX) {
             return Err(self.refused(operation, "its name has more than 65535 bytes"));
         }

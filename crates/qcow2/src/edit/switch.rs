@@ -8,6 +8,7 @@
 //! Up to `proven` any failure leaves the old state; from `switched` on the new one. In between the image is
 //! *in progress*, and [`recover`] goes the same way again from `marked` on.
 
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -16,15 +17,17 @@ use stead_sys::storage::{FileStorage, Storage};
 
 use crate::chain::{Chain, Member};
 use crate::check::{CheckReport, check};
+use crate::control::Moving;
 use crate::error::{Error, Result};
 use crate::file::ImageFile;
 use crate::header::{
     AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA, Header, MAX_L1_BYTES, to_u64, to_usize,
 };
 use crate::layer::Layer;
-use crate::units::HostOffset;
+use crate::units::{GuestOffset, HostOffset};
 
 use super::bitmaps_proof::says_enough;
+use super::data::GuestFile;
 use super::first::{FirstCluster, JournalPlace, SECTOR};
 use super::in_place::{InPlaceRange, Journal, MAX_IN_PLACE_RANGES, Target};
 use super::records;
@@ -49,6 +52,8 @@ pub(super) struct Built {
     pub reached_bytes: u64,
     /// Bytes that the file had no room for before; 0 but in a plan.
     pub new_bytes: u64,
+    /// The same of the external data file.
+    pub data_bytes: u64,
 }
 
 impl Edit {
@@ -63,6 +68,7 @@ impl Edit {
         self.store_bitmaps()?;
         self.store_snapshots()?;
         self.store_refcounts()?;
+        self.settle_guest_file()?;
         // Who changes an image clears the bits that say what it does not know.
         // A data file that is raw stays so, since nothing here changes what it shows.
         let raw_data = match self.old.header().external_data {
@@ -90,6 +96,7 @@ impl Edit {
         synced.map_err(self.io("sync"))?;
         Ok(Built {
             new_bytes: self.blocks.bytes(),
+            data_bytes: self.guest.as_ref().map_or(0, GuestFile::new_bytes),
             first,
             header,
             journal,
@@ -195,7 +202,10 @@ impl Built {
         };
         let file = ImageFile::on(Arc::clone(&self.edit.storage), &self.edit.path)?;
         let layer = match Layer::with_header(file, self.header.clone()) {
-            Ok(layer) => layer,
+            Ok(layer) => match &self.edit.guest {
+                Some(guest) => layer.with_data(guest.image()?)?,
+                None => layer,
+            },
             Err(error) => return Err(failed(error.to_string())),
         };
         let report = check(&layer)?;
@@ -243,26 +253,32 @@ impl Built {
     /// Makes the new state the image.
     ///
     /// # Durability
-    /// When this returns `Ok`, the new state is the image, and synced.
+    /// When this returns `Ok`, the new state is the image, and synced; it says how many bytes were written in place
+    /// and found again.
     ///
     /// # Errors
     /// [`Error::Switch`], with the image as it was, or as it was to be, or in progress.
-    pub fn switch(self) -> Result<()> {
+    pub fn switch(self, moving: Option<&Moving<'_>>) -> Result<u64> {
         let switch = Switch {
             storage: &self.edit.storage,
             target: self.edit.target.as_ref(),
             path: &self.edit.path,
+            moving,
         };
-        match &self.journal {
-            None if self.first == self.edit.old_first => Ok(()),
-            None => switch.write_sector(&self.first),
+        let in_place = match &self.journal {
+            None if self.first == self.edit.old_first => 0,
+            None => {
+                switch.write_sector(&self.first)?;
+                0
+            }
             Some((place, journal)) => {
                 let old = FirstCluster::decode(&self.edit.old_first, self.edit.old.header());
                 switch.write_sector(&old.in_progress(place))?;
-                switch.finish(journal)
+                switch.finish(journal)?
             }
-        }?;
-        switch.cut(self.end_bytes)
+        };
+        switch.cut(self.end_bytes)?;
+        Ok(in_place)
     }
 }
 
@@ -272,6 +288,8 @@ struct Switch<'a> {
     /// The raw file that the ranges of the journal lie in, if they do.
     target: Option<&'a Arc<dyn Storage>>,
     path: &'a Path,
+    /// Is told of data that is written in place.
+    moving: Option<&'a Moving<'a>>,
 }
 
 impl Switch<'_> {
@@ -295,22 +313,80 @@ impl Switch<'_> {
 
     fn write_sector(&self, first: &[u8]) -> Result<()> {
         self.write(&first[..SECTOR], 0)?;
-        self.sync()
+        self.sync()?;
+        let mut found = [0; SECTOR];
+        let read = self.storage.read_exact_at(&mut found, 0);
+        read.map_err(self.failed("reading the first sector back"))?;
+        if found == first[..SECTOR] {
+            return Ok(());
+        }
+        let lost = io::Error::new(
+            io::ErrorKind::InvalidData,
+            "it is not what was written; the storage is faulty",
+        );
+        Err(self.failed("reading the first sector back")(lost))
     }
 
-    /// Does what the journal says; each part can be done again.
-    fn finish(&self, journal: &Journal) -> Result<()> {
-        if !journal.ranges.is_empty() || journal.target.is_some() {
-            self.redo(journal)?;
-        }
+    /// Does what the journal says; each part can be done again. How many bytes were written in place, and found
+    /// again.
+    fn finish(&self, journal: &Journal) -> Result<u64> {
+        let sources = match !journal.ranges.is_empty() || journal.target.is_some() {
+            true => self.redo(journal)?,
+            false => None,
+        };
         if journal.first.len() > SECTOR {
             self.write(&journal.first[SECTOR..], to_u64(SECTOR))?;
         }
         self.sync()?;
-        self.write_sector(&journal.first)
+        let verified = match &sources {
+            Some(sources) => self.verify(journal, sources)?,
+            None => 0,
+        };
+        self.write_sector(&journal.first)?;
+        Ok(verified)
     }
 
-    fn redo(&self, journal: &Journal) -> Result<()> {
+    /// Reads back what was written in place, while the image is still in progress, so that a recovery can write it
+    /// again.
+    fn verify(&self, journal: &Journal, sources: &Chain) -> Result<u64> {
+        let to = self.target.unwrap_or(self.storage);
+        let mut expected = vec![0; to_usize(STEP_BYTES)];
+        let mut found = expected.clone();
+        let mut verified = 0;
+        for step in journal.ranges.iter().flat_map(steps) {
+            let length = to_usize(step.length);
+            let read = sources.read_at(step.guest.0, &mut expected[..length]);
+            read.map_err(|error| self.unrecoverable(error.to_string()))?;
+            let read = to.read_exact_at(&mut found[..length], step.host.0);
+            read.map_err(self.failed("reading data back"))?;
+            if found[..length] != expected[..length] {
+                return Err(self.lost(journal, step));
+            }
+            verified += step.length;
+            self.tell(step.length);
+        }
+        Ok(verified)
+    }
+
+    fn lost(&self, journal: &Journal, step: InPlaceRange) -> Error {
+        let path = journal.target.as_ref().map_or(self.path, |to| &to.path);
+        let text = format!(
+            "the {} bytes at {} of {} are not those that were written; the storage is faulty",
+            step.length,
+            step.host,
+            path.display()
+        );
+        self.failed("reading data back")(io::Error::new(io::ErrorKind::InvalidData, text))
+    }
+
+    fn tell(&self, bytes: u64) {
+        if let Some(moving) = self.moving {
+            moving.moved(bytes);
+        }
+    }
+
+    /// Writes what is to be written in place, and gives the disk that it comes from.
+    fn redo(&self, journal: &Journal) -> Result<Option<Chain>> {
         let chain = self.sources(journal);
         let chain = chain.map_err(|error| self.unrecoverable(error.to_string()))?;
         let to = self.target.unwrap_or(self.storage);
@@ -318,39 +394,53 @@ impl Switch<'_> {
             let length = to.len().map_err(self.failed("asking for the length"))?;
             if length != target.length {
                 let set = to.set_len(target.length);
-                set.map_err(self.failed("setting the length of the raw file"))?;
+                set.map_err(self.failed("setting the length of the other file"))?;
             }
         }
         let mut buffer = vec![0; to_usize(STEP_BYTES)];
-        for range in &journal.ranges {
-            let mut done = 0;
-            while done < range.length {
-                let length = STEP_BYTES.min(range.length - done);
-                let bytes = &mut buffer[..to_usize(length)];
-                let read = chain.read_at(range.guest.0 + done, bytes);
-                read.map_err(|error| self.unrecoverable(error.to_string()))?;
-                let written = to.write_all_at(bytes, range.host.0 + done);
-                written.map_err(self.failed("a write"))?;
-                done += length;
-            }
+        for step in journal.ranges.iter().flat_map(steps) {
+            let bytes = &mut buffer[..to_usize(step.length)];
+            let Some(chain) = &chain else {
+                unreachable!("ranges have sources");
+            };
+            let read = chain.read_at(step.guest.0, bytes);
+            read.map_err(|error| self.unrecoverable(error.to_string()))?;
+            let written = to.write_all_at(bytes, step.host.0);
+            written.map_err(self.failed("a write"))?;
+            self.tell(step.length);
         }
-        match self.target {
-            Some(target) => target.sync().map_err(self.failed("a sync")),
-            None => Ok(()),
+        if let Some(target) = self.target {
+            target.sync().map_err(self.failed("a sync"))?;
         }
+        Ok(chain)
     }
 
     /// The disk that the ranges get their bytes from.
-    fn sources(&self, journal: &Journal) -> Result<Chain> {
-        let files = journal.layers.iter().map(|layer| layer.file.clone());
-        let files: Vec<_> = files.collect();
-        if journal.target.is_none() {
-            return Chain::open(&files);
+    fn sources(&self, journal: &Journal) -> Result<Option<Chain>> {
+        let mut members = Vec::new();
+        if journal.target.as_ref().is_some_and(|to| !to.data_file) {
+            let header = Header::decode(&journal.first, self.path)?;
+            let file = ImageFile::on(Arc::clone(self.storage), self.path)?;
+            let layer = Layer::with_header(file, header)?;
+            let own = journal.layers.first().filter(|first| first.is_data);
+            let layer = match own {
+                Some(own) => layer.with_data(ImageFile::open(&own.file.path)?)?,
+                None => layer,
+            };
+            members.push(Member::from_layer(layer)?);
         }
-        let header = Header::decode(&journal.first, self.path)?;
-        let file = ImageFile::on(Arc::clone(self.storage), self.path)?;
-        let top = Member::from_layer(Layer::with_header(file, header)?)?;
-        Chain::around(&[], top, &files)
+        for (at, layer) in journal.layers.iter().enumerate() {
+            let data = journal.layers.get(at + 1).filter(|next| next.is_data);
+            let data = data.map(|data| data.file.path.as_path());
+            if !layer.is_data {
+                members.push(Member::open_with_data(&layer.file, data)?);
+            }
+        }
+        if members.is_empty() && journal.ranges.is_empty() {
+            // Nothing is read, only the other file gets another length.
+            return Ok(None);
+        }
+        Chain::of_members(members).map(Some)
     }
 
     fn unrecoverable(&self, reason: String) -> Error {
@@ -376,6 +466,17 @@ impl Switch<'_> {
     }
 }
 
+/// A range in pieces that are moved at once.
+fn steps(range: &InPlaceRange) -> impl Iterator<Item = InPlaceRange> + use<> {
+    let range = *range;
+    let starts = (0..range.length).step_by(to_usize(STEP_BYTES));
+    starts.map(move |start| InPlaceRange {
+        guest: GuestOffset(range.guest.0 + start),
+        host: HostOffset(range.host.0 + start),
+        length: STEP_BYTES.min(range.length - start),
+    })
+}
+
 /// What [`recover`](super::recover) found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Recovery {
@@ -395,6 +496,7 @@ pub(super) fn recover_on(
         storage,
         target: raw,
         path,
+        moving: None,
     };
     let mut sector = [0; SECTOR];
     let read = storage.read_exact_at(&mut sector, 0);

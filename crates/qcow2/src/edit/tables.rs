@@ -13,8 +13,8 @@ use crate::error::{Error, Result};
 use crate::header::{be_u64, to_u64, to_usize};
 use crate::units::{ClusterSize, HostOffset};
 
-/// The fewest clusters that are kept, so that what one step needs fits.
-const MIN_CLUSTERS: usize = 32;
+/// The fewest clusters that are kept, so that what one step needs fits: 16 MiB where clusters have 2 MiB.
+const MIN_CLUSTERS: usize = 8;
 /// Neighbouring clusters are written together up to this many bytes.
 const WRITE_BYTES: usize = 4 << 20;
 

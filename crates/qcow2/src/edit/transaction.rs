@@ -5,19 +5,24 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use stead_sys::share::{Shared, clone_range};
 use stead_sys::storage::Storage;
+use stead_sys::{durable, readable};
 
+use crate::backing_record::BackingRecord;
+use crate::content::DiskContent;
 use crate::error::{Error, Result};
-use crate::header::{Header, to_u64, to_usize};
+use crate::header::{Header, extension, to_u64, to_usize};
 use crate::layer::Layer;
 use crate::units::{ClusterSize, HostOffset};
 
 use super::bitmaps::Bitmap;
+use super::data::GuestFile;
 use super::first::FirstCluster;
 use super::in_place::InPlace;
 use super::records::{self, SnapshotRecord};
 use super::refcounts::{Refcounts, refused};
-use super::room::NewBlocks;
+use super::room::{BLOCK_BYTES, NewBlocks};
 use super::tables::Tables;
 use super::views::LoadedTable;
 
@@ -43,7 +48,11 @@ pub struct Edit {
     pub(super) bitmaps: Vec<Bitmap>,
     pub(super) bitmaps_changed: bool,
     pub(super) blocks: NewBlocks,
+    /// Files below, by device and number, and whether their blocks can be shared.
+    sharing: Vec<((u64, u64), bool)>,
     pub(super) in_place: InPlace,
+    /// The external data file, if guest data lies in one.
+    pub(super) guest: Option<GuestFile>,
     /// The raw file that is written in place, once the state is built.
     pub(super) target: Option<Arc<dyn Storage>>,
 }
@@ -59,6 +68,8 @@ pub(super) struct Start<'a> {
     pub blocks: NewBlocks,
     /// The old state is damaged, and this is its repair.
     pub damaged: bool,
+    /// The external data file, if guest data lies in one that is open.
+    pub guest: Option<GuestFile>,
 }
 
 impl Edit {
@@ -89,8 +100,10 @@ impl Edit {
             bitmaps: bitmaps.collect(),
             bitmaps_changed: false,
             blocks: start.blocks,
+            sharing: Vec::new(),
             in_place: InPlace::default(),
             target: None,
+            guest: start.guest,
             storage,
         })
     }
@@ -117,6 +130,20 @@ impl Edit {
     /// Names another backing file (name, format), or none. What the guest sees is the caller's care.
     pub fn set_backing(&mut self, backing: Option<(&[u8], Option<&[u8]>)>) {
         self.first.set_backing(backing);
+    }
+
+    /// Records what the backing file of the new state shows, or takes away what was recorded. A record stays when
+    /// only the name changes: it is about the name that it holds (see [`BackingRecord`]).
+    ///
+    /// # Panics
+    /// When something is to be recorded and there is no backing file.
+    pub fn record_backing(&mut self, content: Option<DiskContent>) {
+        let record = content.map(|content| {
+            let name = self.first.backing_name();
+            assert!(name.is_some(), "a record of no backing file");
+            BackingRecord::new(name.unwrap_or_default(), content).encode()
+        });
+        self.first.set_extension(extension::BACKING_CONTENT, record);
     }
 
     pub(super) fn size(&self) -> ClusterSize {
@@ -236,7 +263,8 @@ impl Edit {
         self.counts.is_new(at.0 >> self.size().bits())
     }
 
-    /// Writes guest data into clusters that this transaction took.
+    /// Writes bytes into clusters that this transaction took; guest data that may lie elsewhere by
+    /// [`Edit::write_guest`].
     ///
     /// # Errors
     /// When writing fails.
@@ -252,27 +280,47 @@ impl Edit {
         written.map_err(self.io("write data of"))
     }
 
-    /// Makes `length` bytes of clusters that this transaction took those of `source` at `from`; shared
-    /// where the file system can.
-    ///
-    /// # Errors
-    /// When reading or writing fails, or `source` ends first.
-    ///
-    /// # Panics
-    /// When a cluster belongs to the old state.
-    pub fn copy_data(
+    /// Takes off the plan what new clusters of the image share with a file from `from` on, where the file system can
+    /// share them.
+    pub(super) fn note_shared(
         &mut self,
         at: HostOffset,
         source: &File,
         from: u64,
         length: u64,
     ) -> Result<()> {
-        self.require_new(at, length)?;
-        if self.plan {
+        let aligned = [at.0, from, length].iter().all(|n| n % BLOCK_BYTES == 0);
+        if !self.plan || !aligned || self.guest.is_some() || !self.can_share(source)? {
             return Ok(());
         }
-        let copied = self.storage.copy_from(source, from, at.0, length);
-        copied.map_err(self.io("copy data to"))
+        let shared = self.blocks.share(at.0, length);
+        shared.map_err(self.io("find the holes of"))
+    }
+
+    /// Whether the image can have blocks of `source`: found by trying, with a file without a name beside the image.
+    fn can_share(&mut self, source: &File) -> Result<bool> {
+        let identity = readable::identity(source).map_err(self.io("identify a file below"))?;
+        if let Some((_, can)) = self.sharing.iter().find(|(known, _)| *known == identity) {
+            return Ok(*can);
+        }
+        let can = self.blocks.has_file() && self.try_share(source)?;
+        self.sharing.push((identity, can));
+        Ok(can)
+    }
+
+    fn try_share(&self, source: &File) -> Result<bool> {
+        let block = Shared {
+            from: 0,
+            to: 0,
+            length: BLOCK_BYTES,
+        };
+        let path = std::fs::canonicalize(&self.path).map_err(self.io("find"))?;
+        let folder = path.parent().unwrap_or(Path::new("/"));
+        // Where no file can be made, nothing is known, and room for everything is asked for.
+        let Ok(beside) = durable::nameless(folder) else {
+            return Ok(false);
+        };
+        clone_range(source, &beside, block).map_err(self.io("share blocks with"))
     }
 
     /// Reads bytes of the file: those of the old state, or what this transaction wrote.

@@ -193,7 +193,7 @@ impl Edit {
         let (mut word, bitmap) = new.encode(extended, self.size().bits());
         if let Some(host) = new.host()
             && view == View::Active
-            && self.references(host)? == 1
+            && (self.is_elsewhere() || self.references(host)? == 1)
         {
             word |= COPIED;
         }
@@ -217,6 +217,9 @@ impl Edit {
 
     /// The host clusters that an entry refers to: the first, and how many.
     fn clusters_of(&self, mapping: Mapping) -> Option<(HostOffset, u64)> {
+        if self.is_elsewhere() {
+            return None;
+        }
         if let Some(host) = mapping.host() {
             return Some((host, 1));
         }
@@ -294,11 +297,7 @@ impl Edit {
     }
 
     pub(super) fn l1(&mut self, view: View) -> Result<&[u64]> {
-        if self.shape().external_data.is_some() {
-            let reason =
-                "guest data lies in an external data file, and only the header can be changed";
-            return Err(self.refused("change what the image shows", reason));
-        }
+        self.require_guest_file()?;
         match view {
             View::Active => Ok(&self.active),
             View::Snapshot(index) => Ok(&self.load(index)?.words),
@@ -455,10 +454,8 @@ impl Edit {
         if !self.counts.take_crossed() {
             return Ok(());
         }
-        let mut next = self.next_table(View::Active, 0)?;
-        while let Some(index) = next {
-            next = self.next_table(View::Active, index + 1)?;
-            let Some(entry) = self.l1_entry(View::Active, index)? else {
+        for index in 0..to_u64(self.active.len()) {
+            let Some(entry) = self.decode_l1(self.active[to_usize(index)])? else {
                 continue;
             };
             let table = if self.flags_differ(entry.table)? {
@@ -482,6 +479,10 @@ impl Edit {
 
     /// Whether a flag of the active L2 table at `table` does not fit the refcount.
     fn flags_differ(&mut self, table: HostOffset) -> Result<bool> {
+        if self.is_elsewhere() {
+            // There all of them are set.
+            return Ok(false);
+        }
         if self.references(table)? > 1 {
             // What a shared table refers to is shared too.
             return self.has_copied(table);

@@ -130,6 +130,8 @@ struct Write {
 pub(crate) struct Taken {
     /// Those that take room.
     pub written: u64,
+    /// Those of them that are blocks of the source.
+    pub shared: u64,
     /// Those that only have a place.
     pub reserved: u64,
 }
@@ -137,6 +139,7 @@ pub(crate) struct Taken {
 impl Taken {
     pub fn add(&mut self, more: Self) {
         self.written += more.written;
+        self.shared += more.shared;
         self.reserved += more.reserved;
     }
 }
@@ -502,10 +505,14 @@ impl<'a> Chunk<'a> {
             Some(Preallocation::Off | Preallocation::Metadata) | None => false,
         };
         for write in &self.writes {
-            if write.from == From::Room && !keeps_room {
-                taken.reserved += to_u64(write.length);
-            } else {
-                taken.written += to_u64(write.length);
+            let length = to_u64(write.length);
+            match write.from {
+                From::Room if !keeps_room => taken.reserved += length,
+                From::Shared { .. } => {
+                    taken.shared += length;
+                    taken.written += length;
+                }
+                From::Room | From::Buffer(_) | From::Packed(_) => taken.written += length,
             }
         }
         taken

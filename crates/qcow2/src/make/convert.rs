@@ -97,6 +97,8 @@ pub struct NewFiles {
     pub file_bytes: u64,
     /// The bytes of both files that take room; the rest are holes.
     pub allocated_bytes: u64,
+    /// Those of the allocated bytes that are blocks of the source, and need no room of their own.
+    pub shared_bytes: u64,
     /// The length of the external data file, in bytes.
     pub data_file_bytes: Option<u64>,
     /// How many internal snapshots it has.
@@ -131,9 +133,7 @@ pub fn convert(
     let image = start(target)?;
     let data = plan.data_target.as_ref().map(start).transpose()?;
     let shareable = shareable(source, data.as_ref().unwrap_or(&image), &plan)?;
-    if !shareable.contains(&true) {
-        room::require(source, target, options, &plan, control)?;
-    }
+    room::require(source, (target, &shareable), options, &plan, control)?;
     let files = copy::Files {
         image: &image,
         data: data.as_ref(),
@@ -228,7 +228,10 @@ fn shareable(source: &Chain, output: &Output, plan: &Plan<'_>) -> Result<Vec<boo
             Some(_) | None => false,
         });
     }
-    output.set_length(0)?;
+    // Not where nothing was tried: ext4 writes out a file that was once cut to nothing before it is closed.
+    if found.contains(&true) {
+        output.set_length(0)?;
+    }
     Ok(found)
 }
 

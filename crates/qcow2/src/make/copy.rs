@@ -92,6 +92,7 @@ fn made(plan: &Plan<'_>, files: &Files<'_>, taken: Taken, file_bytes: u64) -> Ne
             (Some(_), Some(_)) => file_bytes + taken.written,
             (None, _) => taken.written,
         },
+        shared_bytes: taken.shared,
         data_file_bytes: files.data.map(|_| plan.disk),
         kept_snapshots: kept.views.len(),
         kept_bitmaps: kept.bitmaps.iter().map(|b| b.name().to_vec()).collect(),

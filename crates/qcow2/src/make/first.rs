@@ -7,6 +7,7 @@ use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
 use super::options::{Geometry, Preallocation, Qcow2Options, Version};
+use crate::backing_record::BackingRecord;
 use crate::chain::LayerFormat;
 use crate::error::Result;
 use crate::header::{
@@ -140,6 +141,10 @@ fn extensions(options: &Qcow2Options, tables: &Tables) -> Vec<u8> {
     }
     if options.version == Version::V3 && options.cluster_size.bytes() > NO_NAMES_UP_TO_BYTES {
         push_extension(&mut bytes, extension::FEATURE_NAMES, &feature_names());
+    }
+    if let (Some(backing), Some(content)) = (&options.backing, options.backing_content) {
+        let record = BackingRecord::new(backing.name.as_bytes(), content);
+        push_extension(&mut bytes, extension::BACKING_CONTENT, &record.encode());
     }
     if let Some(bitmaps) = &tables.bitmaps {
         push_extension(&mut bytes, extension::BITMAPS, &encode_bitmaps(bitmaps));

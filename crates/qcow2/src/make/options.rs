@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use stead_sys::durable::Existing;
 
 use crate::chain::LayerFormat;
+use crate::content::DiskContent;
 use crate::error::{Error, Result};
 use crate::header::{Compression, MAX_BACKING_NAME_BYTES, MAX_L1_BYTES, SECTOR_BYTES, to_u64};
 use crate::units::ClusterSize;
@@ -76,6 +77,9 @@ pub struct Qcow2Options {
     pub data_file: Option<DataFile>,
     /// What is reserved.
     pub preallocation: Preallocation,
+    /// What the file below shows, if that is to be recorded ([`DiskContent::of`] that disk), so that a check finds
+    /// when it shows something else ([`crate::check_backing`]).
+    pub backing_content: Option<DiskContent>,
 }
 
 impl Default for Qcow2Options {
@@ -91,6 +95,7 @@ impl Default for Qcow2Options {
             backing: None,
             data_file: None,
             preallocation: Preallocation::Off,
+            backing_content: None,
         }
     }
 }
@@ -298,6 +303,12 @@ fn check_backing(path: &Path, options: &Qcow2Options) -> Result<()> {
         );
     }
     let Some(backing) = &options.backing else {
+        if options.backing_content.is_some() {
+            return invalid(
+                path,
+                "there is no backing file whose content could be recorded",
+            );
+        }
         return Ok(());
     };
     let length = backing.name.len();

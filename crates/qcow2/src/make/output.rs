@@ -352,3 +352,49 @@ pub(crate) fn require_length(output: &Output, bytes: u64) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packed_pieces_lie_where_they_were_put_and_touch_nothing_else() {
+        let folder = tempfile::tempdir().expect("temp dir");
+        let target = Target::New {
+            path: folder.path().join("image"),
+            mode: 0o600,
+            existing: Existing::Keep,
+        };
+        let output = Output::create(&target).expect("create");
+        let alignment = to_usize(ALIGNMENT);
+        // In turn short, long, and long with ends in the middle of a block, each where the last one ended.
+        let lengths = [5, 70_000, 300_001, DIRECT_FROM_BYTES, 4091, 200_000, 90_113];
+        let mut memory = direct::AlignedBuffer::new(alignment + lengths.iter().sum::<usize>());
+        let mut random = 1_u32;
+        for byte in memory.bytes_mut() {
+            random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            *byte = random.to_be_bytes()[0];
+        }
+        let wanted = memory.bytes()[alignment..].to_vec();
+        for start in [0, 4096, 70_001] {
+            let (mut from, mut at) = (alignment, start);
+            let mut copy = direct::AlignedBuffer::new(memory.bytes().len());
+            copy.bytes_mut().copy_from_slice(memory.bytes());
+            output.set_length(0).expect("cut");
+            for length in lengths {
+                let piece = from..from + length;
+                output
+                    .write_packed(at, &mut copy, piece)
+                    .expect("write a piece");
+                (from, at) = (from + length, at + to_u64(length));
+            }
+            output.set_length(at + 10).expect("set the length");
+            let mut found = vec![1; to_usize(at) + 10];
+            output.read_back(0, &mut found).expect("read");
+            let (before, rest) = found.split_at(to_usize(start));
+            assert!(before.iter().all(|byte| *byte == 0), "{start}");
+            assert!(rest[..wanted.len()] == wanted, "{start}");
+            assert!(rest[wanted.len()..].iter().all(|byte| *byte == 0));
+        }
+    }
+}

@@ -12,13 +12,14 @@ use crate::chain::Chain;
 use crate::control::Control;
 use crate::error::{Error, Result};
 
-/// Fails when the files that `plan` makes do not fit their file system.
+/// Fails when the files that `plan` makes do not fit their file system. Blocks that are shared with the source need
+/// no room; `shareable` says of which of its members they can be.
 ///
 /// First the bound is taken that the source's tables give, which is cheap. Only if that does not fit are all
 /// bytes read to know exactly.
 pub(crate) fn require(
     source: &Chain,
-    target: &Target,
+    (target, shareable): (&Target, &[bool]),
     options: &ConvertOptions<'_>,
     plan: &Plan<'_>,
     control: &Control<'_>,
@@ -37,8 +38,8 @@ pub(crate) fn require(
         progress: None,
         ..*control
     };
-    let exact = dry_run(plan, target, &vec![false; source.depth()], &quiet)?;
-    let needed = exact.allocated_bytes;
+    let exact = dry_run(plan, target, shareable, &quiet)?;
+    let needed = exact.allocated_bytes.saturating_sub(exact.shared_bytes);
     if needed <= available {
         return Ok(());
     }

@@ -2,16 +2,27 @@
 //!
 //! [`rebase`] keeps what every disk state shows: the active one and each internal snapshot. Where the new disk
 //! below shows something else than the old one, the image gets the old content itself; without a new one
-//! that is everything ([`flatten`]). Clusters that several states show are copied once. Contents stay, so bitmaps
-//! do; VM state stays with its snapshots. [`rename`] changes the name alone.
+//! that is everything ([`flatten`]). Clusters that several states show are copied once. VM state stays with its
+//! snapshots.
+//!
+//! A bitmap of a chain is one name in its layers: each has noted what was written while it was the top. Where layers
+//! leave the chain, what they noted goes into the image's bitmap of that name; one that they cannot complete is
+//! removed, and the report says why. Other bitmaps stay as they are, as contents do.
+//!
+//! What was recorded of the old disk below goes; what the new one shows is
+//! recorded if the caller wants it. [`rename`] changes the name alone.
 
 use std::path::Path;
 
-use crate::chain::Chain;
+use crate::chain::{Chain, Member};
+use crate::content::DiskContent;
 use crate::control::Control;
-use crate::edit::{Below, Done, Edit, Editor, Filled, Plan};
+use crate::edit::{Below, Done, Edit, Editor, Plan};
 use crate::error::{Error, Result};
 use crate::header::MAX_BACKING_NAME_BYTES;
+use crate::layer::Layer;
+
+use super::commit::{BitmapOutcome, bitmaps};
 
 const OPERATION: &str = "change the backing file";
 
@@ -31,6 +42,18 @@ pub struct NewBacking<'a> {
     pub file: BackingFile<'a>,
     /// The disk that it is.
     pub disk: &'a Chain,
+    /// What it shows, if that is to be recorded in the image ([`DiskContent::of`] that disk).
+    pub content: Option<DiskContent>,
+}
+
+/// What a rebase did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rebased {
+    /// Bytes of data that the image has itself now, shared clusters once.
+    pub bytes: u64,
+    /// What became of each bitmap that layers which are not below the image any more have, too; others are as they
+    /// were.
+    pub bitmaps: Vec<BitmapOutcome>,
 }
 
 /// Makes the image independent of what lies below it; `below` is that disk, `None` where there is none.
@@ -45,7 +68,7 @@ pub fn flatten(
     editor: &mut Editor,
     below: Option<&Chain>,
     control: &Control<'_>,
-) -> Result<Done<Filled>> {
+) -> Result<Done<Rebased>> {
     rebase(editor, below, None, control)
 }
 
@@ -63,13 +86,14 @@ pub fn rebase(
     below: Option<&Chain>,
     new: Option<&NewBacking<'_>>,
     control: &Control<'_>,
-) -> Result<Done<Filled>> {
+) -> Result<Done<Rebased>> {
     require_fitting(editor, below, new)?;
+    let change = Change::new(editor, below, new, control)?;
     let mut expected = 0;
     let done = editor.apply(|edit| {
-        let filled = change(edit, below, new, control, expected)?;
-        expected = filled.bytes;
-        Ok(filled)
+        let done = change.run(edit, expected)?;
+        expected = done.bytes;
+        Ok(done)
     })?;
     control.tell(1, 1);
     Ok(done)
@@ -86,11 +110,13 @@ pub fn plan(
     control: &Control<'_>,
 ) -> Result<Plan> {
     require_fitting(editor, below, new)?;
-    editor.plan(|edit| change(edit, below, new, control, 0))
+    let change = Change::new(editor, below, new, control)?;
+    editor.plan(|edit| change.run(edit, 0))
 }
 
 /// Says another name and format of the backing file, or none, and changes nothing else. What the image shows is
-/// what the file of that name makes of it.
+/// what the file of that name makes of it. What was recorded of the disk below stays while there is one, so that a
+/// check tells whether the file of the new name shows the same.
 ///
 /// # Durability
 /// As [`Editor::apply`].
@@ -99,26 +125,77 @@ pub fn plan(
 /// [`Error::Refused`] when the name cannot be said; else as [`Editor::apply`].
 pub fn rename(editor: &mut Editor, new: Option<BackingFile<'_>>) -> Result<Done<()>> {
     require_name(editor.layer().path(), new)?;
+    if new.is_some() {
+        require_room_below(editor.layer())?;
+    }
     editor.apply(|edit| {
         edit.set_backing(new.map(|file| (file.name, file.format)));
         Ok(())
     })
 }
 
-fn change(
-    edit: &mut Edit,
-    below: Option<&Chain>,
-    new: Option<&NewBacking<'_>>,
-    control: &Control<'_>,
-    expected_bytes: u64,
-) -> Result<Filled> {
-    let disks = Below {
-        old: below,
-        new: new.map(|new| new.disk),
+/// A rebase that was thought through, and not begun.
+struct Change<'a> {
+    below: Option<&'a Chain>,
+    new: Option<&'a NewBacking<'a>>,
+    control: &'a Control<'a>,
+    outcomes: Vec<BitmapOutcome>,
+    steps: Vec<bitmaps::Step>,
+}
+
+impl<'a> Change<'a> {
+    fn new(
+        editor: &Editor,
+        below: Option<&'a Chain>,
+        new: Option<&'a NewBacking<'a>>,
+        control: &'a Control<'a>,
+    ) -> Result<Self> {
+        let (outcomes, steps) = match below {
+            None => Default::default(),
+            Some(old) => {
+                let top = Chain::on_top(Member::from_layer(editor.reopen()?)?, old);
+                bitmaps::decide_without_layers(
+                    &top,
+                    leaving(old, new.map(|new| new.disk)),
+                    control,
+                )?
+            }
+        };
+        Ok(Self {
+            below,
+            new,
+            control,
+            outcomes,
+            steps,
+        })
+    }
+
+    fn run(&self, edit: &mut Edit, expected_bytes: u64) -> Result<Rebased> {
+        let disks = Below {
+            old: self.below,
+            new: self.new.map(|new| new.disk),
+        };
+        let filled = edit.fill(&disks, self.control, expected_bytes)?;
+        bitmaps::store(&self.steps, edit)?;
+        let new = self.new;
+        edit.set_backing(new.map(|new| (new.file.name, new.file.format)));
+        edit.record_backing(new.and_then(|new| new.content));
+        Ok(Rebased {
+            bytes: filled.bytes,
+            bitmaps: self.outcomes.clone(),
+        })
+    }
+}
+
+/// How many of the layers of `old`, from its top on, are not below the image any more.
+fn leaving(old: &Chain, new: Option<&Chain>) -> usize {
+    let Some(new) = new else {
+        return old.depth();
     };
-    let filled = edit.fill(&disks, control, expected_bytes)?;
-    edit.set_backing(new.map(|new| (new.file.name, new.file.format)));
-    Ok(filled)
+    if new.layers_above(old).is_some() {
+        return 0;
+    }
+    old.layers_above(new).unwrap_or(old.depth())
 }
 
 fn refused(path: &Path, reason: impl Into<String>) -> Error {
@@ -146,6 +223,7 @@ fn require_fitting(
     }
     let Some(new) = new else { return Ok(()) };
     require_name(path, Some(new.file))?;
+    require_room_below(image)?;
     let Ok(own) = path.canonicalize() else {
         // A storage that is no file: only its user knows what it is.
         return Ok(());
@@ -157,6 +235,16 @@ fn require_fitting(
         }
     }
     Ok(())
+}
+
+/// A raw data file is the whole disk by itself.
+fn require_room_below(image: &Layer) -> Result<()> {
+    let external = image.header().external_data.as_ref();
+    if external.is_none_or(|external| !external.raw) {
+        return Ok(());
+    }
+    let reason = "its data file is raw, the whole disk by itself, so nothing can be below it";
+    Err(refused(image.path(), reason))
 }
 
 pub(super) fn require_name(path: &Path, new: Option<BackingFile<'_>>) -> Result<()> {

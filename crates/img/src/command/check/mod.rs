@@ -3,7 +3,8 @@
 mod repair;
 mod told;
 
-use stead_qcow2::{CheckReport, check};
+use stead_qcow2::{CheckReport, Control, Error, check, check_backing};
+use stead_sys::signal;
 
 use crate::command::Command;
 use crate::common::{self, FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, Output, QUIET};
@@ -12,14 +13,15 @@ use crate::failure::{Failure, Outcome};
 use crate::format::Format;
 use crate::getopt::{Opt, Parsed};
 use crate::opened::{self, Sharing};
+use crate::progress::Progress;
 use crate::reference::Reference;
 use crate::report::DRY_RUN;
 
 pub(crate) const COMMAND: Command = Command {
     name: "check",
     about: "Find what is wrong in a qcow2 image, and repair it",
-    usage: "[-f FMT | --image-opts] [-r leaks|all] [--dry-run] [-q] [-U] [-T CACHE] [--output=human|json] FILE",
-    help: "Without -r nothing is written; files that the image names are not opened. Beside what qemu-img finds: overlaps,\n\
+    usage: "[-f FMT | --image-opts] [-r leaks|all] [--dry-run] [--backing] [-q] [-U] [-T CACHE] [--output=human|json] FILE",
+    help: "Without -r nothing is written; files that the image names are not opened without --backing. Beside what qemu-img finds: overlaps,\n\
            and damage in the tables of internal snapshots and bitmaps.\n\n\
            A repair is done in one step and proven: refcounts are written anew, what cannot be used of bitmaps is dropped,\n\
            guest data is never written. What would take a guess is left, and the image as it was.\n\n\
@@ -33,6 +35,9 @@ pub(crate) const COMMAND: Command = Command {
            \x20 -f, --format FMT      the format (raw has no check); else the file's first bytes tell\n\
            \x20     --image-opts      FILE is an option string\n\
            \x20     --output FORMAT   human or json\n\
+           \x20     --backing         open the images below, too, and compare what they show with what was recorded of it\n\
+           \x20                       (create and rebase --record-backing); reads all of it\n\
+           \x20     --progress        show how far that is\n\
            \x20     --notes           all that is no damage but worth knowing (as JSON always)\n\
            \x20 -q, --quiet           only what is wrong\n\
            \x20 -U, --force-share     also while another process writes the image\n\
@@ -48,6 +53,8 @@ pub(crate) const COMMAND: Command = Command {
         FORCE_SHARE,
         QUIET,
         Opt::flag("notes", "", &["notes"]),
+        BACKING,
+        Opt::flag("progress", "", &["progress"]),
         Opt::value("repair", "r", &["repair"]),
         Opt::value("restore", "", &["restore-snapshot"]),
         Opt::flag("same", "", &["active-was-same"]),
@@ -58,6 +65,8 @@ pub(crate) const COMMAND: Command = Command {
     last_is_operand: false,
 };
 
+/// What lies below is compared with what was recorded of it.
+const BACKING: Opt = Opt::flag("backing", "", &["backing"]);
 /// The format has no check.
 const STATUS_UNSUPPORTED: u8 = 63;
 /// The image is damaged.
@@ -91,18 +100,54 @@ fn look(
 ) -> Outcome<u8> {
     let _lock = opened::lock(image, Sharing::of(parsed))?;
     let layer = opened::inspect(image)?;
-    let report = check(&layer).map_err(|error| Failure::new(format!("Check failed: {error}")))?;
+    let mut report = check(&layer).map_err(failed)?;
+    if parsed.has(BACKING.id) {
+        compare_backing(parsed, image, &mut report, console)?;
+    }
     told::findings(&layer, &report, console)?;
     told::notes(&report, parsed.has("notes"), console)?;
     if let Some(why) = not_repaired {
         console.error_line(&format!("Nothing was repaired: {why}"))?;
     }
     match output {
-        Output::Json => console.line(&told::json(image, &layer, &report, None).json())?,
+        Output::Json => {
+            let told = told::json(image, &layer, &report, None, parsed.has(BACKING.id));
+            console.line(&told.json())?;
+        }
         Output::Human if parsed.has("quiet") => {}
         Output::Human => console.print(&told::human(&layer, &report))?,
     }
     Ok(status(&report))
+}
+
+fn failed(error: Error) -> Failure {
+    Failure::new(format!("Check failed: {error}"))
+}
+
+/// Holds what lies below each image against what was recorded of it.
+fn compare_backing(
+    parsed: &Parsed,
+    image: &Reference,
+    report: &mut CheckReport,
+    console: &mut Console,
+) -> Outcome<()> {
+    let opened = opened::chain(image, Sharing::of(parsed), common::follow_all())?;
+    let progress = Progress::start(parsed.has("progress") && !parsed.has("quiet"));
+    let tell = |fraction| progress.tell(fraction);
+    let control = Control {
+        cancel: signal::note_stop().ok(),
+        progress: Some(&tell),
+    };
+    check_backing(&opened.chain, report, &control).map_err(failed)?;
+    progress.done();
+    drop(progress);
+    if report.backing_compared == 0 {
+        console.error_line(
+            "Note: no image recorded what lies below it (see create and rebase --record-backing), so nothing \
+             was compared",
+        )?;
+    }
+    Ok(())
 }
 
 fn status(report: &CheckReport) -> u8 {

@@ -206,7 +206,7 @@ fn finish(
     }
     told::notes(&report, parsed.has("notes"), console)?;
     if output == Output::Json {
-        let tree = told::json(image, &layer, &report, Some(repaired));
+        let tree = told::json(image, &layer, &report, Some(repaired), false);
         console.line(&tree.json())?;
     } else if !quiet {
         console.print(&told::human(&layer, &report))?;

@@ -209,12 +209,13 @@ fn allocation(layer: &Layer, report: &CheckReport) -> String {
     )
 }
 
-/// The result for programs, with what a repair did.
+/// The result for programs, with what a repair did, and whether what lies below was compared.
 pub(super) fn json(
     image: &Reference,
     layer: &Layer,
     report: &CheckReport,
     repaired: Option<&Repaired>,
+    backing: bool,
 ) -> Tree {
     let mut parts = vec![
         ("image-end-offset", report.image_end.0.into()),
@@ -239,7 +240,8 @@ pub(super) fn json(
             parts.push((name, count.into()));
         }
     }
-    if !report.findings.is_empty() || !report.notes.is_empty() || repaired.is_some() {
+    let more_is_known = repaired.is_some() || backing;
+    if !report.findings.is_empty() || !report.notes.is_empty() || more_is_known {
         let told = |text: String| Tree::from(text);
         let findings = report
             .findings
@@ -257,6 +259,9 @@ pub(super) fn json(
             ("marked-dirty", report.marked_dirty.into()),
             ("marked-corrupt", report.marked_corrupt.into()),
         ];
+        if backing {
+            more.push(("backing-compared", report.backing_compared.into()));
+        }
         more.extend(repaired.map(|done| ("repair", done.tree())));
         parts.push(("stead", Tree::Map(more)));
     }

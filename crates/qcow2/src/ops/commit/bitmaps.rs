@@ -10,9 +10,10 @@ use std::ops::Range;
 
 use crate::bitmap::Bitmap;
 use crate::chain::Chain;
+use crate::control::Control;
 use crate::directory::StoredBitmap;
 use crate::edit::Edit;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::header::{to_u64, to_usize};
 use crate::layer::Layer;
 use crate::units::GuestOffset;
@@ -62,8 +63,8 @@ pub struct BitmapOutcome {
     pub fate: BitmapFate,
 }
 
-/// What is to be done in the base.
-enum Step {
+/// What is to be done with a bitmap of the image that is changed.
+pub(in crate::ops) enum Step {
     Merge(Bitmap),
     Add(Bitmap),
     Remove(Vec<u8>),
@@ -78,27 +79,24 @@ pub(super) struct Decided {
 impl Decided {
     /// Changes the base's bitmaps; the disk has its new length already.
     pub fn store(&self, edit: &mut Edit) -> Result<()> {
-        for step in &self.steps {
-            match step {
-                Step::Merge(bits) => {
-                    let Some(index) = edit.find_bitmap(bits.name()) else {
-                        unreachable!("the base has the bitmap");
-                    };
-                    edit.merge_bitmap(index, bits)?;
-                }
-                Step::Add(bits) => {
-                    let index = edit.add_bitmap(bits.name(), bits.granularity_bits(), true)?;
-                    edit.merge_bitmap(index, bits)?;
-                }
-                Step::Remove(name) => {
-                    let Some(index) = edit.find_bitmap(name) else {
-                        unreachable!("the base has the bitmap");
-                    };
-                    edit.remove_bitmap(index)?;
-                }
+        store(&self.steps, edit)
+    }
+}
+
+impl Step {
+    fn run(&self, edit: &mut Edit) -> Result<()> {
+        let find = |edit: &Edit, name: &[u8]| match edit.find_bitmap(name) {
+            Some(index) => index,
+            None => unreachable!("the image has the bitmap"),
+        };
+        match self {
+            Self::Merge(bits) => edit.merge_bitmap(find(edit, bits.name()), bits),
+            Self::Add(bits) => {
+                let index = edit.add_bitmap(bits.name(), bits.granularity_bits(), true)?;
+                edit.merge_bitmap(index, bits)
             }
+            Self::Remove(name) => edit.remove_bitmap(find(edit, name)),
         }
-        Ok(())
     }
 }
 
@@ -137,7 +135,7 @@ fn has(layer: &Layer, name: &[u8]) -> Result<Has> {
 }
 
 /// All names, the base's first.
-fn names(views: &Views) -> Result<Vec<Vec<u8>>> {
+fn names(views: &Views<'_>) -> Result<Vec<Vec<u8>>> {
     let mut names: Vec<Vec<u8>> = Vec::new();
     let layers = std::iter::once(views.above).chain(0..views.above);
     for layer in layers.filter_map(|index| views.top.layer(index)) {
@@ -150,8 +148,92 @@ fn names(views: &Views) -> Result<Vec<Vec<u8>>> {
     Ok(names)
 }
 
+/// The bitmaps of the image `top`, once the `leaving` layers below it are not there any more: one of a name that
+/// they have, too, is theirs and its own together, or cannot be kept. Only reads.
+pub(in crate::ops) fn decide_without_layers(
+    top: &Chain,
+    leaving: usize,
+    control: &Control<'_>,
+) -> Result<(Vec<BitmapOutcome>, Vec<Step>)> {
+    let (mut outcomes, mut steps) = (Vec::new(), Vec::new());
+    let Some(image) = top.layer(0) else {
+        return Ok((outcomes, steps));
+    };
+    for own in image.stored_bitmaps()? {
+        let lowest = lowest_with(top, leaving, &own.name)?;
+        // One that was not saved, or is of a kind that is not known, says nothing before and after.
+        let Some(lowest) = lowest.filter(|_| own.is_known() && !own.in_use) else {
+            continue;
+        };
+        let views = Views::of(top.clone(), lowest, control)?;
+        let (fate, step) = match joined(&views, &own.name)? {
+            Ok((bits, unnamed_bytes)) => (BitmapFate::Merged { unnamed_bytes }, Step::Merge(bits)),
+            Err(reason) => (
+                BitmapFate::Dropped { reason },
+                Step::Remove(own.name.clone()),
+            ),
+        };
+        steps.push(step);
+        outcomes.push(BitmapOutcome {
+            name: own.name,
+            fate,
+        });
+    }
+    Ok((outcomes, steps))
+}
+
+/// The lowest of the `leaving` layers below the top that has a bitmap of this name.
+fn lowest_with(top: &Chain, leaving: usize, name: &[u8]) -> Result<Option<usize>> {
+    for index in (1..=leaving).rev() {
+        let Some(layer) = top.layer(index) else {
+            continue;
+        };
+        if layer.stored_bitmaps()?.iter().any(|one| one.name == name) {
+            return Ok(Some(index));
+        }
+    }
+    Ok(None)
+}
+
+/// The pieces of a bitmap down to the base's own, as one, and how many bytes none of them named; or why that cannot
+/// be.
+fn joined(views: &Views, name: &[u8]) -> Result<std::result::Result<(Bitmap, u64), String>> {
+    let Some(base) = views.base.layer(0) else {
+        unreachable!("it has the bitmap");
+    };
+    let own = match has(base, name)? {
+        Has::Nothing(reason) | Has::Unusable(reason) | Has::Disabled(reason) => {
+            return Ok(Err(reason));
+        }
+        Has::Usable(own) => own,
+    };
+    let all = match above(views, name)? {
+        Ok(all) => all,
+        Err(reason) => return Ok(Err(reason)),
+    };
+    let (mut bits, unnamed_bytes) = match together(views, Some(&own), &all) {
+        Err(error @ Error::Io { .. }) => return Err(error),
+        Err(error) => return Ok(Err(error.to_string())),
+        Ok(together) => together,
+    };
+    match base.read_bitmap(&own) {
+        Err(error @ Error::Io { .. }) => return Err(error),
+        Err(error) => return Ok(Err(error.to_string())),
+        Ok(own) => bits.merge(&own),
+    }
+    Ok(Ok((bits, unnamed_bytes)))
+}
+
+/// Makes in the image what was decided.
+pub(in crate::ops) fn store(steps: &[Step], edit: &mut Edit) -> Result<()> {
+    for step in steps {
+        step.run(edit)?;
+    }
+    Ok(())
+}
+
 /// Decides on all bitmaps of the base and the layers above it. Only reads.
-pub(super) fn decide(views: &Views, options: &CommitOptions) -> Result<Decided> {
+pub(super) fn decide(views: &Views<'_>, options: &CommitOptions) -> Result<Decided> {
     let mut decided = Decided {
         steps: Vec::new(),
         outcomes: Vec::new(),
@@ -205,7 +287,7 @@ fn choose(views: &Views, name: &[u8], chosen: Chosen) -> Result<(BitmapFate, Opt
 /// Why a bitmap is not complete in the layers above, or theirs: those of the top and of the layers that follow it
 /// without a gap. Where they end above the base, the bitmap began there.
 fn above(
-    views: &Views,
+    views: &Views<'_>,
     name: &[u8],
 ) -> Result<std::result::Result<Vec<(usize, StoredBitmap)>, String>> {
     let mut all = Vec::new();
@@ -236,7 +318,7 @@ fn gap(views: &Views, all: &[(usize, StoredBitmap)]) -> Option<String> {
 }
 
 fn decide_one(
-    views: &Views,
+    views: &Views<'_>,
     name: &[u8],
     incomplete: Incomplete,
 ) -> Result<(BitmapFate, Option<Step>)> {
@@ -287,7 +369,7 @@ fn incomplete_own(
 }
 
 fn carried(
-    views: &Views,
+    views: &Views<'_>,
     name: &[u8],
     all: &[(usize, StoredBitmap)],
     incomplete: Incomplete,
@@ -305,7 +387,7 @@ fn carried(
 }
 
 fn dropped(
-    views: &Views,
+    views: &Views<'_>,
     name: &[u8],
     incomplete: Incomplete,
     reason: String,
@@ -322,7 +404,7 @@ fn dropped(
 }
 
 /// Everything that the commit changes, as fine as the base's bitmap.
-fn changed(views: &Views, own: &StoredBitmap) -> Result<Bitmap> {
+fn changed(views: &Views<'_>, own: &StoredBitmap) -> Result<Bitmap> {
     let length = views.top.len().max(views.base.len());
     let mut bits = Bitmap::new(&own.name, own.granularity_bits, length)?;
     for range in views.top.allocated(views.above) {
@@ -340,7 +422,7 @@ fn set(bits: &mut Bitmap, range: &Range<u64>) {
 
 /// What the layers' bitmaps have together, and what they should have named: how many bytes that was.
 fn together(
-    views: &Views,
+    views: &Views<'_>,
     own: Option<&StoredBitmap>,
     all: &[(usize, StoredBitmap)],
 ) -> Result<(Bitmap, u64)> {
@@ -371,7 +453,7 @@ fn together(
 }
 
 /// What the top `layers` define, `bits` does not name, and is other than what lies below them.
-fn unnamed(views: &Views, layers: usize, bits: &Bitmap) -> Result<Vec<Range<u64>>> {
+fn unnamed(views: &Views<'_>, layers: usize, bits: &Bitmap) -> Result<Vec<Range<u64>>> {
     let Some(lower) = views.top.below(layers).filter(|_| layers > 0) else {
         return Ok(Vec::new());
     };
@@ -386,6 +468,7 @@ fn unnamed(views: &Views, layers: usize, bits: &Bitmap) -> Result<Vec<Range<u64>
     for range in rest.dirty_ranges() {
         let mut at = range.start;
         while at < range.end.min(views.top.len()) {
+            views.go_on()?;
             let end = range.end.min(views.top.len()).min(at + STEP_BYTES);
             compare(
                 &views.top,

@@ -19,13 +19,19 @@
 //! * Bitmaps never say less than what the commit changes in the base (see [`BitmapFate`]).
 //! * What an internal snapshot of a layer above sees of the base is not changed: that is refused.
 
-mod bitmaps;
+pub(in crate::ops) mod bitmaps;
+mod elsewhere;
 mod put;
 mod raw;
 
+use std::path::{Path, PathBuf};
+
 use crate::chain::{Chain, LayerFile, LayerFormat, Member};
+use crate::control::{Control, Moving};
 use crate::edit::{Edit, EditOptions, Editor, Leaving, Plan, lock_for_reading};
 use crate::error::{Error, Result};
+use crate::following::{OpenPolicy, data_file_of};
+use crate::layer::Layer;
 
 pub use bitmaps::{BitmapFate, BitmapOutcome};
 pub use raw::{RawBase, commit_into_raw};
@@ -81,8 +87,31 @@ pub struct CommitOptions {
     pub incomplete: Incomplete,
     /// What becomes of single bitmaps of the base, by name, before any rule is asked.
     pub chosen: Vec<(Vec<u8>, Chosen)>,
+    /// Whether the external data files that the images name are opened. A name in an image could be that of any file.
+    pub follow_data: bool,
     /// How images are opened.
     pub edit: EditOptions,
+}
+
+impl CommitOptions {
+    fn editor(&self, file: &LayerFile) -> Result<Editor> {
+        if !self.follow_data {
+            return Editor::open(&file.path, self.edit);
+        }
+        Editor::open_following(&file.path, &OpenPolicy::NAMES, self.edit)
+    }
+
+    /// The files of an image: itself and, if names are followed, its external data file.
+    fn files(&self, file: &LayerFile) -> Result<Vec<PathBuf>> {
+        let mut all = vec![file.path.clone()];
+        if self.follow_data && file.format == LayerFormat::Qcow2 {
+            all.extend(data_file_of(
+                &Layer::inspect(&file.path)?,
+                &OpenPolicy::NAMES,
+            )?);
+        }
+        Ok(all)
+    }
 }
 
 impl Default for CommitOptions {
@@ -93,6 +122,7 @@ impl Default for CommitOptions {
             longer_base: LongerBase::default(),
             incomplete: Incomplete::default(),
             chosen: Vec::new(),
+            follow_data: false,
             edit: EditOptions::default(),
         }
     }
@@ -107,13 +137,17 @@ pub struct CommitReport {
     pub top: Option<Plan>,
     /// How many bytes of the disk the layers above define.
     pub defined_bytes: u64,
+    /// How many bytes of the base were written in place; all of them were read back and compared with the layers above.
+    pub in_place_bytes: u64,
     /// What became of each bitmap.
     pub bitmaps: Vec<BitmapOutcome>,
 }
 
 /// The disk as the top shows it, as the base shows it, and what is below the base.
 #[derive(Debug)]
-struct Views {
+struct Views<'a> {
+    /// How far the commit is.
+    moving: Moving<'a>,
     top: Chain,
     /// How many layers are committed.
     above: usize,
@@ -121,8 +155,14 @@ struct Views {
     below: Option<Chain>,
 }
 
-impl Views {
-    fn new(above: &[LayerFile], base: Member, below: &[LayerFile]) -> Result<Self> {
+impl<'a> Views<'a> {
+    fn new(
+        above: &[LayerFile],
+        base: Member,
+        below: &[LayerFile],
+        follow_data: bool,
+        control: &Control<'a>,
+    ) -> Result<Self> {
         let invalid = |reason: String| Err(Error::InvalidChain { reason });
         let hidden = above
             .iter()
@@ -130,10 +170,11 @@ impl Views {
         if let Some(raw) = hidden.clone().find(|file| file.format == LayerFormat::Raw) {
             return invalid(format!("{} is raw and not the last", raw.path.display()));
         }
-        Self::of(Chain::around(above, base, below)?, above.len())
+        let chain = Chain::around(above, base, below, follow_data)?;
+        Self::of(chain, above.len(), control)
     }
 
-    fn of(top: Chain, above: usize) -> Result<Self> {
+    fn of(top: Chain, above: usize, control: &Control<'a>) -> Result<Self> {
         let invalid = |reason: String| Err(Error::InvalidChain { reason });
         if let Some(last) = top.layer(top.depth() - 1)
             && last.header().backing.is_some()
@@ -146,11 +187,19 @@ impl Views {
             unreachable!("the chain has a base");
         };
         Ok(Self {
+            moving: Moving::new(control),
             top,
             above,
             base,
             below,
         })
+    }
+
+    /// An error when the caller wants the commit to end.
+    fn go_on(&self) -> Result<()> {
+        let base = self.base.file(0);
+        self.moving
+            .go_on(base.map_or(Path::new(""), |(path, _)| path))
     }
 
     /// How long the base is to be.
@@ -217,6 +266,7 @@ impl Views {
     fn first_seen(&self, view: &Chain, layers: usize, target_bytes: u64) -> Result<Option<u64>> {
         let cut = target_bytes..self.base.len();
         for range in self.top.allocated(self.above).chain([Ok(cut)]) {
+            self.go_on()?;
             let range = range?;
             let (mut at, end) = (range.start, range.end.min(view.len()));
             while at < end {
@@ -256,18 +306,23 @@ impl<'a> Files<'a> {
         }
         let (above, rest) = files.split_at(options.base);
         let changes_top = options.empty_top || rest[0].format == LayerFormat::Raw;
-        let top = changes_top.then(|| Editor::open(&above[0].path, options.edit));
+        let top = changes_top.then(|| options.editor(&above[0]));
         let top = top.transpose()?;
         let read = above
             .iter()
             .skip(usize::from(changes_top))
             .chain(&rest[1..]);
-        let locks = read.map(|file| lock_for_reading(&file.path).map(|(_, lock)| lock));
+        let mut locks = Vec::new();
+        for file in read {
+            for path in options.files(file)? {
+                locks.push(lock_for_reading(&path)?.1);
+            }
+        }
         Ok(Self {
             above,
             base: &rest[0],
             below: &rest[1..],
-            _locks: locks.collect::<Result<_>>()?,
+            _locks: locks,
             top,
         })
     }
@@ -277,26 +332,62 @@ impl<'a> Files<'a> {
 ///
 /// # Errors
 /// As [`commit`].
-pub fn measure(files: &[LayerFile], options: &CommitOptions) -> Result<CommitReport> {
+pub fn measure(
+    files: &[LayerFile],
+    options: &CommitOptions,
+    control: &Control<'_>,
+) -> Result<CommitReport> {
     let files = Files::open(files, options)?;
     let mut report = match files.base.format {
         LayerFormat::Qcow2 => {
-            let editor = Editor::open(&files.base.path, options.edit)?;
-            let ready = Ready::new(&editor, files.above, files.below, options)?;
+            let editor = options.editor(files.base)?;
+            let ready = Ready::new(&editor, (files.above, files.below), options, control)?;
             let plan = editor.plan(|edit| ready.run(edit))?;
-            ready.report(plan)
+            ready.report(plan, 0)
         }
         LayerFormat::Raw => {
             let Some(top) = &files.top else {
                 unreachable!("the top of a raw base is open for changes");
             };
-            raw::measure(&files, top, options)?
+            raw::measure(&files, top, options, control)?
         }
     };
     if let Some(top) = files.top.as_ref().filter(|_| options.empty_top) {
         report.top = Some(larger(report.top, top.plan(Edit::empty)?));
     }
     Ok(report)
+}
+
+/// As [`measure`] of a qcow2 base that another program has open, like all other files, and that nobody writes to
+/// meanwhile: nothing is locked, and the top is not to be emptied.
+///
+/// # Errors
+/// As [`measure`].
+pub fn measure_in_use(
+    files: &[LayerFile],
+    options: &CommitOptions,
+    control: &Control<'_>,
+) -> Result<CommitReport> {
+    let invalid = |reason: &str| {
+        Err(Error::InvalidChain {
+            reason: reason.into(),
+        })
+    };
+    if options.base == 0 || options.base >= files.len() {
+        return invalid("the base is not below the top");
+    }
+    let (above, rest) = files.split_at(options.base);
+    let path = &rest[0].path;
+    if rest[0].format == LayerFormat::Raw {
+        return invalid("a raw base says nothing of its room");
+    }
+    let io = |source| Error::io("open", path, source);
+    let file = stead_sys::readable::open(path).map_err(io)?;
+    let storage = stead_sys::storage::FileStorage::new(file).map_err(io)?;
+    let editor = Editor::on_storage(std::sync::Arc::new(storage), path, options.edit)?;
+    let ready = Ready::new(&editor, (above, &rest[1..]), options, control)?;
+    let plan = editor.plan(|edit| ready.run(edit))?;
+    Ok(ready.report(plan, 0))
 }
 
 /// Of two changes of one file, one after the other.
@@ -309,6 +400,7 @@ fn larger(one: Option<Plan>, other: Plan) -> Plan {
         reached_bytes: one.reached_bytes.max(other.reached_bytes),
         end_bytes: other.end_bytes,
         new_bytes: one.new_bytes.max(other.new_bytes),
+        data_bytes: one.data_bytes.max(other.data_bytes),
         journal: one.journal || other.journal,
     }
 }
@@ -316,7 +408,8 @@ fn larger(one: Option<Plan>, other: Plan) -> Plan {
 /// Commits the layers above `options.base` of the chain `files`, top first, into it.
 ///
 /// Which files make the chain the caller says: all of them, down to the lowest. Overlays of the base other than
-/// those given show other bytes afterwards, as do layers between the top and the base.
+/// those given show other bytes afterwards, as do layers between the top and the base. What a committed layer
+/// recorded of the disk below it goes first, in a change of its own.
 ///
 /// # Durability
 /// When this returns `Ok`, the base is changed and synced, and so is the top, if it was to be emptied.
@@ -325,23 +418,30 @@ fn larger(one: Option<Plan>, other: Plan) -> Plan {
 /// [`Error::InvalidChain`] when the files are no chain; [`Error::Refused`] when the base is longer, an internal
 /// snapshot of a layer above shows what would change, or bitmaps would be dropped, where that is refused; else as
 /// [`Editor::open`] and [`Editor::apply`], of the base or of the top. An error that names the top after the base was
-/// changed leaves the top as it was: the disk seen through it is right.
-pub fn commit(files: &[LayerFile], options: &CommitOptions) -> Result<CommitReport> {
+/// changed leaves the top as it was: the disk seen through it is right. [`Error::Cancelled`] as long as the base is as
+/// it was; once it is in progress, the commit goes on to its end.
+pub fn commit(
+    files: &[LayerFile],
+    options: &CommitOptions,
+    control: &Control<'_>,
+) -> Result<CommitReport> {
+    forget_records(files, options, control)?;
     let mut files = Files::open(files, options)?;
     let emptying = files.top.as_ref().filter(|_| options.empty_top);
     let emptying = emptying.map(|top| top.plan(Edit::empty)).transpose()?;
     let left = emptying.map_or(0, |plan| plan.new_bytes);
     let mut report = match files.base.format {
         LayerFormat::Qcow2 => {
-            let mut editor = Editor::open(&files.base.path, options.edit)?;
-            commit_into(&mut editor, left, (files.above, files.below), options)?
+            let mut editor = options.editor(files.base)?;
+            let chain = (files.above, files.below);
+            commit_into(&mut editor, left, chain, options, control)?
         }
         LayerFormat::Raw => {
             let mut top = files.top.take();
             let Some(editor) = &mut top else {
                 unreachable!("the top of a raw base is open for changes");
             };
-            let report = raw::commit(&files, editor, options)?;
+            let report = raw::commit(&files, editor, options, control)?;
             files.top = top;
             report
         }
@@ -353,8 +453,37 @@ pub fn commit(files: &[LayerFile], options: &CommitOptions) -> Result<CommitRepo
     Ok(report)
 }
 
+/// What the layers that are committed have recorded of the disk below them is not so afterwards: it goes before the
+/// first byte changes, once it is clear that the commit is not refused.
+fn forget_records(
+    files: &[LayerFile],
+    options: &CommitOptions,
+    control: &Control<'_>,
+) -> Result<()> {
+    let mut with_record = Vec::new();
+    for file in files.iter().take(options.base) {
+        let qcow2 = file.format == LayerFormat::Qcow2;
+        if qcow2 && Layer::inspect(&file.path)?.header().has_backing_record() {
+            with_record.push(&file.path);
+        }
+    }
+    if with_record.is_empty() {
+        return Ok(());
+    }
+    measure(files, options, control)?;
+    for path in with_record {
+        let mut editor = Editor::open(path, options.edit)?;
+        editor.apply(|edit| {
+            edit.record_backing(None);
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
 /// Commits the layers of `chain.0`, top first, into the open image; `chain.1` is what lies below it. `left` bytes of
-/// free space are left alone. `options.base` and `options.empty_top` mean nothing here.
+/// free space are left alone. `options.base` and `options.empty_top` mean nothing here. What the layers recorded of
+/// the disk below them stays, and is the caller's care.
 ///
 /// # Durability
 /// As [`Editor::apply`].
@@ -366,20 +495,24 @@ pub fn commit_into(
     left: u64,
     chain: (&[LayerFile], &[LayerFile]),
     options: &CommitOptions,
+    control: &Control<'_>,
 ) -> Result<CommitReport> {
-    let ready = Ready::new(editor, chain.0, chain.1, options)?;
+    let ready = Ready::new(editor, chain, options, control)?;
     let leaving = Leaving {
         free_bytes: left,
+        moving: Some(&ready.views.moving),
         ..Leaving::default()
     };
     let done = editor.apply_leaving(leaving, |edit| ready.run(edit))?;
-    Ok(ready.report(done.room))
+    control.tell(1, 1);
+    Ok(ready.report(done.room, done.in_place_bytes))
 }
 
 /// A commit into a qcow2 base that was thought through, and not begun.
 struct Ready<'a> {
-    views: Views,
+    views: Views<'a>,
     sources: &'a [LayerFile],
+    follow_data: bool,
     target_bytes: u64,
     bitmaps: bitmaps::Decided,
     defined_bytes: u64,
@@ -388,18 +521,19 @@ struct Ready<'a> {
 impl<'a> Ready<'a> {
     fn new(
         editor: &Editor,
-        above: &'a [LayerFile],
-        below: &[LayerFile],
+        (above, below): (&'a [LayerFile], &[LayerFile]),
         options: &CommitOptions,
+        control: &Control<'a>,
     ) -> Result<Self> {
         let base = Member::from_layer(editor.reopen()?)?;
-        let views = Views::new(above, base, below)?;
+        let views = Views::new(above, base, below, options.follow_data, control)?;
         let target_bytes = views.target_bytes(options)?;
         views.require_snapshots_unseen(target_bytes)?;
         Ok(Self {
             bitmaps: bitmaps::decide(&views, options)?,
             defined_bytes: views.defined_bytes()?,
             sources: above,
+            follow_data: options.follow_data,
             target_bytes,
             views,
         })
@@ -409,16 +543,17 @@ impl<'a> Ready<'a> {
         if edit.virtual_size() != self.target_bytes {
             edit.resize(self.target_bytes, self.views.below.as_ref())?;
         }
-        edit.set_sources(self.sources)?;
+        edit.set_sources_with_data(self.sources, self.follow_data)?;
         put::put(edit, &self.views)?;
         self.bitmaps.store(edit)
     }
 
-    fn report(self, base: Plan) -> CommitReport {
+    fn report(self, base: Plan, in_place_bytes: u64) -> CommitReport {
         CommitReport {
             base,
             top: None,
             defined_bytes: self.defined_bytes,
+            in_place_bytes,
             bitmaps: self.bitmaps.outcomes,
         }
     }

@@ -8,6 +8,8 @@
 //! | a part of it | its own, with data there | that part is written over |
 //! | a part of it | shared, compressed, zeros, or none | new, with the rest as the base shows it |
 //!
+//! In an external data file a cluster has one place only; see `elsewhere`.
+//!
 //! What is read to decide is tables only, so a plan decides as the commit itself does.
 
 use std::ops::Range;
@@ -26,7 +28,7 @@ const RUN_BYTES: u64 = 16 << 20;
 const STEP_BYTES: u64 = 1 << 20;
 
 /// Puts what the layers above define into the base.
-pub(super) fn put(edit: &mut Edit, views: &Views) -> Result<()> {
+pub(super) fn put(edit: &mut Edit, views: &Views<'_>) -> Result<()> {
     let header = edit.old().header();
     let mut put = Put {
         size: header.cluster_size,
@@ -41,6 +43,7 @@ pub(super) fn put(edit: &mut Edit, views: &Views) -> Result<()> {
         edit,
     };
     for range in views.top.allocated(views.above) {
+        views.go_on()?;
         put.range(range?)?;
     }
     put.flush_part()?;
@@ -53,11 +56,11 @@ struct Part {
     ranges: Vec<Range<u64>>,
 }
 
-struct Put<'a> {
-    edit: &'a mut Edit,
-    views: &'a Views,
-    size: ClusterSize,
-    extended: bool,
+pub(super) struct Put<'a> {
+    pub edit: &'a mut Edit,
+    views: &'a Views<'a>,
+    pub size: ClusterSize,
+    pub extended: bool,
     /// The format can say zeros.
     has_zeros: bool,
     /// Nothing lies below the base: what it does not define is zeros.
@@ -90,7 +93,7 @@ impl Put<'_> {
     }
 
     /// The bytes of a cluster, up to the disk's end.
-    fn bytes_of(&self, cluster: u64) -> Range<u64> {
+    pub fn bytes_of(&self, cluster: u64) -> Range<u64> {
         let start = cluster << self.size.bits();
         start..(start + self.size.bytes()).min(self.end)
     }
@@ -122,6 +125,10 @@ impl Put<'_> {
             self.zero(cluster)?;
             return self.behind_zeros(cluster, end);
         }
+        if self.is_in_place_elsewhere(cluster)? {
+            self.elsewhere(cluster, std::slice::from_ref(&bytes))?;
+            return Ok(bytes.end);
+        }
         let own = match self.edit.mapping(View::Active, cluster)? {
             Mapping::Data { host } => Some(host),
             Mapping::Subclusters {
@@ -135,13 +142,31 @@ impl Put<'_> {
             | Mapping::Unallocated => None,
         };
         match own {
-            Some(host) if self.is_own(host)? => {
-                self.edit
-                    .overwrite(GuestOffset(bytes.start), host, bytes.end - bytes.start)?;
-            }
+            Some(host) if self.is_own(host)? => self.in_place(bytes.clone(), host)?,
             Some(_) | None => self.add_to_run(cluster)?,
         }
         Ok(bytes.end)
+    }
+
+    /// Bytes are to be moved, in a plan; or they were.
+    pub fn tell(&self, bytes: u64) {
+        if self.edit.is_plan() {
+            self.views.moving.plan(bytes);
+        } else {
+            self.views.moving.moved(bytes);
+        }
+    }
+
+    /// Has a range written in place, later, and read back.
+    pub fn in_place(&mut self, guest: Range<u64>, host: HostOffset) -> Result<()> {
+        let length = guest.end - guest.start;
+        if self.edit.is_plan() {
+            self.views.moving.plan(length * 2);
+        }
+        if self.edit.is_elsewhere() {
+            return self.edit.overwrite_guest(guest);
+        }
+        self.edit.overwrite(GuestOffset(guest.start), host, length)
     }
 
     /// Whether the cluster may be written over in place.
@@ -164,8 +189,10 @@ impl Put<'_> {
         let run = std::mem::replace(&mut self.run, 0..0);
         let mut next = run.start;
         while next < run.end {
-            let (host, count) = self.edit.allocate_up_to(run.end - next)?;
+            let (host, count) = self.edit.place(next, run.end - next)?;
+            self.views.go_on()?;
             self.fill(next, host, count)?;
+            self.tell(count << self.size.bits());
             for cluster in 0..count {
                 let host = HostOffset(host.0 + (cluster << self.size.bits()));
                 let data = Mapping::Data { host };
@@ -193,7 +220,7 @@ impl Put<'_> {
             };
             let to = HostOffset(host.0 + at - start);
             match place {
-                Some((file, from)) => self.edit.copy_data(to, file, from, length)?,
+                Some((file, from)) => self.edit.copy_guest(to, file, from, length)?,
                 None => self.copy_by_hand(at..at + length, to)?,
             }
             at += length;
@@ -201,7 +228,7 @@ impl Put<'_> {
         if end < whole {
             let rest = vec![0; to_usize(whole - end)];
             self.edit
-                .write_data(HostOffset(host.0 + end - start), &rest)?;
+                .write_guest(HostOffset(host.0 + end - start), &rest)?;
         }
         Ok(())
     }
@@ -211,14 +238,14 @@ impl Put<'_> {
         while at < guest.end {
             let bytes = self.read(at..guest.end.min(at + STEP_BYTES))?;
             self.edit
-                .write_data(HostOffset(to.0 + at - guest.start), &bytes)?;
+                .write_guest(HostOffset(to.0 + at - guest.start), &bytes)?;
             at += to_u64(bytes.len());
         }
         Ok(())
     }
 
     /// What the disk has after the commit: the top's bytes and, behind its end, the base's.
-    fn read(&self, guest: Range<u64>) -> Result<Vec<u8>> {
+    pub fn read(&self, guest: Range<u64>) -> Result<Vec<u8>> {
         let mut bytes = vec![0; to_usize(guest.end - guest.start)];
         let top = guest.end.min(self.views.top.len()).max(guest.start);
         let (above, rest) = bytes.split_at_mut(to_usize(top - guest.start));
@@ -275,6 +302,9 @@ impl Put<'_> {
 
     fn zero(&mut self, cluster: u64) -> Result<()> {
         let mapping = self.edit.mapping(View::Active, cluster)?;
+        if self.edit.is_raw_elsewhere() {
+            return self.zero_in_raw(cluster, mapping);
+        }
         let zeros = match mapping {
             Mapping::Unallocated => self.bare,
             Mapping::Zero { .. } => true,
@@ -291,8 +321,7 @@ impl Put<'_> {
             }
             Mapping::Data { host } if self.is_own(host)? => {
                 let bytes = self.bytes_of(cluster);
-                let length = bytes.end - bytes.start;
-                self.edit.overwrite(GuestOffset(bytes.start), host, length)
+                self.in_place(bytes, host)
             }
             Mapping::Data { .. }
             | Mapping::Compressed(_)
@@ -306,6 +335,9 @@ impl Put<'_> {
         let bytes = self.bytes_of(part.cluster);
         if self.is_zero(&bytes)? {
             return self.zero(part.cluster);
+        }
+        if self.edit.is_elsewhere() {
+            return self.elsewhere(part.cluster, &part.ranges);
         }
         let mapping = self.edit.mapping(View::Active, part.cluster)?;
         let touched = self.subclusters(&part.ranges);
@@ -326,15 +358,13 @@ impl Put<'_> {
     fn overwrite(&mut self, ranges: &[Range<u64>], host: HostOffset) -> Result<()> {
         for range in ranges {
             let place = HostOffset(host.0 + self.size.offset_in(range.start));
-            let length = range.end - range.start;
-            self.edit
-                .overwrite(GuestOffset(range.start), place, length)?;
+            self.in_place(range.clone(), place)?;
         }
         Ok(())
     }
 
     /// The subclusters that ranges of one cluster touch, a bit each; all without subclusters.
-    fn subclusters(&self, ranges: &[Range<u64>]) -> u32 {
+    pub fn subclusters(&self, ranges: &[Range<u64>]) -> u32 {
         if !self.extended {
             return u32::MAX;
         }
@@ -353,8 +383,9 @@ impl Put<'_> {
         if !self.edit.is_plan() {
             let mut bytes = self.read(self.bytes_of(cluster))?;
             bytes.resize(self.size.buffer_len(), 0);
-            self.edit.write_data(host, &bytes)?;
+            self.edit.write_guest(host, &bytes)?;
         }
+        self.tell(self.size.bytes());
         let mapping = Mapping::Subclusters {
             host: Some(host),
             data,

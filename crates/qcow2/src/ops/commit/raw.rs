@@ -9,6 +9,7 @@ use stead_sys::storage::{FileStorage, Storage};
 use stead_sys::{copy, space};
 
 use crate::chain::{Chain, LayerFile, Member};
+use crate::control::Control;
 use crate::edit::{Edit, Editor, Leaving, NewBlocks, Plan, lock};
 use crate::error::{Error, Result};
 use crate::file::ImageFile;
@@ -67,7 +68,8 @@ impl RawBase {
 /// A commit into a raw base that was thought through, and not begun.
 struct Ready<'a> {
     between: &'a [LayerFile],
-    views: Views,
+    follow_data: bool,
+    views: Views<'a>,
     raw: ImageFile,
     base: &'a RawBase,
     target_bytes: u64,
@@ -81,11 +83,13 @@ impl<'a> Ready<'a> {
         between: &'a [LayerFile],
         base: &'a RawBase,
         options: &CommitOptions,
+        control: &Control<'a>,
     ) -> Result<Self> {
         let raw = base.image()?;
         let top = Member::from_layer(top.reopen()?)?;
-        let chain = Chain::over(top, between, Member::Raw(RawDisk::whole(raw.clone())))?;
-        let views = Views::of(chain, between.len() + 1)?;
+        let bottom = Member::Raw(RawDisk::whole(raw.clone()));
+        let chain = Chain::over(top, between, bottom, options.follow_data)?;
+        let views = Views::of(chain, between.len() + 1, control)?;
         let target_bytes = views.target_bytes(options)?;
         views.require_snapshots_unseen(target_bytes)?;
         // A file that does not end with a sector has no more bytes for that.
@@ -95,6 +99,7 @@ impl<'a> Ready<'a> {
             defined_bytes: views.defined_bytes()?,
             target_bytes: if same { raw.length() } else { target_bytes },
             between,
+            follow_data: options.follow_data,
             raw,
             base,
             views,
@@ -105,6 +110,7 @@ impl<'a> Ready<'a> {
     /// none of its own.
     fn ranges(&self, mut each: impl FnMut(Range<u64>) -> Result<()>) -> Result<()> {
         for range in self.views.top.allocated(self.views.above) {
+            self.views.go_on()?;
             let range = range?;
             let mut at = range.start;
             while at < range.end {
@@ -154,11 +160,19 @@ impl<'a> Ready<'a> {
     }
 
     fn run(&self, edit: &mut Edit) -> Result<()> {
-        edit.set_sources(self.between)?;
+        edit.set_sources_with_data(self.between, self.follow_data)?;
+        edit.set_own_source()?;
         let storage = Arc::clone(&self.base.storage);
         edit.set_target(self.base.path.clone(), storage, self.target_bytes);
-        // The rest of the file's last sector, which it may not have, stays away.
-        self.ranges(|range| edit.overwrite_there(range.start..range.end.min(self.target_bytes)))
+        self.ranges(|range| {
+            // The rest of the file's last sector, which it may not have, stays away.
+            let range = range.start..range.end.min(self.target_bytes);
+            if edit.is_plan() {
+                // Written and read back.
+                self.views.moving.plan((range.end - range.start) * 2);
+            }
+            edit.overwrite_there(range)
+        })
     }
 
     /// The room in the raw file.
@@ -176,6 +190,7 @@ impl<'a> Ready<'a> {
             reached_bytes: self.target_bytes,
             end_bytes: self.target_bytes,
             new_bytes: blocks.bytes(),
+            data_bytes: 0,
             journal: true,
         })
     }
@@ -201,11 +216,12 @@ impl<'a> Ready<'a> {
         })
     }
 
-    fn report(self, base: Plan, top: Plan) -> CommitReport {
+    fn report(self, base: Plan, top: Plan, in_place_bytes: u64) -> CommitReport {
         CommitReport {
             base,
             top: Some(top),
             defined_bytes: self.defined_bytes,
+            in_place_bytes,
             bitmaps: self.bitmaps.outcomes,
         }
     }
@@ -224,13 +240,14 @@ pub(super) fn measure(
     files: &Files<'_>,
     top: &Editor,
     options: &CommitOptions,
+    control: &Control<'_>,
 ) -> Result<CommitReport> {
     require_lowest(files)?;
     let (base, _lock) = RawBase::open(&files.base.path)?;
-    let ready = Ready::new(top, &files.above[1..], &base, options)?;
+    let ready = Ready::new(top, &files.above[1..], &base, options, control)?;
     let plan = ready.plan()?;
     let top = top.plan(|edit| ready.run(edit))?;
-    Ok(ready.report(plan, top))
+    Ok(ready.report(plan, top, 0))
 }
 
 /// Commits into a raw base.
@@ -238,10 +255,11 @@ pub(super) fn commit(
     files: &Files<'_>,
     top: &mut Editor,
     options: &CommitOptions,
+    control: &Control<'_>,
 ) -> Result<CommitReport> {
     require_lowest(files)?;
     let (base, _lock) = RawBase::open(&files.base.path)?;
-    commit_into_raw(top, &files.above[1..], &base, options)
+    commit_into_raw(top, &files.above[1..], &base, options, control)
 }
 
 /// Commits the open image and the layers `between` it and the raw file, top first, into that. `options.base` and
@@ -257,14 +275,17 @@ pub fn commit_into_raw(
     between: &[LayerFile],
     base: &RawBase,
     options: &CommitOptions,
+    control: &Control<'_>,
 ) -> Result<CommitReport> {
-    let ready = Ready::new(top, between, base, options)?;
+    let ready = Ready::new(top, between, base, options, control)?;
     let plan = ready.plan()?;
     ready.require_room(&plan)?;
     let leaving = Leaving {
         free_bytes: plan.new_bytes,
+        moving: Some(&ready.views.moving),
         ..Leaving::default()
     };
     let done = top.apply_leaving(leaving, |edit| ready.run(edit))?;
-    Ok(ready.report(plan, done.room))
+    control.tell(1, 1);
+    Ok(ready.report(plan, done.room, done.in_place_bytes))
 }
