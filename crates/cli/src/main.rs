@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod backup;
 mod commands;
 mod demo;
 mod exec;
@@ -11,6 +12,7 @@ mod manual;
 mod merge;
 mod print;
 mod progress;
+mod save;
 mod size;
 mod trace;
 

@@ -12,6 +12,7 @@
 //! | `materialise` | bring a checkpoint's parts here and prove them |
 //! | `restore` | fork, restore, wake: run proven parts |
 //! | `launch` | one QEMU: files, process, handshake |
+//! | `compact` | merge layers that nothing needs any more |
 //! | `console` | what a guest wrote to its console |
 //! | `layers` | layer files and what a guest sees through them |
 //! | `job`, `undo` | what survives a crash, and how it is taken back |
@@ -22,6 +23,7 @@
 
 mod blobs;
 mod capture;
+mod compact;
 mod console;
 mod doctor;
 mod error;
@@ -53,7 +55,9 @@ use stead_sys::lock::FileLock;
 use stead_vmm::Qemu;
 use tokio::sync::OnceCell;
 
+pub use capture::backup::{BackupDisk, BackupInstant};
 pub use capture::{CaptureReport, CheckpointRequest, PauseReport};
+pub use compact::{CompactReport, CompactedDisk, DEPTH_COMPACTED, MergedLayer};
 pub use console::Console;
 pub use doctor::{Advice, DoctorReport, Finding, doctor};
 pub use error::{EngineError, Kind, Result};
