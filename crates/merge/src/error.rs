@@ -193,6 +193,7 @@ pub(crate) fn kind_of(error: &Error) -> Kind {
         error,
         Error::InUse { .. }
             | Error::InProgress { .. }
+            | Error::JournalFiles { .. }
             | Error::MarkedDirty { .. }
             | Error::Refused { .. }
             | Error::NotFollowed { .. }
@@ -213,6 +214,12 @@ pub(crate) fn next_of(error: &Error) -> Option<String> {
     if let Error::InProgress { path } = error {
         let path = path.display();
         return Some(format!("run `stead merge recover {path}`"));
+    }
+    if let Error::JournalFiles { path, .. } = error {
+        let path = path.display();
+        return Some(format!(
+            "if those files are the image's own, run `stead img recover --with FILE {path}` with each of them"
+        ));
     }
     if matches!(error, Error::InUse { .. }) {
         return Some("end the program that has it open; a running VM needs a live merge".into());

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use stead_qcow2::edit::{self, Recovery};
+use stead_qcow2::edit::{self, JournalFiles, Recovery};
 use stead_qcow2::{Layer, LayerFormat};
 
 use crate::error::{Kind, MergeError, Result};
@@ -74,7 +74,7 @@ fn without_record(path: &Path, records: &Path) -> Result<Recovered> {
     let mut outcome = Outcome::NothingToDo;
     if path.exists() && !path.is_dir() {
         // An image that is in use is refused here, so nobody is writing its record.
-        outcome = match recover_image(path)? {
+        outcome = match recover_image(path, &JournalFiles::Nothing)? {
             Recovery::NothingToDo => Outcome::NothingToDo,
             Recovery::Finished => Outcome::Finished,
         };
@@ -90,8 +90,10 @@ fn without_record(path: &Path, records: &Path) -> Result<Recovered> {
     })
 }
 
-fn recover_image(path: &Path) -> Result<Recovery> {
-    edit::recover(path).map_err(|error| {
+/// Finishes the engine's own change of one image, which may need no file but `files`: an image may be anybody's, and a
+/// record is ours.
+fn recover_image(path: &Path, files: &JournalFiles) -> Result<Recovery> {
+    edit::recover(path, files).map_err(|error| {
         MergeError::engine("finish the change of an image", error).left("everything is as it was")
     })
 }
@@ -190,10 +192,12 @@ impl Going<'_> {
         } else {
             self.record.base
         };
+        let files = self.record.layers.iter().map(|layer| layer.file().path);
+        let files = JournalFiles::Listed(files.collect());
         for (index, layer) in self.record.layers.iter().enumerate() {
             let changed = index == target || index < self.record.top;
             if changed && layer.is_there()? {
-                recover_image(&layer.file().path)?;
+                recover_image(&layer.file().path, &files)?;
             }
         }
         Ok(())

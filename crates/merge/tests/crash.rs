@@ -364,6 +364,21 @@ fn a_record_that_is_damaged_is_refused_and_nothing_is_touched() {
 }
 
 #[test]
+fn without_a_record_no_file_that_a_journal_names_is_touched() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let image = dir.path().join("image");
+    let seed = "../../fuzz/seeds/recover/commit-into-raw";
+    let seed = fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join(seed)).expect("a seed");
+    fs::write(&image, &seed).expect("written");
+    let error = recover(&image, Path::new("/nowhere"), silent()).expect_err("not allowed");
+    assert_eq!(error.kind(), Kind::Conflict);
+    assert!(error.found().contains("writes to \"/raw\""), "{error}");
+    assert!(error.next_step().contains("--with"), "{error}");
+    assert!(fs::read(&image).expect("read") == seed);
+    assert!(!Path::new("/raw").exists());
+}
+
+#[test]
 fn a_guest_that_wrote_between_a_crash_and_its_recovery_loses_nothing() {
     let world = World::new("");
     // The base has all, the child does not name it yet.

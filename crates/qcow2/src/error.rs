@@ -296,6 +296,14 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// The journal of a change in progress names files that the caller did not allow.
+    #[error("{}: the change in progress cannot be finished without other files: {}; anybody can write an image that says so, so allow them only if they are its own (`stead img recover --with FILE`, for each); nothing was written, and the image stays in progress", path.display(), crate::edit::listed_files(files))]
+    JournalFiles {
+        /// The file.
+        path: PathBuf,
+        /// All that were not allowed.
+        files: Vec<crate::edit::JournalFile>,
+    },
     /// The image to be made cannot be expressed in the format.
     #[error("the image {} cannot be made: {reason}; nothing was written under its name", path.display())]
     InvalidImage {

@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use images::{layer, qemu_dirty, sh};
-use stead_qcow2::edit::{EditOptions, Editor, SnapshotName, recover};
+use stead_qcow2::edit::{EditOptions, Editor, JournalFiles, SnapshotName, recover};
 use stead_qcow2::ops::bitmap::{Action, Step};
 use stead_qcow2::ops::commit::{BitmapFate, CommitOptions, commit, commit_into};
 use stead_qcow2::ops::repair::RepairMode;
@@ -567,7 +567,8 @@ fn a_killed_commit_leaves_the_bitmaps_of_the_base_and_the_disk() {
         ours.env(COMMIT_TOP, bench.path("top"));
         ours.stdout(std::process::Stdio::null());
         killed(ours, Duration::from_millis(delay_ms));
-        recover(&bench.path("base")).expect("whole");
+        let above = JournalFiles::Listed(vec![bench.path("top")]);
+        recover(&bench.path("base"), &above).expect("whole");
         bench.sh("qemu-img check -q base");
         assert!(is_usable(&bench.path("base"), "b"), "{delay_ms} ms");
         assert_eq!(bench.hash("top"), disk, "{delay_ms} ms");

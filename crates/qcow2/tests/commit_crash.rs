@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crashes::{editor, judge, settled, state};
 use images::{layer, run, sh};
-use stead_qcow2::edit::{Recovery, recover_storage_over};
+use stead_qcow2::edit::{JournalFiles, Recovery, recover_storage_over};
 use stead_qcow2::ops::commit::{CommitOptions, RawBase, commit_into, commit_into_raw};
 use stead_qcow2::{Chain, Control, Error, Layer, LayerFile, LayerFormat, Result};
 use stead_sim::{DiskFault, FaultDisk, RecordedDisk};
@@ -329,7 +329,8 @@ fn crash_raw(
             let opened = Layer::from_storage(Arc::clone(&top) as _, Path::new("top"));
             if matches!(opened, Err(Error::InProgress { .. })) {
                 let (top, raw) = (Arc::clone(&top), Arc::clone(&raw));
-                let recovery = recover_storage_over(top, Path::new("top"), raw);
+                let recovery =
+                    recover_storage_over(top, Path::new("top"), raw, &JournalFiles::Nothing);
                 assert_eq!(recovery.expect("recovered"), Recovery::Finished);
                 recovered += 1;
             }
@@ -450,7 +451,7 @@ fn a_raw_base_that_forgets_a_write_is_found_out_and_recovery_puts_it_right() {
         let error = outcome.expect_err("found out").to_string();
         assert!(error.contains("of /raw are not those"), "{error}");
         let (top, to) = (Arc::clone(&top), Arc::clone(&raw.inner));
-        let recovery = recover_storage_over(top, Path::new("top"), to);
+        let recovery = recover_storage_over(top, Path::new("top"), to, &JournalFiles::Nothing);
         assert_eq!(recovery.expect("recovered"), Recovery::Finished);
         assert!(raw.inner.bytes() == honest.inner.bytes(), "write {forgets}");
     }
@@ -485,7 +486,8 @@ fn no_room_or_an_error_at_any_call_leaves_a_raw_base_before_or_after_or_recovera
                 );
                 if in_progress {
                     let (top, raw) = (Arc::clone(&top), Arc::clone(&raw));
-                    let recovery = recover_storage_over(top, Path::new("top"), raw);
+                    let recovery =
+                        recover_storage_over(top, Path::new("top"), raw, &JournalFiles::Nothing);
                     let recovery = recovery.unwrap_or_else(|error| panic!("{text}: {error}"));
                     assert_eq!(recovery, Recovery::Finished);
                     assert!(!done, "{text}");

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use images::{Random, convert, layer, run, sh};
-use stead_qcow2::edit::{EditOptions, Editor, SnapshotName, recover_storage_over};
+use stead_qcow2::edit::{EditOptions, Editor, JournalFiles, SnapshotName, recover_storage_over};
 use stead_qcow2::ops::commit::{CommitOptions, LongerBase, commit, commit_into};
 use stead_qcow2::ops::repair::{RepairMode, repair};
 use stead_qcow2::ops::{rebase, resize, snapshot};
@@ -466,7 +466,12 @@ impl Story<'_> {
                 let in_progress = matches!(opened, Err(Error::InProgress { .. }));
                 if in_progress {
                     let to = Arc::clone(&data);
-                    let again = recover_storage_over(Arc::clone(&image) as _, &self.image, to as _);
+                    let again = recover_storage_over(
+                        Arc::clone(&image) as _,
+                        &self.image,
+                        to as _,
+                        &JournalFiles::Any,
+                    );
                     again.map_err(|error| format!("{place}: {error}"))?;
                     recovered += 1;
                 }

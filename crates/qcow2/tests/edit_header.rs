@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use images::{run, sh};
-use stead_qcow2::edit::{EditOptions, Editor, Recovery, recover};
+use stead_qcow2::edit::{EditOptions, Editor, JournalFiles, Recovery, recover};
 use stead_qcow2::{Error, Layer};
 use stead_sim::RecordedDisk;
 use stead_sys::storage::Storage;
@@ -166,10 +166,16 @@ fn an_image_in_progress_is_refused_until_it_is_recovered() {
         } else {
             Recovery::NothingToDo
         };
-        assert_eq!(recover(&path).expect("recover"), expected);
+        assert_eq!(
+            recover(&path, &JournalFiles::Nothing).expect("recover"),
+            expected
+        );
         let header = Layer::open(&path).expect("whole").header().clone();
         assert!(!in_progress || header.backing.is_some());
-        assert_eq!(recover(&path).expect("recover"), Recovery::NothingToDo);
+        assert_eq!(
+            recover(&path, &JournalFiles::Nothing).expect("recover"),
+            Recovery::NothingToDo
+        );
     }
     assert!(refused > 2, "{refused}");
 }
@@ -212,7 +218,7 @@ fn a_journal_with_any_other_byte_is_not_followed() {
         let mut bytes = marked.clone();
         bytes[at] ^= 4;
         std::fs::write(&path, &bytes).expect("write");
-        let error = recover(&path).expect_err("damaged");
+        let error = recover(&path, &JournalFiles::Nothing).expect_err("damaged");
         assert!(matches!(error, Error::Unrecoverable { .. }), "{error}");
         assert!(std::fs::read(&path).expect("read") == bytes);
     }
@@ -221,7 +227,7 @@ fn a_journal_with_any_other_byte_is_not_followed() {
         let mut bytes = marked.clone();
         bytes[at] ^= 1;
         std::fs::write(&path, &bytes).expect("write");
-        if let Ok(Recovery::NothingToDo) | Err(_) = recover(&path) {
+        if let Ok(Recovery::NothingToDo) | Err(_) = recover(&path, &JournalFiles::Nothing) {
             assert!(std::fs::read(&path).expect("read") == bytes, "byte {at}");
         }
     }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use images::{Random, run, sh};
-use stead_qcow2::edit::{Recovery, recover_storage_over};
+use stead_qcow2::edit::{JournalFiles, Recovery, recover_storage_over};
 use stead_qcow2::{Layer, check};
 use untrusted::changes::CHOICES;
 use untrusted::memory::Memory;
@@ -225,7 +225,8 @@ fn every_seed_is_what_it_is_to_be() {
     for (path, bytes) in inputs("seeds", "recover") {
         let disk = Arc::new(Memory::new(&bytes));
         let raw = Arc::new(Memory::new(&[7; 20_000]));
-        let done = recover_storage_over(disk, Path::new("seed"), raw).expect("a seed is finished");
+        let done = recover_storage_over(disk, Path::new("seed"), raw, &JournalFiles::Nothing)
+            .expect("a seed is finished");
         assert_eq!(done, Recovery::Finished, "{}", path.display());
     }
 }

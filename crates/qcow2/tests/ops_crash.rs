@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use images::{layer, run, sh};
-use stead_qcow2::edit::{EditOptions, Editor, Recovery, recover_storage};
+use stead_qcow2::edit::{EditOptions, Editor, JournalFiles, Recovery, recover_storage};
 use stead_qcow2::ops::amend::{self, Amendments, FormatVersion};
 use stead_qcow2::ops::rebase::{self, BackingFile, NewBacking};
 use stead_qcow2::ops::repair::{RepairMode, repair_storage};
@@ -159,7 +159,7 @@ fn settled(bytes: &[u8], bases: &Bases) -> Result<State> {
         Err(Error::InProgress { .. }) => {
             let disk = Arc::new(RecordedDisk::new(bytes.to_vec()));
             let storage: Arc<dyn Storage> = Arc::clone(&disk) as Arc<dyn Storage>;
-            let recovery = recover_storage(storage, Path::new("crashed"))?;
+            let recovery = recover_storage(storage, Path::new("crashed"), &JournalFiles::Any)?;
             assert_eq!(recovery, Recovery::Finished);
             state(&disk.bytes(), bases)
         }

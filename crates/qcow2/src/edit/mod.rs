@@ -23,6 +23,7 @@
 //! * Memory is bounded by [`EditOptions::cache_bytes`] for tables, plus one L1 table of the active disk and
 //!   of one internal snapshot (32 MiB each at most), the refcount table (8 MiB) and the directories.
 
+mod allowed;
 mod below;
 mod bitmap_changes;
 mod bitmaps;
@@ -65,6 +66,8 @@ use crate::following::{OpenPolicy, data_file_of};
 use crate::header::to_usize;
 use crate::layer::Layer;
 
+pub(crate) use allowed::listed as listed_files;
+pub use allowed::{JournalFile, JournalFiles};
 pub use below::Below;
 pub use fill::Filled;
 pub use in_place::MAX_IN_PLACE_RANGES;
@@ -183,30 +186,35 @@ fn file_storage(file: File, path: &Path) -> Result<FileStorage> {
 
 /// Finishes the change that the image at `path` is in, if it is in one.
 ///
-/// The image says which files the change takes data from and, where it is one into a raw base, which it writes to:
-/// those are opened, so it must be an image of the caller's own.
+/// The image says which files the change takes data from and, where it is one into a raw base or an external data
+/// file, which it writes to. Anybody can make an image that says so: `files` are those that the caller allows.
 ///
 /// # Durability
 /// When this returns `Ok`, the image is whole and synced.
 ///
 /// # Errors
-/// When the image is in use ([`Error::InUse`]), a layer that the change takes data from is gone or is not what it
+/// When the change needs a file that is not allowed ([`Error::JournalFiles`] names all of them; nothing was written),
+/// the image is in use ([`Error::InUse`]), a layer that the change takes data from is gone or is not what it
 /// was ([`Error::Unrecoverable`]), or reading or writing fails ([`Error::Switch`]). The image then stays in
 /// progress, and this can be called again.
-pub fn recover(path: &Path) -> Result<Recovery> {
+pub fn recover(path: &Path, files: &JournalFiles) -> Result<Recovery> {
     let (file, _lock) = lock(path)?;
-    recover_storage(Arc::new(file_storage(file, path)?), path)
+    recover_storage(Arc::new(file_storage(file, path)?), path, files)
 }
 
-/// As [`recover`], for a storage that nobody else uses; `path` is only for texts.
+/// As [`recover`], for a storage that nobody else uses; `path` is for texts and for [`JournalFiles::InFolder`].
 ///
 /// # Errors
 /// As [`recover`].
-pub fn recover_storage(storage: Arc<dyn Storage>, path: &Path) -> Result<Recovery> {
-    switch::recover_on(&storage, path, None)
+pub fn recover_storage(
+    storage: Arc<dyn Storage>,
+    path: &Path,
+    files: &JournalFiles,
+) -> Result<Recovery> {
+    switch::recover_on(&storage, path, None, files)
 }
 
-/// As [`recover_storage`], with the raw file that the change may write to.
+/// As [`recover_storage`], with the file that the change may write to, whatever the journal calls it.
 ///
 /// # Errors
 /// As [`recover`].
@@ -214,8 +222,9 @@ pub fn recover_storage_over(
     storage: Arc<dyn Storage>,
     path: &Path,
     raw: Arc<dyn Storage>,
+    files: &JournalFiles,
 ) -> Result<Recovery> {
-    switch::recover_on(&storage, path, Some(&raw))
+    switch::recover_on(&storage, path, Some(&raw), files)
 }
 
 impl Editor {

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use stead_sys::image_lock::ImageLock;
 use stead_sys::storage::{FileStorage, Storage};
 
-use crate::chain::{Chain, Member};
+use crate::chain::{Chain, MAX_LAYERS, Member};
 use crate::check::{CheckReport, check};
 use crate::control::Moving;
 use crate::error::{Error, Result};
@@ -26,6 +26,7 @@ use crate::header::{
 use crate::layer::Layer;
 use crate::units::{GuestOffset, HostOffset};
 
+use super::allowed::JournalFiles;
 use super::bitmaps_proof::says_enough;
 use super::data::GuestFile;
 use super::first::{FirstCluster, JournalPlace, SECTOR};
@@ -37,6 +38,9 @@ use super::transaction::Edit;
 const STEP_BYTES: u64 = 1 << 20;
 /// The longest journal that a recovery reads, in bytes.
 const MAX_JOURNAL_BYTES: u64 = 256 << 20;
+
+/// The most files that a journal takes data from: each layer may have an external data file.
+const MAX_JOURNAL_LAYERS: usize = 2 * MAX_LAYERS;
 
 /// A new state that is written out and synced, and not yet switched to.
 pub(super) struct Built {
@@ -491,6 +495,7 @@ pub(super) fn recover_on(
     storage: &Arc<dyn Storage>,
     path: &Path,
     raw: Option<&Arc<dyn Storage>>,
+    files: &JournalFiles,
 ) -> Result<Recovery> {
     let mut switch = Switch {
         storage,
@@ -504,7 +509,8 @@ pub(super) fn recover_on(
     let Some(place) = JournalPlace::find(&sector) else {
         return Ok(Recovery::NothingToDo);
     };
-    let journal = read_journal(&switch, &place)?;
+    let mut journal = read_journal(&switch, &place)?;
+    files.admit(&mut journal, path, raw.is_some())?;
     for layer in &journal.layers {
         let name = layer.file.path.display();
         let unchanged = layer.is_unchanged();
@@ -531,7 +537,7 @@ pub(super) fn recover_on(
 fn open_target(switch: &Switch<'_>, target: &Target) -> Result<(Arc<dyn Storage>, ImageLock)> {
     let name = target.path.display();
     let failed = |error: String| switch.unrecoverable(format!("the raw file {name}: {error}"));
-    // A name in a journal is untrusted: what is no file and no device is refused before it is opened for writing.
+    // Allowed is the name, and not what lies there now: what is no file and no device is refused before it is opened for writing.
     stead_sys::readable::open(&target.path).map_err(|error| failed(error.to_string()))?;
     let (file, lock) = super::lock(&target.path).map_err(|error| failed(error.to_string()))?;
     let storage = FileStorage::new(file).map_err(|error| failed(error.to_string()))?;
@@ -565,6 +571,9 @@ fn require_valid(switch: &Switch<'_>, journal: &Journal, length: u64) -> Result<
     let invalid = |what: &str| Err(switch.unrecoverable(format!("its journal {what}")));
     if journal.length > length || journal.length < to_u64(journal.first.len()) {
         return invalid("gives the file a length that it cannot have");
+    }
+    if journal.layers.len() > MAX_JOURNAL_LAYERS {
+        return invalid("names more files than a chain can have");
     }
     let length = journal.target.as_ref().map_or(length, |other| other.length);
     let inside = |range: &InPlaceRange| {

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use stead_qcow2::edit::{EditOptions, Editor, Recovery, recover_storage};
+use stead_qcow2::edit::{EditOptions, Editor, JournalFiles, Recovery, recover_storage};
 use stead_qcow2::{Chain, Error, ExtentKind, GuestOffset, Layer, Result, check};
 use stead_sim::{History, RecordedDisk};
 use stead_sys::storage::Storage;
@@ -91,7 +91,7 @@ pub fn settled(bytes: &[u8]) -> Result<(State, bool)> {
         Err(Error::InProgress { .. }) => {
             let disk = Arc::new(RecordedDisk::new(bytes.to_vec()));
             let storage: Arc<dyn Storage> = Arc::clone(&disk) as Arc<dyn Storage>;
-            let recovery = recover_storage(storage, Path::new("crashed"))?;
+            let recovery = recover_storage(storage, Path::new("crashed"), &JournalFiles::Any)?;
             assert_eq!(recovery, Recovery::Finished);
             Ok((state(&disk.bytes())?, true))
         }

@@ -3,7 +3,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use stead_qcow2::edit::{EditOptions, Editor, Recovery, SnapshotName, recover_storage_over};
+use stead_qcow2::edit::{
+    EditOptions, Editor, JournalFiles, Recovery, SnapshotName, recover_storage_over,
+};
 use stead_qcow2::ops::amend::{Amendments, FormatVersion, amend};
 use stead_qcow2::ops::bitmap::{self, Action, Step};
 use stead_qcow2::ops::rebase::{flatten, rename};
@@ -198,9 +200,14 @@ pub fn recover(bytes: &[u8]) {
     make_hash_right(&mut bytes);
     let (_, storage) = disk(&bytes);
     let (_, raw) = disk(&[7; 20_000]);
-    let done = recover_storage_over(Arc::clone(&storage), path(), Arc::clone(&raw));
+    let done = recover_storage_over(
+        Arc::clone(&storage),
+        path(),
+        Arc::clone(&raw),
+        &JournalFiles::Nothing,
+    );
     if let Ok(Recovery::Finished) = done {
-        let again = recover_storage_over(Arc::clone(&storage), path(), raw);
+        let again = recover_storage_over(Arc::clone(&storage), path(), raw, &JournalFiles::Nothing);
         assert!(matches!(again, Ok(Recovery::NothingToDo)), "{again:?}");
         views(&storage);
     }
