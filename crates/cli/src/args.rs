@@ -109,6 +109,12 @@ pub enum Command {
     /// Start a hibernated sandbox where it was
     #[command(after_help = "Example:\n  stead wake web")]
     Wake(One),
+    /// Save images (libvirt's format): examine, verify, change and convert them
+    #[command(
+        subcommand,
+        after_help = "Example:\n  stead save verify /var/lib/libvirt/qemu/save/web.save"
+    )]
+    Save(SaveCommand),
     /// Disk images: create, examine, convert and repair them, with the options of qemu-img
     #[command(
         disable_help_flag = true,
@@ -399,6 +405,112 @@ pub struct RestoreArgs {
     /// Name, id, or the beginning of an id
     #[arg(value_name = "CHECKPOINT")]
     pub checkpoint: String,
+}
+
+/// A save image.
+#[derive(Debug, Args)]
+pub struct SaveFile {
+    /// The save image
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum SaveCommand {
+    /// Show what a save image is, without reading its payload
+    #[command(after_help = "Example:\n  stead save info web.save")]
+    Info(SaveFile),
+    /// Read a save image to its end, and say what is proven, damaged, or cannot be known
+    #[command(
+        after_help = "Exit status: 0 when it is whole, 5 when it is damaged or incomplete.\n\nExample:\n  stead save verify web.save"
+    )]
+    Verify(SaveVerifyArgs),
+    /// Print the domain's XML
+    #[command(after_help = "Example:\n  stead save dump-xml web.save > web.xml")]
+    DumpXml(SaveFile),
+    /// Replace the domain's XML; the old image stands until the new one is durable
+    #[command(after_help = "Example:\n  stead save edit-xml web.save --xml web.xml")]
+    EditXml(SaveEditArgs),
+    /// Write a save image with another compression, verified before it appears
+    #[command(after_help = "Example:\n  stead save convert web.save web.zst.save --format zstd")]
+    Convert(SaveConvertArgs),
+    /// Write the migration stream of a save image, decompressed
+    #[command(after_help = "Example:\n  stead save extract web.save web.migration")]
+    Extract(SaveExtractArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct SaveVerifyArgs {
+    /// The save image
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// Compare a disk's raw content with what was recorded of it; repeatable
+    #[arg(long = "disk", value_name = "NAME=FILE", value_parser = disk)]
+    pub disks: Vec<(String, PathBuf)>,
+}
+
+/// `vda=/path/to/raw`.
+fn disk(text: &str) -> Result<(String, PathBuf), String> {
+    let (name, file) = text
+        .split_once('=')
+        .ok_or_else(|| format!("{text:?} is not of the form NAME=FILE"))?;
+    Ok((name.to_owned(), PathBuf::from(file)))
+}
+
+#[derive(Debug, Args)]
+pub struct SaveEditArgs {
+    /// The save image
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// The new XML; - for standard input
+    #[arg(long, value_name = "FILE")]
+    pub xml: PathBuf,
+}
+
+/// How a payload is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum SaveFormat {
+    /// As it is
+    Raw,
+    /// gzip
+    Gzip,
+    /// bzip2
+    Bzip2,
+    /// xz
+    Xz,
+    /// lzop
+    Lzop,
+    /// zstd
+    Zstd,
+}
+
+#[derive(Debug, Args)]
+pub struct SaveConvertArgs {
+    /// The save image
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// The new save image; may be the same file with --force
+    #[arg(value_name = "TO")]
+    pub to: PathBuf,
+    /// How the payload is to be stored
+    #[arg(long, value_enum)]
+    pub format: SaveFormat,
+    /// Replace TO if it is there
+    #[arg(long, short)]
+    pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct SaveExtractArgs {
+    /// The save image
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// Where to write the stream; - for standard output
+    #[arg(value_name = "TO")]
+    pub to: PathBuf,
+    /// Replace TO if it is there
+    #[arg(long, short)]
+    pub force: bool,
 }
 
 #[derive(Debug, Subcommand)]

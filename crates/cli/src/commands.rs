@@ -13,7 +13,7 @@ use crate::args::{
     TemplateImportArgs,
 };
 use crate::size::human;
-use crate::{demo, exec, img_manual, logs, manual, merge, print, progress};
+use crate::{demo, exec, img_manual, logs, manual, merge, print, progress, save};
 
 /// Runs a command and returns the exit status.
 pub async fn run(cli: Cli) -> u8 {
@@ -43,6 +43,9 @@ async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
         return merge::run(command, cli.global, watch).await;
     }
     let global = &cli.global;
+    if let Command::Save(command) = cli.command {
+        return save::run(command, watch, global.json).await;
+    }
     let settings = settings(global)?;
     if let Command::Demo(args) = &cli.command {
         return demo::run(args, &settings, watch, global.json).await;
@@ -87,6 +90,7 @@ async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
         | Command::Completion { .. }
         | Command::Man(_)
         | Command::Merge(_)
+        | Command::Save(_)
         | Command::Img { .. } => {
             unreachable!("handled before a worker is opened")
         }
@@ -129,6 +133,7 @@ fn on_interrupt(command: &Command) -> Option<&'static str> {
         | Command::Restore(_)
         | Command::Hibernate(_)
         | Command::Wake(_)
+        | Command::Save(_)
         | Command::Demo(_) => {
             Some("interrupted; undoing what was begun (once more to leave it to the next command)")
         }

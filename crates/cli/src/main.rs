@@ -11,6 +11,7 @@ mod manual;
 mod merge;
 mod print;
 mod progress;
+mod save;
 mod size;
 mod trace;
 

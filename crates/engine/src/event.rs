@@ -103,7 +103,8 @@ impl Watch {
         &self.cancelled
     }
 
-    pub(crate) fn progress(&self, what: &str, done: u64, total: u64) {
+    /// Tells how far something is, in bytes; a `total` of 0 is not known.
+    pub fn progress(&self, what: &str, done: u64, total: u64) {
         self.tell(Event::Progress {
             what: what.to_owned(),
             done,

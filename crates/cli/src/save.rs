@@ -1,0 +1,261 @@
+//! `stead save`: libvirt's save images, offline. No worker is opened.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::Path;
+
+use stead_engine::{EngineError, Kind, Result, Watch};
+use stead_save_image::{
+    Change, Control, Format, Info, Kind as ImageKind, Report, SaveImage, SaveImageError, convert,
+    edit_xml, extract, extract_to,
+};
+use stead_sys::durable::Existing;
+
+use crate::args::{
+    SaveCommand, SaveConvertArgs, SaveEditArgs, SaveExtractArgs, SaveFormat, SaveVerifyArgs,
+};
+use crate::print;
+use crate::size::human;
+
+/// Runs a command and returns the exit status.
+pub async fn run(command: SaveCommand, watch: Watch, json: bool) -> Result<u8> {
+    let what = match &command {
+        SaveCommand::Info(_) | SaveCommand::DumpXml(_) => "read",
+        SaveCommand::Verify(_) => "verify",
+        SaveCommand::EditXml(_) => "edit",
+        SaveCommand::Convert(_) => "convert",
+        SaveCommand::Extract(_) => "extract",
+    };
+    let control = control(&watch, what);
+    let wish = control.clone();
+    let listener = tokio::spawn(async move {
+        watch.cancelled().await;
+        wish.cancel();
+    });
+    let work = tokio::task::spawn_blocking(move || dispatch(command, &control, json));
+    let outcome = work.await;
+    listener.abort();
+    outcome.map_err(|source| {
+        EngineError::new(Kind::Internal, "work on a save image", "").because(source)
+    })?
+}
+
+fn control(watch: &Watch, what: &'static str) -> Control {
+    let watch = watch.clone();
+    Control::new(move |progress| watch.progress(what, progress.done, progress.total))
+}
+
+fn dispatch(command: SaveCommand, control: &Control, json: bool) -> Result<u8> {
+    match command {
+        SaveCommand::Info(one) => Ok(info(&open(&one.file)?.info(), json)),
+        SaveCommand::DumpXml(one) => dump_xml(&open(&one.file)?, json),
+        SaveCommand::Verify(args) => verify(&args, control, json),
+        SaveCommand::EditXml(args) => edit(&args, control, json),
+        SaveCommand::Convert(args) => change_format(&args, control, json),
+        SaveCommand::Extract(args) => take_stream(&args, control, json),
+    }
+}
+
+fn open(path: &Path) -> Result<SaveImage> {
+    SaveImage::open(path).map_err(told)
+}
+
+/// The engine's words for a failure, so that exit statuses and JSON are those of every other command.
+fn told(error: SaveImageError) -> EngineError {
+    let kind = match error.kind() {
+        ImageKind::NotSaveImage | ImageKind::Usage => Kind::Usage,
+        ImageKind::Incomplete
+        | ImageKind::CutOff
+        | ImageKind::Damaged
+        | ImageKind::WrongCompression => Kind::Damaged,
+        ImageKind::NewerVersion | ImageKind::Unsupported => Kind::Incompatible,
+        ImageKind::NotFound => Kind::NotFound,
+        ImageKind::Exists => Kind::Conflict,
+        ImageKind::NoSpace => Kind::NoSpace,
+        ImageKind::Cancelled => Kind::Cancelled,
+        ImageKind::Io => Kind::Internal,
+    };
+    EngineError::new(kind, error.attempt(), error.found())
+        .left(error.what_is_left())
+        .next(error.next_step())
+}
+
+fn info(info: &Info, json: bool) -> u8 {
+    if json {
+        return print::json(info);
+    }
+    let mut rows = vec![
+        ("file", info.path.display().to_string()),
+        ("state", "says that it is complete".to_owned()),
+        ("format", info.format.to_owned()),
+        (
+            "vm was",
+            if info.was_running {
+                "running"
+            } else {
+                "paused"
+            }
+            .to_owned(),
+        ),
+        (
+            "version",
+            format!("{}, {}-endian", info.version, info.byte_order),
+        ),
+        ("xml", human(info.xml_bytes)),
+        (
+            "payload",
+            format!("{} at byte {}", human(info.payload_bytes), info.payload_at),
+        ),
+    ];
+    match &info.record {
+        Some(record) => {
+            rows.push(("stream", human(record.stream_bytes)));
+            rows.push(("blake3", record.payload_hash.clone()));
+            for disk in &record.disks {
+                rows.push(("disk", format!("{}  {}", disk.name, human(disk.bytes))));
+            }
+        }
+        None => rows.push((
+            "record",
+            info.record_problem.clone().unwrap_or("none".to_owned()),
+        )),
+    }
+    for what in &info.unproven {
+        rows.push(("unproven", what.clone()));
+    }
+    print::fields(&rows)
+}
+
+fn dump_xml(image: &SaveImage, json: bool) -> Result<u8> {
+    if json {
+        let value = serde_json::json!({ "xml": image.xml(), "cookie": image.cookie() });
+        return Ok(print::json(&value));
+    }
+    Ok(print::bytes(image.xml().as_bytes()))
+}
+
+fn verify(args: &SaveVerifyArgs, control: &Control, json: bool) -> Result<u8> {
+    let image = open(&args.file)?;
+    let report = image.verify(control).map_err(told)?;
+    let printed = if json {
+        print::json(&report)
+    } else {
+        show(&report)
+    };
+    report.require_whole().map_err(told)?;
+    for (name, path) in &args.disks {
+        let content = File::open(path).map_err(|source| unreadable(path, source))?;
+        image.verify_disk(name, content).map_err(told)?;
+    }
+    Ok(printed)
+}
+
+fn show(report: &Report) -> u8 {
+    let mut rows = vec![("file", report.path.display().to_string())];
+    for what in &report.proven {
+        rows.push(("proven", what.clone()));
+    }
+    for damage in &report.damage {
+        let (part, from, to) = (damage.part, damage.from, damage.to);
+        rows.push((
+            "damaged",
+            format!("{part}, bytes {from} to {to}: {}", damage.what),
+        ));
+    }
+    for what in &report.unproven {
+        rows.push(("unproven", what.clone()));
+    }
+    if let Some(stream) = &report.stream {
+        let text = format!(
+            "{}, {} sections, {} of RAM",
+            stream.machine_type,
+            stream.sections,
+            human(stream.ram_bytes)
+        );
+        rows.push(("stream", text));
+    }
+    print::fields(&rows)
+}
+
+fn unreadable(path: &Path, source: std::io::Error) -> EngineError {
+    let kind = if source.kind() == std::io::ErrorKind::NotFound {
+        Kind::NotFound
+    } else {
+        Kind::Internal
+    };
+    EngineError::new(kind, format!("read {}", path.display()), "")
+        .because(source)
+        .left("nothing was changed")
+        .next("name a file that is there and can be read")
+}
+
+fn edit(args: &SaveEditArgs, control: &Control, json: bool) -> Result<u8> {
+    let xml = read_text(&args.xml).map_err(|source| unreadable(&args.xml, source))?;
+    let change = edit_xml(&args.file, &xml, control).map_err(told)?;
+    Ok(changed(&args.file, &change, json))
+}
+
+fn read_text(path: &Path) -> std::io::Result<String> {
+    if path == Path::new("-") {
+        let mut text = String::new();
+        std::io::stdin().lock().read_to_string(&mut text)?;
+        return Ok(text);
+    }
+    fs::read_to_string(path)
+}
+
+fn change_format(args: &SaveConvertArgs, control: &Control, json: bool) -> Result<u8> {
+    let format = match args.format {
+        SaveFormat::Raw => Format::Raw,
+        SaveFormat::Gzip => Format::Gzip,
+        SaveFormat::Bzip2 => Format::Bzip2,
+        SaveFormat::Xz => Format::Xz,
+        SaveFormat::Lzop => Format::Lzop,
+        SaveFormat::Zstd => Format::Zstd,
+    };
+    let existing = existing(args.force);
+    let change = convert(&args.file, &args.to, format, existing, control).map_err(told)?;
+    Ok(changed(&args.to, &change, json))
+}
+
+fn existing(force: bool) -> Existing {
+    if force {
+        Existing::Replace
+    } else {
+        Existing::Keep
+    }
+}
+
+fn changed(path: &Path, change: &Change, json: bool) -> u8 {
+    if json {
+        return print::json(&serde_json::json!({
+            "file": path,
+            "bytes_before": change.bytes_before,
+            "bytes": change.bytes_after,
+            "recorded": change.recorded,
+        }));
+    }
+    print::line(&format!(
+        "{}  {}",
+        path.display(),
+        human(change.bytes_after)
+    ))
+}
+
+fn take_stream(args: &SaveExtractArgs, control: &Control, json: bool) -> Result<u8> {
+    let image = open(&args.file)?;
+    if args.to == Path::new("-") {
+        extract_to(&image, &mut std::io::stdout().lock(), control).map_err(told)?;
+        return Ok(0);
+    }
+    let bytes = extract(&image, &args.to, existing(args.force), control).map_err(told)?;
+    if json {
+        let value = serde_json::json!({ "file": args.to, "bytes": bytes });
+        return Ok(print::json(&value));
+    }
+    Ok(print::line(&format!(
+        "{}  {}",
+        args.to.display(),
+        human(bytes)
+    )))
+}
