@@ -105,10 +105,23 @@ fn a_sandbox_made_of_an_image_has_the_disk_and_the_memory_of_the_instant() {
     let stopped = folder.path().join("stopped.save");
     worker.ok(&["save", "write", "b", text(&stopped), "--stop"]);
     assert_eq!(worker.state("b"), "stopped");
+    worker.ok(&["compact", "b"]);
     worker.ok(&["save", "restore", text(&stopped), "--name", "c"]);
     assert_eq!(guest::look(&worker, "c").memory, before.memory);
     worker.ok(&["start", "b"]);
     assert_eq!(guest::look_at_disk(&worker, "b"), before.files);
+    // The layers stay as long as the image does, whatever becomes of the sandbox.
+    worker.ok(&["rm", "--force", "a", "b", "c"]);
+    worker.ok(&["gc"]);
+    worker.ok(&["save", "restore", text(&image), "--name", "d"]);
+    assert_eq!(guest::look(&worker, "d").files, before.files);
+    worker.ok(&["rm", "--force", "d"]);
+    fs::remove_file(&image).expect("remove");
+    fs::remove_file(&stopped).expect("remove");
+    worker.ok(&["gc"]);
+    let layers = worker.files();
+    let left = layers.iter().filter(|file| file.ends_with(".qcow2"));
+    assert_eq!(left.count(), 0, "{layers:?}");
 }
 
 #[test]
@@ -131,7 +144,11 @@ fn what_is_not_whole_or_does_not_fit_is_refused_before_anything_runs() {
     fs::copy(&image, &partial).expect("copy");
     write(&partial, 0, b"LibvirtQemudPart");
     let said = refused(&partial, 5);
-    for word in ["incomplete", "since", "deleted"] {
+    for word in [
+        "incomplete",
+        "last written at",
+        "nothing was changed or deleted",
+    ] {
         assert!(said.contains(word), "{word} is not in {said}");
     }
     assert!(
@@ -210,10 +227,10 @@ fn a_killed_saver_leaves_the_vm_running_and_a_file_that_is_partial_or_whole() {
 }
 
 fn ignore_missing(error: std::io::Error) -> std::io::Result<()> {
-    match error.kind() {
-        std::io::ErrorKind::NotFound => Ok(()),
-        _ => Err(error),
+    if error.kind() == std::io::ErrorKind::NotFound {
+        return Ok(());
     }
+    Err(error)
 }
 
 fn random_part(of: Duration) -> Duration {

@@ -62,9 +62,21 @@ fn processor() -> Result<String> {
 }
 
 fn memory_bytes() -> Result<u64> {
+    memory("MemTotal:")
+}
+
+/// Bytes of memory that programs could have now.
+///
+/// # Errors
+/// When the kernel does not say.
+pub fn available_memory() -> Result<u64> {
+    memory("MemAvailable:")
+}
+
+fn memory(name: &str) -> Result<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").doing("read the memory's size")?;
     let kib = text.lines().find_map(|line| {
-        line.strip_prefix("MemTotal:")?
+        line.strip_prefix(name)?
             .trim()
             .strip_suffix(" kB")?
             .parse::<u64>()

@@ -115,6 +115,9 @@ pub enum Command {
         after_help = "Example:\n  stead save verify /var/lib/libvirt/qemu/save/web.save"
     )]
     Save(SaveCommand),
+    /// Merge the layers of a sandbox's disks that no checkpoint and no other sandbox needs; it runs on
+    #[command(after_help = "Example:\n  stead compact web")]
+    Compact(CompactArgs),
     /// Disk images: create, examine, convert and repair them, with the options of qemu-img
     #[command(
         disable_help_flag = true,
@@ -135,6 +138,12 @@ pub enum Command {
         after_help = "Example:\n  stead merge plan active.qcow2 --top old.qcow2 --base base.qcow2\n  stead merge run active.qcow2 --top old.qcow2 --base base.qcow2"
     )]
     Merge(MergeCommand),
+    /// Back disks up, in full or what changed, and restore them
+    #[command(
+        subcommand,
+        after_help = "Example:\n  stead backup full disk.qcow2 --bitmap daily --to /backups/web\n  stead backup incremental disk.qcow2 --bitmap daily --to /backups/web\n  stead backup restore /backups/web latest restored.qcow2"
+    )]
+    Backup(BackupCommand),
     /// Set up a store, or rebuild its index
     #[command(
         subcommand,
@@ -382,6 +391,19 @@ pub struct CheckpointCreateArgs {
     /// Only the disks, with the guest's file systems frozen for the instant
     #[arg(long)]
     pub disk_only: bool,
+    /// Compact the sandbox afterwards when a disk lies in more layers than this
+    #[arg(long, value_name = "LAYERS", env = "STEAD_COMPACT_ABOVE", default_value_t = stead_engine::DEPTH_COMPACTED)]
+    pub compact_above: usize,
+}
+
+#[derive(Debug, Args)]
+pub struct CompactArgs {
+    /// Name, id, or the beginning of an id
+    #[arg(value_name = "SANDBOX")]
+    pub name: String,
+    /// Only say what would be merged
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 #[derive(Debug, Args)]
@@ -437,7 +459,7 @@ pub enum SaveCommand {
     /// Write a save image of a running sandbox, which runs on; libvirt can restore it too
     #[command(
         after_help = "Beside FILE, an overlay FILE.DISK.qcow2 is made for each disk: whoever restores the image writes to \
-it. Image and overlays need the sandbox's layers: keep the sandbox.\n\nExample:\n  stead save write web /backup/web.save"
+it. They need layers in the data directory, which stay there until FILE is gone and `stead gc` runs.\n\nExample:\n  stead save write web /backup/web.save"
     )]
     Write(SaveWriteArgs),
     /// Start a new sandbox from a save image, proven before anything runs
@@ -600,7 +622,7 @@ pub enum MergeCommand {
     Plan(MergeArgs),
     /// Merge: all of it or nothing; read back before a layer is removed
     #[command(
-        after_help = "The disk must not be in use. After a crash, `stead merge recover BASE` finishes or undoes it.\n\nExample:\n  stead merge run active.qcow2 --top old.qcow2 --base /dev/vg/base \\\n      --extend-cmd 'f() { lvextend -L \"${2}b\" \"$1\"; }; f'"
+        after_help = "The disk must not be in use, but by the VM of --qmp. After a crash, `stead merge recover BASE` finishes or undoes it.\n\nExample:\n  stead merge run active.qcow2 --top old.qcow2 --base /dev/vg/base \\\n      --extend-cmd 'f() { lvextend -L \"${2}b\" \"$1\"; }; f'"
     )]
     Run(MergeArgs),
     /// Finish or undo a merge that was interrupted
@@ -651,6 +673,12 @@ pub struct MergeArgs {
     /// Shell command that extends a device that is too short; it gets the device and the bytes it must have
     #[arg(long, value_name = "CMD")]
     pub extend_cmd: Option<String>,
+    /// The control socket of the QEMU that runs on this disk: it does the merge, and the guest runs on
+    #[arg(long, value_name = "SOCKET")]
+    pub qmp: Option<PathBuf>,
+    /// The most that a merge under a running VM moves in a second, for instance 50M
+    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse, requires = "qmp")]
+    pub speed: Option<u64>,
 }
 
 #[derive(Debug, Args)]
@@ -658,4 +686,108 @@ pub struct MergeRecoverArgs {
     /// The base, another layer of the chain, or a folder
     #[arg(value_name = "IMAGE")]
     pub image: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum BackupCommand {
+    /// Back up the whole disk, and begin a bitmap of what changes from then on
+    #[command(
+        after_help = "An image must not be in use. All disks of a running sandbox are taken at one instant, its file systems frozen; it runs on.\n\nExample:\n  stead backup full disk.qcow2 --bitmap daily --to /backups/web\n  stead backup full web --bitmap daily --to /backups/web"
+    )]
+    Full(BackupFullArgs),
+    /// Back up what changed since the last backup in the folder
+    #[command(
+        after_help = "Where a disk's bitmap or the backup that it began with cannot be relied on,\na full backup of that disk is made and the reason is said.\n\nExample:\n  stead backup incremental disk.qcow2 --bitmap daily --to /backups/web --no-fallback"
+    )]
+    Incremental(BackupIncrementalArgs),
+    /// Make the disk of a backup again; it appears when every MiB of it has the recorded hash
+    #[command(
+        after_help = "Example:\n  stead backup restore /backups/web latest restored.qcow2\n  stead backup restore /backups/web 3f2a restored.raw --format raw"
+    )]
+    Restore(BackupRestoreArgs),
+    /// Read backups whole and say what is damaged
+    #[command(
+        after_help = "The exit status is 5 when something is damaged.\n\nExample:\n  stead backup verify /backups/web\n  stead backup verify /backups/web 3f2a"
+    )]
+    Verify(BackupVerifyArgs),
+    /// List the backups in a folder
+    #[command(after_help = "Example:\n  stead backup ls /backups/web --json | jq '.[].id'")]
+    Ls(BackupLsArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct BackupArgs {
+    /// A disk's active layer, a qcow2 image (those below are found by the names in the images); or a sandbox, running
+    /// or not, with all its disks (SANDBOX) or one of them (SANDBOX:DISK)
+    #[arg(value_name = "DISK")]
+    pub disk: PathBuf,
+    /// Name of the bitmaps; each gets the id of the backup that it begins with behind it (NAME@ID)
+    #[arg(long, value_name = "NAME")]
+    pub bitmap: String,
+    /// Folder of backups; it is made if it is not there
+    #[arg(long, value_name = "DIR")]
+    pub to: PathBuf,
+    /// Do not compress a full backup
+    #[arg(long)]
+    pub no_compress: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct BackupFullArgs {
+    #[command(flatten)]
+    pub common: BackupArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct BackupIncrementalArgs {
+    #[command(flatten)]
+    pub common: BackupArgs,
+    /// Refuse where only a full backup can be made
+    #[arg(long)]
+    pub no_fallback: bool,
+}
+
+/// The format of a restored disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DiskFormat {
+    /// A qcow2 image of its own
+    Qcow2,
+    /// The bytes of the disk
+    Raw,
+}
+
+#[derive(Debug, Args)]
+pub struct BackupRestoreArgs {
+    /// Folder of backups
+    #[arg(value_name = "DIR")]
+    pub from: PathBuf,
+    /// The beginning of a backup's id, or `latest`
+    #[arg(value_name = "BACKUP")]
+    pub backup: String,
+    /// Where the disk is to be
+    #[arg(value_name = "TARGET")]
+    pub to: PathBuf,
+    /// Format of the restored disk
+    #[arg(long, value_enum, default_value_t = DiskFormat::Qcow2)]
+    pub format: DiskFormat,
+    /// Replace TARGET if it is there, once the disk is proven
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct BackupVerifyArgs {
+    /// Folder of backups
+    #[arg(value_name = "DIR")]
+    pub folder: PathBuf,
+    /// The beginning of a backup's id, or `latest`; those that it stands on are read, too [default: all]
+    #[arg(value_name = "BACKUP")]
+    pub backup: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct BackupLsArgs {
+    /// Folder of backups
+    #[arg(value_name = "DIR")]
+    pub folder: PathBuf,
 }

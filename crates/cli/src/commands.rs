@@ -8,12 +8,12 @@ use stead_engine::{
 };
 
 use crate::args::{
-    Accelerator, CheckpointCommand, CheckpointCreateArgs, Cli, Command, CreateArgs, ForkArgs,
-    GcArgs, Global, RestoreArgs, StopArgs, StoreCommand, TemplateBuildArgs, TemplateCommand,
-    TemplateImportArgs,
+    Accelerator, CheckpointCommand, CheckpointCreateArgs, Cli, Command, CompactArgs, CreateArgs,
+    ForkArgs, GcArgs, Global, RestoreArgs, StopArgs, StoreCommand, TemplateBuildArgs,
+    TemplateCommand, TemplateImportArgs,
 };
 use crate::size::human;
-use crate::{demo, exec, img_manual, logs, manual, merge, print, progress, save};
+use crate::{backup, demo, exec, img_manual, logs, manual, merge, print, progress, save};
 
 /// Runs a command and returns the exit status.
 pub async fn run(cli: Cli) -> u8 {
@@ -41,6 +41,9 @@ pub async fn run(cli: Cli) -> u8 {
 async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
     if let Command::Merge(command) = cli.command {
         return merge::run(command, cli.global, watch).await;
+    }
+    if let Command::Backup(command) = cli.command {
+        return backup::run(command, cli.global, watch).await;
     }
     let global = &cli.global;
     if let Command::Save(command) = cli.command {
@@ -83,6 +86,7 @@ async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
                 print::line(&report.sandbox.name)
             })
         }
+        Command::Compact(args) => compact(&engine, &args, global).await,
         Command::Store(command) => store(&engine, command, global).await,
         Command::Verify => verify_store(&engine, global).await,
         Command::Gc(args) => gc(&engine, &args, global).await,
@@ -92,13 +96,14 @@ async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
         | Command::Man(_)
         | Command::Merge(_)
         | Command::Save(_)
+        | Command::Backup(_)
         | Command::Img { .. } => {
             unreachable!("handled before a worker is opened")
         }
     }
 }
 
-fn settings(global: &Global) -> Result<Settings> {
+pub fn settings(global: &Global) -> Result<Settings> {
     Ok(Settings {
         data_dir: match &global.data_dir {
             Some(dir) => dir.clone(),
@@ -135,6 +140,8 @@ fn on_interrupt(command: &Command) -> Option<&'static str> {
         | Command::Hibernate(_)
         | Command::Wake(_)
         | Command::Save(_)
+        | Command::Compact(_)
+        | Command::Backup(_)
         | Command::Demo(_) => {
             Some("interrupted; undoing what was begun (once more to leave it to the next command)")
         }
@@ -449,6 +456,33 @@ async fn checkpoint(engine: &Engine, command: CheckpointCommand, global: &Global
     }
 }
 
+async fn compact(engine: &Engine, args: &CompactArgs, global: &Global) -> Result<u8> {
+    let report = engine.compact(&args.name, args.dry_run).await?;
+    if global.json {
+        return Ok(print::json(&report));
+    }
+    let rows = report.disks.iter().map(|disk| {
+        let [before, now] = disk.merged.iter().fold([0, 0], |[before, now], one| {
+            [before + one.bytes_before, now + one.bytes]
+        });
+        [
+            disk.name.clone(),
+            disk.layers_before.to_string(),
+            disk.layers.to_string(),
+            human(before),
+            if args.dry_run {
+                String::new()
+            } else {
+                human(now)
+            },
+        ]
+    });
+    Ok(print::table(
+        ["DISK", "LAYERS", "MERGED TO", "TOOK", "TAKES"],
+        rows,
+    ))
+}
+
 async fn checkpoint_create(
     engine: &Engine,
     args: CheckpointCreateArgs,
@@ -457,6 +491,7 @@ async fn checkpoint_create(
     let request = CheckpointRequest {
         name: args.name,
         disk_only: args.disk_only,
+        compact_above: Some(args.compact_above),
     };
     let made = engine.checkpoint_create(&args.sandbox, &request).await?;
     if global.json {

@@ -208,6 +208,7 @@ impl Demo<'_> {
                 &CheckpointRequest {
                     name: Some(CHECKPOINT.to_owned()),
                     disk_only: false,
+                    compact_above: None,
                 },
             )
             .await?;

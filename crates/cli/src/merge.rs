@@ -43,6 +43,8 @@ fn request(args: MergeArgs, global: &Global) -> Result<MergeRequest> {
         siblings: args.siblings,
         extend_cmd: args.extend_cmd,
         records: records(global)?,
+        live: args.qmp.is_some(),
+        bytes_per_second: args.speed.unwrap_or(0),
     })
 }
 
@@ -67,12 +69,21 @@ fn plan(args: MergeArgs, global: &Global) -> Result<u8> {
 }
 
 fn merge(args: MergeArgs, global: &Global, watch: &Watch) -> Result<u8> {
+    let qmp = args.qmp.clone();
     let request = request(args, global)?;
     let tell = |event| pass_on(watch, event);
     let watching = stead_merge::Watch {
         tell: &tell,
         cancel: Some(watch.wish_to_stop()),
     };
+    if let Some(qmp) = qmp {
+        let report = stead_merge::run_live(&request, &qmp, watching).map_err(told)?;
+        return Ok(if global.json {
+            print::json(&report)
+        } else {
+            print_live(&report)
+        });
+    }
     let report = stead_merge::run(&request, watching).map_err(told)?;
     Ok(if global.json {
         print::json(&report)
@@ -122,6 +133,7 @@ fn told(error: MergeError) -> EngineError {
         stead_merge::Kind::Damaged => Kind::Damaged,
         stead_merge::Kind::Incompatible => Kind::Incompatible,
         stead_merge::Kind::NoSpace => Kind::NoSpace,
+        stead_merge::Kind::Vm => Kind::Vm,
         stead_merge::Kind::Cancelled => Kind::Cancelled,
     };
     EngineError::new(kind, error.attempt(), error.found())
@@ -216,8 +228,8 @@ fn print_bitmaps(plan: &MergePlan) {
     }
 }
 
-fn print_report(report: &MergeReport) -> u8 {
-    for verdict in &report.plan.bitmaps {
+fn print_verdicts(plan: &MergePlan) {
+    for verdict in &plan.bitmaps {
         print::line(&format!(
             "bitmap {}: {}: {}",
             verdict.name,
@@ -225,13 +237,25 @@ fn print_report(report: &MergeReport) -> u8 {
             verdict.why
         ));
     }
-    let names = |paths: &[std::path::PathBuf]| {
-        let names: Vec<String> = paths
-            .iter()
-            .map(|path| path.display().to_string())
-            .collect();
-        names.join(" ")
-    };
+}
+
+fn names(paths: &[std::path::PathBuf]) -> String {
+    let names = paths.iter().map(|path| path.display().to_string());
+    names.collect::<Vec<String>>().join(" ")
+}
+
+fn print_live(report: &stead_merge::LiveReport) -> u8 {
+    if let Some(plan) = &report.plan {
+        print_verdicts(plan);
+    }
+    if !report.kept.is_empty() {
+        print::line(&format!("kept: {}", names(&report.kept)));
+    }
+    print::line(&format!("merged, and removed: {}", names(&report.removed)))
+}
+
+fn print_report(report: &MergeReport) -> u8 {
+    print_verdicts(&report.plan);
     if !report.kept.is_empty() {
         print::line(&format!("kept: {}", names(&report.kept)));
     }
@@ -244,12 +268,19 @@ fn print_report(report: &MergeReport) -> u8 {
 
 fn recovered(one: &Recovered) -> String {
     let base = one.base.display();
+    let lost = match one.lost_bitmaps.is_empty() {
+        true => String::new(),
+        false => format!(
+            "; bitmaps that were not saved and say nothing any more: {}",
+            one.lost_bitmaps.join(", ")
+        ),
+    };
     match one.outcome {
         Outcome::NothingToDo => format!("{base}: no merge is going on"),
-        Outcome::Finished => format!("{base}: the merge is finished"),
+        Outcome::Finished => format!("{base}: the merge is finished{lost}"),
         Outcome::Undone => {
             let why = one.why.as_deref().unwrap_or_default();
-            format!("{base}: the merge is undone and can be run again ({why})")
+            format!("{base}: the merge is undone and can be run again ({why}){lost}")
         }
     }
 }

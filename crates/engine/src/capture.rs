@@ -7,6 +7,8 @@
 //! Hibernate is the same with the VM left paused until the manifest is durable, and quit then.
 //! Whatever fails before the manifest, the VM runs on (or is resumed) and nothing is listed.
 
+pub(crate) mod backup;
+
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -46,6 +48,9 @@ pub struct CheckpointRequest {
     pub name: Option<String>,
     /// Only the disks.
     pub disk_only: bool,
+    /// Layers are compacted afterwards when a disk lies in more than this many; `None` for
+    /// [`crate::DEPTH_COMPACTED`].
+    pub compact_above: Option<usize>,
 }
 
 /// How long the guest stood still, and for what.
@@ -108,6 +113,8 @@ pub(crate) struct Plan {
     pub disks: Vec<(String, LayerRow, LayerRow)>,
     /// The name of the RAM image, unless only the disks are taken.
     pub ram: Option<String>,
+    /// The bitmap that begins in each overlay, for a backup.
+    bitmaps: Vec<Option<Vec<u8>>>,
 }
 
 /// One instant, taken.
@@ -141,7 +148,10 @@ impl Engine {
             self.publish_instant(&mut job, &plan, instant).await
         }
         .await;
-        self.undone_on_error(&job, made).await
+        let report = self.undone_on_error(&job, made).await?;
+        let limit = request.compact_above.unwrap_or(crate::DEPTH_COMPACTED);
+        self.compact_if_deep(&plan.sandbox.id, limit).await;
+        Ok(report)
     }
 
     /// Captures a running sandbox, publishes it and ends its VM.
@@ -232,6 +242,7 @@ impl Engine {
             name: None,
             stays_paused,
             disks,
+            bitmaps: Vec::new(),
         })
     }
 
@@ -248,7 +259,7 @@ impl Engine {
             &format!("its disk lies in {depth} layers, the most that can be"),
         )
         .next(format!(
-            "`stead restore {name} CHECKPOINT` with its newest checkpoint puts the disk into one layer"
+            "remove checkpoints that are not needed and run `stead compact {name}`; `stead restore {name} CHECKPOINT` with its newest checkpoint puts the disk into one layer"
         )))
     }
 
@@ -322,15 +333,15 @@ impl Engine {
         }
         tx.commit().await?;
         let mut overlays = Vec::new();
-        for (disk, old, new) in &plan.disks {
+        for (index, (disk, old, new)) in plan.disks.iter().enumerate() {
+            let owner = launch::owner(plan.sandbox.vm_user);
+            let path = layers::create_overlay_file(&self.dir, new, Some(old), owner)?;
+            if let Some(bitmap) = plan.bitmaps.get(index).and_then(Option::as_deref) {
+                backup::begin_bitmap(&path, bitmap)?;
+            }
             overlays.push(NewOverlay {
                 disk: disk.clone(),
-                path: layers::create_overlay_file(
-                    &self.dir,
-                    new,
-                    Some(old),
-                    launch::owner(plan.sandbox.vm_user),
-                )?,
+                path,
             });
         }
         job.step("capture").await?;
@@ -446,7 +457,8 @@ impl Engine {
             }
             Err(error) => {
                 self.watch.notice(format!(
-                    "the guest's file systems could not be frozen ({error}); the checkpoint is crash-consistent"
+                    "the guest's file systems could not be frozen ({error}); the {} is crash-consistent",
+                    if plan.bitmaps.is_empty() { "checkpoint" } else { "backup" }
                 ));
                 true
             }

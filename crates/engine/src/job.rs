@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use sqlx::SqliteConnection;
 use stead_sys::process::ProcessId;
 
+use crate::compact::CompactUndo;
 use crate::error::{AtFile, Result};
 use crate::event::{Event, Watch};
 use crate::id;
@@ -38,6 +39,12 @@ pub(crate) struct Undo {
     pub capture: Option<CaptureUndo>,
     /// Whether a lease in the store may be left.
     pub lease: bool,
+    /// Layers whose files are being replaced by ones that took others in.
+    #[serde(default)]
+    pub compact: Option<CompactUndo>,
+    /// A sandbox whose QEMU may read other files than the records name, which show the same.
+    #[serde(default)]
+    pub follow: Option<String>,
     /// States in the store that nothing will wake from any more.
     pub hibernations: Option<Hibernations>,
 }

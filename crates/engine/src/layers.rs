@@ -238,7 +238,7 @@ impl Source for ChainSource {
     }
 }
 
-fn kind_of(error: &stead_qcow2::Error) -> Kind {
+pub(crate) fn kind_of(error: &stead_qcow2::Error) -> Kind {
     let mut cause: Option<&dyn std::error::Error> = Some(error);
     while let Some(error) = cause {
         if let Some(io) = error.downcast_ref::<io::Error>()

@@ -14,6 +14,7 @@
 //! | `save`, `save_restore` | libvirt's save images: written from a sandbox, and run |
 //! | `domain` | a machine as libvirt's XML |
 //! | `launch` | one QEMU: files, process, handshake |
+//! | `compact` | merge layers that nothing needs any more |
 //! | `console` | what a guest wrote to its console |
 //! | `layers` | layer files and what a guest sees through them |
 //! | `job`, `undo` | what survives a crash, and how it is taken back |
@@ -24,6 +25,7 @@
 
 mod blobs;
 mod capture;
+mod compact;
 mod console;
 mod doctor;
 mod domain;
@@ -58,7 +60,9 @@ use stead_sys::lock::FileLock;
 use stead_vmm::Qemu;
 use tokio::sync::OnceCell;
 
+pub use capture::backup::{BackupDisk, BackupInstant};
 pub use capture::{CaptureReport, CheckpointRequest, PauseReport};
+pub use compact::{CompactReport, CompactedDisk, DEPTH_COMPACTED, MergedLayer};
 pub use console::Console;
 pub use doctor::{Advice, DoctorReport, Finding, doctor};
 pub use error::{EngineError, Kind, Result};

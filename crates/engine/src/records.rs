@@ -3,6 +3,7 @@
 //! SQLite in WAL mode; a transaction is durable when it commits (`synchronous = FULL`). Every
 //! statement is here, so that what a crash can leave has one place to look.
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::time::Duration;
 
@@ -200,6 +201,49 @@ pub(crate) struct Incarnation<'a> {
     pub process: ProcessId,
     pub ram_sharing: RamSharing,
     pub epoch: Option<&'a str>,
+}
+
+/// Everything that uses layers, as it is at one moment.
+#[derive(Debug)]
+pub(crate) struct LayerUses {
+    pub layers: Vec<LayerRow>,
+    /// Sandboxes and the layers that their disks write to.
+    pub disks: Vec<(String, String)>,
+    /// Layers of templates and of local checkpoints.
+    pub named: HashSet<String>,
+    pub jobs: Vec<JobRow>,
+}
+
+impl LayerUses {
+    /// A layer and everything below it, top first; at most [`crate::layers::DEPTH_MAX`].
+    pub(crate) fn chain(&self, top: &str) -> Vec<LayerRow> {
+        let mut next = Some(top);
+        let mut chain = Vec::new();
+        while let Some(id) = next.filter(|_| chain.len() < crate::layers::DEPTH_MAX) {
+            let found = self.layers.iter().find(|layer| layer.id == id);
+            chain.extend(found.cloned());
+            next = found.and_then(|layer| layer.parent.as_deref());
+        }
+        chain
+    }
+
+    /// All layers that other sandboxes see.
+    pub(crate) fn of_others(&self, sandbox: &str) -> HashSet<String> {
+        let others = self.disks.iter().filter(|(own, _)| own != sandbox);
+        let seen = others.flat_map(|(_, layer)| self.chain(layer));
+        seen.map(|layer| layer.id).collect()
+    }
+
+    /// Whether a template or checkpoint is it.
+    pub(crate) fn is_named(&self, layer: &str) -> bool {
+        self.named.contains(layer)
+    }
+
+    /// How many layers stand directly on it.
+    pub(crate) fn children(&self, layer: &str) -> usize {
+        let is_child = |other: &&LayerRow| other.parent.as_deref() == Some(layer);
+        self.layers.iter().filter(is_child).count()
+    }
 }
 
 /// The database.
@@ -548,6 +592,48 @@ impl Records {
         )
         .fetch_all(&self.pool)
         .await?)
+    }
+
+    /// Puts a layer on another parent, and records what its file looks like now.
+    pub(crate) async fn set_layer_parent(
+        tx: &mut SqliteConnection,
+        layer: &str,
+        parent: Option<&str>,
+        stamp: &str,
+    ) -> Result<()> {
+        sqlx::query("UPDATE layers SET parent = ?, stamp = ? WHERE id = ?")
+            .bind(parent)
+            .bind(stamp)
+            .bind(layer)
+            .execute(tx)
+            .await?;
+        Ok(())
+    }
+
+    /// What uses which layer.
+    pub(crate) async fn layer_uses(tx: &mut SqliteConnection) -> Result<LayerUses> {
+        let layers = sqlx::query_as(
+            "SELECT id, format, parent, virtual_bytes, frozen, content, stamp FROM layers",
+        )
+        .fetch_all(&mut *tx)
+        .await?;
+        let disks = sqlx::query_as("SELECT sandbox, layer FROM sandbox_disks")
+            .fetch_all(&mut *tx)
+            .await?;
+        let named: Vec<(String,)> = sqlx::query_as(
+            "SELECT layer FROM templates UNION SELECT layer FROM local_checkpoint_disks",
+        )
+        .fetch_all(&mut *tx)
+        .await?;
+        let jobs = sqlx::query_as("SELECT id, kind, sandbox, step, detail, owner FROM jobs")
+            .fetch_all(&mut *tx)
+            .await?;
+        Ok(LayerUses {
+            layers,
+            disks,
+            named: named.into_iter().map(|(layer,)| layer).collect(),
+            jobs,
+        })
     }
 
     /// Every layer.

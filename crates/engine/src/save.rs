@@ -9,8 +9,8 @@
 //!
 //! The disks are not in the file. Their state at the instant is frozen in this worker's layers, and beside the image lies
 //! an empty overlay over each, which whoever restores the image writes to: neither the sandbox, which writes to
-//! overlays of its own from the instant on, nor the image is changed by the other. The image lives as long as
-//! the sandbox has those layers.
+//! overlays of its own from the instant on, nor the image is changed by the other. The layers stay, also without
+//! the sandbox, until the image's file is gone and `stead gc` runs: a moved or copied image holds nothing.
 //!
 //! # Invariants
 //! - Until everything is durable the file says that it is partial; after an error it is removed, after a death it stays.
@@ -34,7 +34,7 @@ use crate::domain::{Domain, LIBVIRT_RAM, uuid_of};
 use crate::error::{AtFile, EngineError, Kind, Result};
 use crate::job::{Job, Undo};
 use crate::layers::{self, ChainSource};
-use crate::records::SandboxState;
+use crate::records::{Records, SandboxState};
 use crate::restore::micros;
 use crate::sandbox::{vm_error, wrong_state};
 use crate::{Engine, blobs, blocking};
@@ -43,6 +43,15 @@ use crate::{Engine, blobs, blocking};
 const MODE: u32 = 0o600;
 /// How much of a disk is read at a time.
 const STEP_BYTES: usize = 1 << 20;
+/// What an image is called where layers are kept for it, before its path.
+const HOLDER: &str = "save-image:";
+
+/// Whether `holder` of layers is a save image; if so, whether its file is there.
+pub(crate) fn image_is_there(holder: &str) -> Option<bool> {
+    holder
+        .strip_prefix(HOLDER)
+        .map(|path| Path::new(path).exists())
+}
 
 /// What is wanted of a save image.
 #[derive(Debug, Clone)]
@@ -135,6 +144,7 @@ impl Engine {
     ) -> Result<SaveReport> {
         let begun = std::time::Instant::now();
         job.step("write").await?;
+        self.keep_layers(plan, &target.file).await?;
         let content = self.content_of_image(plan, &instant).await?;
         let stopper = tokio::spawn({
             let (watch, control) = (self.watch.clone(), target.control.clone());
@@ -164,6 +174,18 @@ impl Engine {
             pause: instant.pause,
             write_us: micros(begun.elapsed()),
         })
+    }
+
+    /// From here on the frozen layers stay, whatever becomes of the sandbox, until the image's file is gone.
+    async fn keep_layers(&self, plan: &Plan, file: &Path) -> Result<()> {
+        let frozen: Vec<String> = (plan.disks.iter())
+            .map(|(_, frozen, _)| frozen.id.clone())
+            .collect();
+        let mut tx = self.records.begin().await?;
+        let holder = format!("{HOLDER}{}", file.display());
+        Records::insert_local_checkpoint(&mut tx, &holder, None, &frozen).await?;
+        tx.commit().await?;
+        Ok(())
     }
 
     async fn content_of_image(&self, plan: &Plan, instant: &Instant) -> Result<Content> {

@@ -161,6 +161,12 @@ impl Engine {
         if let Some(capture) = &undo.capture {
             self.undo_capture(capture).await?;
         }
+        if let Some(switching) = &undo.compact {
+            self.undo_compact(switching).await?;
+        }
+        if let Some(sandbox) = &undo.follow {
+            self.follow(sandbox).await?;
+        }
         for sandbox in &undo.sandboxes {
             self.records.remove_sandbox(sandbox).await?;
         }

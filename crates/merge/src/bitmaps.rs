@@ -115,6 +115,8 @@ pub struct Verdict {
     pub lost: bool,
     /// Layers above the top go on with it and must not: it is removed there.
     pub void_above: bool,
+    /// How many bytes differ that none of the layers' bitmaps names, and are marked too.
+    pub unnamed_bytes: u64,
 }
 
 /// The bitmaps of all layers, the active one's first.
@@ -220,6 +222,15 @@ impl Bitmaps {
             why,
             lost: gone && said,
             void_above: gone && goes_on,
+            unnamed_bytes: match outcome.fate {
+                BitmapFate::Merged { unnamed_bytes } | BitmapFate::Carried { unnamed_bytes } => {
+                    unnamed_bytes
+                }
+                BitmapFate::Marked
+                | BitmapFate::Kept
+                | BitmapFate::MarkedInstead { .. }
+                | BitmapFate::Dropped { .. } => 0,
+            },
         }
     }
 

@@ -28,6 +28,8 @@ pub enum Kind {
     Incompatible,
     /// Not enough room.
     NoSpace,
+    /// QEMU refuses, failed, or is gone.
+    Vm,
     /// The caller cancelled.
     Cancelled,
 }
@@ -42,6 +44,7 @@ impl Kind {
             Self::Damaged => "`stead img check` says what is damaged",
             Self::Incompatible => "use a newer version, or convert the image",
             Self::NoSpace => "make room, or extend the device (--extend-cmd), and run it again",
+            Self::Vm => "see what QEMU says, then run it again",
             Self::Cancelled => "run it again when you want it",
         }
     }
@@ -76,6 +79,13 @@ impl MergeError {
         if let Some(next) = next_of(&source) {
             error.next = Some(next);
         }
+        error.source = Some(source.into());
+        error
+    }
+
+    /// An error of QEMU.
+    pub(crate) fn vm(attempt: &str, source: stead_vmm::Error) -> Self {
+        let mut error = Self::new(Kind::Vm, attempt, source.to_string());
         error.source = Some(source.into());
         error
     }

@@ -15,8 +15,14 @@ pub enum Step {
     Extend,
     /// What is going to be done is written down.
     Record,
+    /// The lowest layer is copied, to be the new one.
+    Copy,
     /// Data and bitmaps go into the base.
     Commit,
+    /// The bitmaps are made in the base, in QEMU.
+    Bitmaps,
+    /// QEMU lets the layer above name the base.
+    Finalize,
     /// The base is read back.
     Prove,
     /// A bitmap that broke is removed from a layer above.
@@ -35,7 +41,10 @@ impl fmt::Display for Step {
             Self::Plan => write!(f, "plan"),
             Self::Extend => write!(f, "extend the device"),
             Self::Record => write!(f, "record"),
+            Self::Copy => write!(f, "copy"),
             Self::Commit => write!(f, "commit"),
+            Self::Bitmaps => write!(f, "bitmaps"),
+            Self::Finalize => write!(f, "finalize"),
             Self::Prove => write!(f, "prove"),
             Self::Void(path) => write!(f, "remove broken bitmaps from {}", path.display()),
             Self::Rewire(path) => write!(f, "rewire {}", path.display()),

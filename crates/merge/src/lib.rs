@@ -2,6 +2,8 @@
 //!
 //! * [`plan()`] reads the chain and says what a merge would do, what it needs, and why it is refused.
 //! * [`run()`] does it: record, commit, proof, the child's new backing name, and only then are layers removed.
+//! * [`fuse()`] makes one new file of several layers, for a chain that a running VM has open.
+//! * [`run_live()`] does it under a VM that runs, by QEMU's block jobs.
 //! * [`recover()`] finishes or undoes what was interrupted.
 //!
 //! `docs/merge.md` has the steps and what a crash behind each of them leaves.
@@ -16,7 +18,9 @@
 mod bitmaps;
 mod error;
 mod event;
+mod fuse;
 mod layers;
+mod live;
 mod open;
 mod plan;
 mod prove;
@@ -29,7 +33,9 @@ mod space;
 pub use bitmaps::{Becomes, BitmapInLayer, BitmapState, Verdict};
 pub use error::{Kind, MergeError, Result};
 pub use event::{Event, Step, Watch};
+pub use fuse::{Fused, fuse, fuse_needs_bytes};
 pub use layers::Role;
+pub use live::{LiveReport, run_live};
 pub use plan::{LayerInfo, MergePlan, MergeRequest, Refusal, Searched, StalePolicy, plan};
 pub use record::record_path;
 pub use recover::{Outcome, Recovered, recover};

@@ -57,6 +57,10 @@ pub struct MergeRequest {
     pub extend_cmd: Option<String>,
     /// Where records of merges into block devices are kept.
     pub records: PathBuf,
+    /// A VM has the chain open, and its QEMU is to do it ([`crate::run_live()`]).
+    pub live: bool,
+    /// The most bytes a second that a live merge moves; 0 for as fast as can be.
+    pub bytes_per_second: u64,
 }
 
 /// A layer, as the plan shows it.
@@ -237,6 +241,9 @@ pub(crate) fn think(request: &MergeRequest) -> Result<Thought> {
     thinking.children()?;
     thinking.snapshots()?;
     thinking.length();
+    if request.live {
+        thinking.live();
+    }
     let left = thinking.measure()?;
     Ok(Thought {
         plan: thinking.plan,
@@ -416,22 +423,80 @@ impl Thinking<'_> {
         }
     }
 
+    /// What QEMU's commit cannot do, or not so that it can be proven.
+    fn live(&mut self) {
+        let offline = "stop the VM and merge without --qmp";
+        if self.layers.top == 0 {
+            self.refuse(
+                Kind::Usage,
+                "the active layer is written to all the time, and what it becomes could not be read back",
+                "name a --top below it, or stop the VM and merge without --qmp",
+            );
+        }
+        if self.layers.base_file().format == LayerFormat::Raw {
+            self.refuse(
+                Kind::Usage,
+                "a raw base cannot say that it is in progress",
+                offline,
+            );
+        }
+        let [top, base] = [self.layers.top, self.layers.base];
+        let length = |index| {
+            self.layers
+                .chain
+                .below(index)
+                .map_or(0, |chain| chain.len())
+        };
+        if length(base) != length(top) {
+            self.refuse(
+                Kind::Conflict,
+                "the layers have different lengths, which bitmaps do not survive in QEMU",
+                offline,
+            );
+        }
+    }
+
+    /// What bitmaps a live merge cannot keep as planned.
+    fn live_bitmaps(&mut self) {
+        let offline = "stop the VM and merge without --qmp";
+        let verdicts = self.plan.bitmaps.iter();
+        let not = verdicts.filter(|verdict| {
+            verdict.void_above || (verdict.becomes == Becomes::Carried && verdict.unnamed_bytes > 0)
+        });
+        let not: Vec<String> = not.map(|verdict| verdict.name.clone()).collect();
+        if !not.is_empty() {
+            let reason = format!("bitmaps that QEMU cannot be told of: {}", not.join(", "));
+            self.refuse(Kind::Conflict, reason, offline);
+        }
+    }
+
     /// The space and the bitmaps, from the commit's own plan: what the base must leave free for the child.
     fn measure(&mut self) -> Result<u64> {
-        let child = self.child();
-        let report =
-            match commit::measure(self.layers.committed(), self.options, &Control::default()) {
-                Ok(report) => report,
-                Err(error) => {
-                    // What is said already is not said again in other words.
-                    if self.plan.refused.is_empty() {
-                        self.refuse_error(&error);
-                    }
-                    return Ok(0);
+        let live = self.request.live;
+        let child = if live { None } else { self.child() };
+        if live && !self.plan.refused.is_empty() {
+            return Ok(0);
+        }
+        let (layers, quiet) = (self.layers.committed(), Control::default());
+        let measured = match live {
+            true => commit::measure_in_use(layers, self.options, &quiet),
+            false => commit::measure(layers, self.options, &quiet),
+        };
+        let report = match measured {
+            Ok(report) => report,
+            Err(error) => {
+                // What is said already is not said again in other words.
+                if self.plan.refused.is_empty() {
+                    self.refuse_error(&error);
                 }
-            };
+                return Ok(0);
+            }
+        };
         self.plan.data_bytes = report.defined_bytes;
         self.verdicts(&report);
+        if live {
+            self.live_bitmaps();
+        }
         self.space(&report, child)
     }
 

@@ -1,5 +1,7 @@
 //! The proof: what the top shows is read through the base and compared, and every bitmap with what it must say.
 
+use std::ops::Range;
+
 use stead_qcow2::{Bitmap, Chain, GuestOffset, Layer, LayerFile, Result, StoredBitmap};
 
 use crate::bitmaps::{Becomes, text};
@@ -38,36 +40,36 @@ impl Proof<'_> {
         self.data_fault(&top, &base)
     }
 
+    /// Why what the base shows is not what the top shows.
+    pub fn data_fault_in_files(&self) -> Result<Option<String>> {
+        let (top, base) = (
+            Chain::open(self.files)?,
+            Chain::open(&self.files[self.base..])?,
+        );
+        self.data_fault(&top, &base)
+    }
+
+    /// The bitmaps of the base that do not say what they must, and why.
+    pub fn bitmap_faults(&self) -> Result<Vec<(String, &'static str)>> {
+        let (top, base) = (
+            Chain::open(self.files)?,
+            Chain::open(&self.files[self.base..])?,
+        );
+        let mut faults = Vec::new();
+        for bitmap in self.bitmaps {
+            let fault = self.bitmap_fault(bitmap, &top, &base)?;
+            faults.extend(fault.map(|fault| (text(&bitmap.name), fault)));
+        }
+        Ok(faults)
+    }
+
     fn data_fault(&self, top: &Chain, base: &Chain) -> Result<Option<String>> {
-        let total = top.len();
-        let mut sides = [Side::new(top), Side::new(base)];
-        let mut buffers = [vec![0; STEP_BYTES], vec![0; STEP_BYTES]];
-        let mut next = top.next_allocated(self.base, 0)?;
-        while let Some(range) = next {
-            let mut at = range.start;
-            while at < range.end {
-                let data = sides[0].data_from(at)?.min(sides[1].data_from(at)?);
-                at = at.max(data);
-                if at >= range.end {
-                    break;
-                }
-                let left = usize::try_from(range.end - at).unwrap_or(usize::MAX);
-                let length = left.min(STEP_BYTES);
-                for (side, buffer) in sides.iter().zip(&mut buffers) {
-                    side.chain.read_at(at, &mut buffer[..length])?;
-                }
-                if buffers[0][..length] != buffers[1][..length] {
-                    return Ok(Some(format!(
-                        "what the base shows from {at:#x} on is not what the top shows"
-                    )));
-                }
-                at += length as u64;
-                (self.watch.tell)(Event::Progress { done: at, total });
+        let mut comparison = Comparison::new(top, base, self.watch);
+        for range in top.allocated(self.base) {
+            let fault = comparison.fault_in(range?)?;
+            if fault.is_some() {
+                return Ok(fault);
             }
-            next = match range.end < total {
-                true => top.next_allocated(self.base, range.end)?,
-                false => None,
-            };
         }
         Ok(None)
     }
@@ -154,20 +156,77 @@ fn says_all_of(bits: &Bitmap, least: &Bitmap) -> bool {
     both.dirty_bytes() == bits.dirty_bytes()
 }
 
+/// Two disks that are compared range by range, forwards.
+pub(crate) struct Comparison<'a> {
+    sides: [Side<'a>; 2],
+    buffers: [Vec<u8>; 2],
+    total: u64,
+    watch: Watch<'a>,
+}
+
+impl<'a> Comparison<'a> {
+    /// Of what `top` shows with what is to show the same.
+    pub fn new(top: &'a Chain, other: &'a Chain, watch: Watch<'a>) -> Self {
+        Self {
+            sides: [Side::new(top), Side::new(other)],
+            buffers: [vec![0; STEP_BYTES], vec![0; STEP_BYTES]],
+            total: top.len(),
+            watch,
+        }
+    }
+
+    /// Why they are not the same in `range`; where both say zeros, nothing is read.
+    pub fn fault_in(&mut self, range: Range<u64>) -> Result<Option<String>> {
+        let mut at = range.start;
+        while at < range.end {
+            let data = self.sides[0]
+                .data_from(at)?
+                .min(self.sides[1].data_from(at)?);
+            at = at.max(data);
+            if at >= range.end {
+                break;
+            }
+            let left = usize::try_from(range.end - at).unwrap_or(usize::MAX);
+            let length = left.min(STEP_BYTES);
+            for (side, buffer) in self.sides.iter().zip(&mut self.buffers) {
+                side.chain.read_at(at, &mut buffer[..length])?;
+            }
+            if self.buffers[0][..length] != self.buffers[1][..length] {
+                return Ok(Some(format!(
+                    "what is read back from {at:#x} on is not what the top shows"
+                )));
+            }
+            at += length as u64;
+            (self.watch.tell)(Event::Progress {
+                done: at,
+                total: self.total,
+            });
+        }
+        Ok(None)
+    }
+}
+
 /// A disk, and where it next has data.
 struct Side<'a> {
     chain: &'a Chain,
-    known: std::ops::Range<u64>,
+    /// From where on `known` is the next data.
+    asked: u64,
+    known: Range<u64>,
 }
 
 impl<'a> Side<'a> {
     fn new(chain: &'a Chain) -> Self {
-        Self { chain, known: 0..0 }
+        Self {
+            chain,
+            asked: 0,
+            known: 0..0,
+        }
     }
 
     /// The first byte at or after `at` that may be other than zero.
     fn data_from(&mut self, at: u64) -> Result<u64> {
-        if at >= self.known.end {
+        if !(self.asked..self.known.end).contains(&at) {
+            self.asked = at;
             let end = self.chain.len();
             self.known = match at < end {
                 true => self.chain.next_data(at)?.unwrap_or(u64::MAX - 1..u64::MAX),

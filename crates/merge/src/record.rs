@@ -100,6 +100,9 @@ pub(crate) struct Record {
     pub bitmaps: Vec<RecordedBitmap>,
     pub keep_layers: bool,
     pub phase: Phase,
+    /// A running QEMU does it.
+    #[serde(default)]
+    pub live: bool,
 }
 
 impl Record {
@@ -122,6 +125,7 @@ impl Record {
             bitmaps: bitmaps.collect(),
             keep_layers,
             phase: Phase::Begun,
+            live: false,
         })
     }
 

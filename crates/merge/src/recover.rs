@@ -35,6 +35,8 @@ pub struct Recovered {
     pub base: PathBuf,
     /// Why it was undone.
     pub why: Option<String>,
+    /// Bitmaps of the base that were not saved, and say nothing any more.
+    pub lost_bitmaps: Vec<String>,
     /// Merged layers that are gone.
     pub removed: Vec<PathBuf>,
     /// Merged layers that are still there.
@@ -82,6 +84,7 @@ fn without_record(path: &Path, records: &Path) -> Result<Recovered> {
         outcome,
         base: path.to_owned(),
         why: None,
+        lost_bitmaps: Vec::new(),
         removed: Vec::new(),
         kept: Vec::new(),
     })
@@ -96,6 +99,9 @@ fn recover_image(path: &Path) -> Result<Recovery> {
 impl Going<'_> {
     fn recover(&mut self) -> Result<Recovered> {
         self.finish_changes()?;
+        if self.record.live && self.record.phase == Phase::Begun {
+            return self.recover_live();
+        }
         if self.is_rewired()? || self.removal_began() {
             let child = self.record.child().map(|child| editor(&child.file().path));
             return self.go_on(child.transpose()?, Vec::new());
@@ -116,6 +122,66 @@ impl Going<'_> {
         }
     }
 
+    /// A merge of a VM whose QEMU is gone: finished if its layer above names the base already.
+    fn recover_live(&mut self) -> Result<Recovered> {
+        if !self.is_rewired()? {
+            let why = "QEMU ended before the layer above named the base".to_owned();
+            return self.undo(why);
+        }
+        let files: Vec<_> = self.record.layers[self.record.top..]
+            .iter()
+            .map(RecordedLayer::file)
+            .collect();
+        let proof = crate::prove::Proof {
+            files: &files,
+            base: self.record.base - self.record.top,
+            bitmaps: &self.record.bitmaps,
+            watch: self.watch,
+        };
+        self.watch.step(Step::Prove);
+        let read =
+            |error| MergeError::engine("read the base back", error).left("all layers are there");
+        if let Some(fault) = proof.data_fault_in_files().map_err(read)? {
+            return Err(MergeError::new(Kind::Damaged, "read the base back", fault)
+                .left("all layers are there; the layer above names the base")
+                .next("keep all layers, and see to the storage below the base"));
+        }
+        let lost = proof.bitmap_faults().map_err(read)?;
+        if lost.is_empty() {
+            return self.go_on(None, Vec::new());
+        }
+        self.forget()?;
+        let kept = self.record.merged().iter().map(|layer| layer.file().path);
+        Ok(Recovered {
+            outcome: Outcome::Finished,
+            base: self.record.base_path(),
+            why: Some("bitmaps were lost; the merged layers are kept with theirs".to_owned()),
+            lost_bitmaps: lost.into_iter().map(|(name, _)| name).collect(),
+            removed: Vec::new(),
+            kept: kept.collect(),
+        })
+    }
+
+    /// Bitmaps of the base that were to be usable and are marked as not saved.
+    pub fn unsaved_bitmaps(&self) -> Result<Vec<String>> {
+        let file = self.record.layers[self.record.base].file();
+        if file.format == LayerFormat::Raw {
+            return Ok(Vec::new());
+        }
+        let stored = Layer::inspect(&file.path).and_then(|layer| layer.stored_bitmaps());
+        let stored = stored.map_err(|error| MergeError::engine("read bitmaps", error))?;
+        let unsaved = self.record.bitmaps.iter().filter(|bitmap| {
+            let left = bitmap.becomes == crate::bitmaps::Becomes::Left;
+            !left
+                && stored
+                    .iter()
+                    .any(|own| own.name == bitmap.name && own.in_use)
+        });
+        Ok(unsaved
+            .map(|bitmap| crate::bitmaps::text(&bitmap.name))
+            .collect())
+    }
+
     /// Finishes what the engine has begun in an image.
     fn finish_changes(&self) -> Result<()> {
         let raw = self.record.layers[self.record.base].file().format == LayerFormat::Raw;
@@ -133,7 +199,7 @@ impl Going<'_> {
         Ok(())
     }
 
-    fn is_rewired(&self) -> Result<bool> {
+    pub fn is_rewired(&self) -> Result<bool> {
         let (Some(child), Some((name, _))) = (self.record.child(), &self.record.backing) else {
             return Ok(false);
         };
@@ -190,6 +256,7 @@ impl Going<'_> {
             outcome: Outcome::Finished,
             base: self.record.base_path(),
             why: None,
+            lost_bitmaps: Vec::new(),
             removed,
             kept,
         })
@@ -202,6 +269,7 @@ impl Going<'_> {
             outcome: Outcome::Undone,
             base: self.record.base_path(),
             why: Some(why),
+            lost_bitmaps: self.unsaved_bitmaps()?,
             removed: Vec::new(),
             kept: kept.collect(),
         })

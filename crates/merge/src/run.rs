@@ -90,7 +90,7 @@ pub fn run(request: &MergeRequest, watch: Watch<'_>) -> Result<MergeReport> {
 }
 
 /// Has devices extended that are too short, if nothing else stands against the merge: whether it was done.
-fn extend(request: &MergeRequest, plan: &MergePlan, watch: Watch<'_>) -> Result<bool> {
+pub(crate) fn extend(request: &MergeRequest, plan: &MergePlan, watch: Watch<'_>) -> Result<bool> {
     let Some(command) = &request.extend_cmd else {
         return Ok(false);
     };
@@ -105,32 +105,37 @@ fn extend(request: &MergeRequest, plan: &MergePlan, watch: Watch<'_>) -> Result<
     }
     for space in short {
         watch.step(Step::Extend);
-        let attempt = format!(
-            "extend {} to {} bytes with {command:?}",
-            space.file.display(),
-            space.needed_bytes
-        );
-        let failed = |found: String| {
-            MergeError::new(Kind::NoSpace, &attempt, found)
-                .left("the images were not changed; the device may be longer")
-                .next("extend the device by hand, and run it again")
-        };
-        let mut shell = Command::new("sh");
-        shell
-            .arg("-c")
-            .arg(format!("{command} \"$@\""))
-            .arg("stead-merge");
-        shell.arg(&space.file).arg(space.needed_bytes.to_string());
-        // Standard output is for our own result.
-        shell
-            .stdin(std::process::Stdio::null())
-            .stdout(std::io::stderr());
-        let status = shell.status().map_err(|error| failed(error.to_string()))?;
-        if !status.success() {
-            return Err(failed(format!("it ended with {status}")));
-        }
+        extend_to(command, &space.file, space.needed_bytes)?;
     }
     Ok(true)
+}
+
+/// Has a device extended.
+pub(crate) fn extend_to(command: &str, device: &Path, bytes: u64) -> Result<()> {
+    let attempt = format!(
+        "extend {} to {bytes} bytes with {command:?}",
+        device.display()
+    );
+    let failed = |found: String| {
+        MergeError::new(Kind::NoSpace, &attempt, found)
+            .left("the images were not changed; the device may be longer")
+            .next("extend the device by hand, and run it again")
+    };
+    let mut shell = Command::new("sh");
+    shell
+        .arg("-c")
+        .arg(format!("{command} \"$@\""))
+        .arg("stead-merge");
+    shell.arg(device).arg(bytes.to_string());
+    // Standard output is for our own result.
+    shell
+        .stdin(std::process::Stdio::null())
+        .stdout(std::io::stderr());
+    let status = shell.status().map_err(|error| failed(error.to_string()))?;
+    if !status.success() {
+        return Err(failed(format!("it ended with {status}")));
+    }
+    Ok(())
 }
 
 /// A merge that is going on, and its record.
@@ -147,7 +152,7 @@ impl Going<'_> {
         removed.map_err(|source| MergeError::io("remove the record", &self.path, source))
     }
 
-    fn recover_with(&self) -> String {
+    pub fn recover_with(&self) -> String {
         format!(
             "run `stead merge recover {}`",
             self.record.base_path().display()

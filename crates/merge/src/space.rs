@@ -94,7 +94,7 @@ pub(crate) fn place_of(path: &Path) -> io::Result<Place> {
     })
 }
 
-fn device_bytes(path: &Path) -> io::Result<u64> {
+pub(crate) fn device_bytes(path: &Path) -> io::Result<u64> {
     FileStorage::new(std::fs::File::open(path)?)?.len()
 }
 

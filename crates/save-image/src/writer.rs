@@ -290,6 +290,7 @@ struct Assembly {
     /// What was written to the encoder; for a raw payload, the sink hashes the same bytes.
     stream: Option<blake3::Hasher>,
     stream_bytes: u64,
+    control: Control,
 }
 
 impl std::fmt::Debug for Assembly {
@@ -314,7 +315,7 @@ impl Assembly {
         write_aligned(&*storage, &head, 0)?;
         storage.sync()?;
         let tree = Tree::new(layout.leaf_room);
-        let sink = PayloadSink::new(storage.clone(), layout.length as u64, tree, control)
+        let sink = PayloadSink::new(storage.clone(), layout.length as u64, tree, control.clone())
             .expect(image.payload_bytes);
         let Some(encoder) = Encoder::new(image.format, sink)? else {
             unreachable!("formats that are no streams were refused")
@@ -329,11 +330,13 @@ impl Assembly {
             encoder,
             stream: (image.format != Format::Raw).then(blake3::Hasher::new),
             stream_bytes: 0,
+            control,
         })
     }
 
     /// Payload durable, then the record durable, then the header complete and durable.
     fn complete(self) -> io::Result<Finished> {
+        self.control.check()?;
         let leaves = self.encoder.finish()?.finish()?;
         self.storage.sync()?;
         let stream_hash = match &self.stream {
@@ -379,6 +382,7 @@ impl Assembly {
 
 impl Write for Assembly {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.control.check()?;
         let count = self.encoder.write(bytes)?;
         if let Some(hasher) = &mut self.stream {
             hasher.update(&bytes[..count]);

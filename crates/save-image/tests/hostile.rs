@@ -166,8 +166,12 @@ fn damage_is_named_by_its_mebibyte() {
         .iter()
         .map(|d| (d.part, d.from, d.to))
         .collect();
-    let expected =
-        [(2, 4), (6, 7)].map(|(from, to)| ("payload", start + from * mib, start + to * mib));
+    let part = |from, to| ("payload", start + from, start + to);
+    let expected = [
+        part(2 * mib, 4 * mib),
+        part(6 * mib, 7 * mib),
+        part(9 * mib, 9 * mib + 77),
+    ];
     assert_eq!(ranges, expected);
 }
 

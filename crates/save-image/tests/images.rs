@@ -297,9 +297,9 @@ fn a_copy_made_in_the_middle_of_a_save_is_refused_as_incomplete_since_when() {
     let (path, copy) = (scratch.path("image"), scratch.path("copy"));
     let image = new_image(Format::Raw);
     let mut writer = Writer::create(&path, &image, Appears::AtOnce, silent()).expect("create");
-    writer.copy_from(&stream()[..5 << 20]).expect("half");
+    writer.copy_from(&stream()[..500_000]).expect("half");
     fs::copy(&path, &copy).expect("copy");
-    writer.copy_from(&stream()[5 << 20..]).expect("the rest");
+    writer.copy_from(&stream()[500_000..]).expect("the rest");
     writer.finish().expect("finish");
     let error = SaveImage::open(&copy).expect_err("incomplete");
     assert_eq!(error.kind(), Kind::Incomplete);

@@ -6,6 +6,10 @@
 //! overlay that was opened and never switched to. This is why nothing about nodes needs recording:
 //! QEMU can always be asked.
 //!
+//! A node that takes the place of several is named after the numbers that it stands for: `vda.5-3` for
+//! `vda.3`, `vda.4` and `vda.5` (see [`crate::relayer`]). Nodes whose numbers another one has among its own are
+//! what was there before, and do not count.
+//!
 //! ```text
 //!  virtio-blk "vda" ─▶ vda.2 ──backing──▶ vda.1 ──backing──▶ vda.0
 //!                        │ write            │ read-only        │ read-only
@@ -19,6 +23,7 @@ use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
 use crate::launch::{Disk, LayerFormat};
+use crate::node_names::{Numbers, file_node_name, node_name, parse_node};
 use crate::qmp::Qmp;
 
 /// One layer of a disk, as QEMU has it open.
@@ -59,20 +64,6 @@ impl DiskChain {
     }
 }
 
-/// The number and disk in a node's name; `None` for file nodes and nodes that are not ours.
-fn parse_node(name: &str) -> Option<(&str, u32)> {
-    let (disk, number) = name.split_once('.')?;
-    Some((disk, number.parse().ok()?))
-}
-
-fn node_name(disk: &str, number: u32) -> String {
-    format!("{disk}.{number}")
-}
-
-fn file_node_name(node: &str) -> String {
-    format!("{node}.f")
-}
-
 /// The options of every node of `disk`, lowest first, as `-blockdev` takes them.
 pub(crate) fn chain_options(disk: &Disk) -> Vec<Value> {
     let mut options = Vec::new();
@@ -99,7 +90,7 @@ pub(crate) fn top_node(disk: &Disk) -> String {
     format!("{}.{last}", disk.id)
 }
 
-fn file_options(node: &str, path: &str, read_only: bool) -> Value {
+pub(crate) fn file_options(node: &str, path: &str, read_only: bool) -> Value {
     json!({
         "driver": "file",
         "node-name": file_node_name(node),
@@ -113,7 +104,7 @@ fn file_options(node: &str, path: &str, read_only: bool) -> Value {
 }
 
 /// `backing` is written even if there is none: otherwise QEMU opens what the image's header names.
-fn format_options(
+pub(crate) fn format_options(
     node: &str,
     format: LayerFormat,
     backing: Option<&str>,
@@ -177,8 +168,8 @@ struct InsertedInfo {
 #[derive(Debug)]
 pub(crate) struct BlockGraph {
     nodes: Vec<NodeInfo>,
-    /// Disk and number of the node it is attached to.
-    tops: Vec<(String, u32)>,
+    /// Disk and numbers of the node it is attached to.
+    tops: Vec<(String, Numbers)>,
 }
 
 impl BlockGraph {
@@ -195,8 +186,8 @@ impl BlockGraph {
             .iter()
             .map(|(disk, top)| {
                 let mut layers = Vec::new();
-                for number in self.numbers(disk).into_iter().filter(|n| n <= top) {
-                    layers.push(self.layer(&node_name(disk, number))?);
+                for numbers in self.current(disk).into_iter().filter(|n| n <= top) {
+                    layers.push(self.layer(&numbers.node_name(disk))?);
                 }
                 if layers.is_empty() {
                     return Err(unexpected(format!(
@@ -215,8 +206,8 @@ impl BlockGraph {
     pub(crate) fn unattached(&self) -> Result<Vec<LayerNode>> {
         let mut layers = Vec::new();
         for (disk, top) in &self.tops {
-            for number in self.numbers(disk).into_iter().filter(|n| n > top) {
-                layers.push(self.layer(&node_name(disk, number))?);
+            for numbers in self.current(disk).into_iter().filter(|n| n > top) {
+                layers.push(self.layer(&numbers.node_name(disk))?);
             }
         }
         Ok(layers)
@@ -231,20 +222,60 @@ impl BlockGraph {
         let formats = self.nodes.iter().filter_map(|node| node.name.as_deref());
         let used = files.chain(formats).filter_map(parse_node);
         used.filter(|(id, _)| *id == disk)
-            .map(|(_, number)| number.saturating_add(1))
+            .map(|(_, numbers)| numbers.last.saturating_add(1))
             .max()
             .unwrap_or(0)
     }
 
-    fn numbers(&self, disk: &str) -> Vec<u32> {
-        let names = self.nodes.iter().filter_map(|node| node.name.as_deref());
-        let mut numbers: Vec<u32> = names
+    /// The numbers of all nodes of `disk`, lowest first.
+    fn numbers(&self, disk: &str) -> Vec<Numbers> {
+        let names = self.names().into_iter();
+        let mut numbers: Vec<Numbers> = names
             .filter_map(parse_node)
             .filter(|(id, _)| *id == disk)
-            .map(|(_, number)| number)
+            .map(|(_, numbers)| numbers)
             .collect();
         numbers.sort_unstable();
         numbers
+    }
+
+    /// Those that no other node stands for.
+    fn current(&self, disk: &str) -> Vec<Numbers> {
+        let all = self.numbers(disk);
+        let is_current = |one: &Numbers| !all.iter().any(|other| one.are_in(*other));
+        all.iter().copied().filter(is_current).collect()
+    }
+
+    /// Nodes of `disk` that others stand for, the topmost first and each before the file below it. A file may have
+    /// lost its format already.
+    pub(crate) fn superseded(&self, disk: &str) -> Vec<String> {
+        let (names, current) = (self.names(), self.current(disk));
+        let files = names.iter().filter_map(|name| name.strip_suffix(".f"));
+        let formats = names.iter().copied();
+        let all = formats.chain(files).filter_map(parse_node);
+        let own = all.filter(|(id, _)| *id == disk);
+        let mut gone: Vec<Numbers> = own
+            .map(|(_, numbers)| numbers)
+            .filter(|numbers| current.iter().any(|other| numbers.are_in(*other)))
+            .collect();
+        gone.sort_unstable();
+        gone.dedup();
+        let pair = |numbers: &Numbers| {
+            let format = numbers.node_name(disk);
+            [format.clone(), file_node_name(&format)]
+        };
+        let both = gone.iter().rev().flat_map(pair);
+        both.filter(|name| names.contains(&name.as_str())).collect()
+    }
+
+    fn names(&self) -> Vec<&str> {
+        let names = self.nodes.iter();
+        names.filter_map(|node| node.name.as_deref()).collect()
+    }
+
+    /// Whether there is such a node.
+    pub(crate) fn has_node(&self, name: &str) -> bool {
+        self.node(name).is_ok()
     }
 
     fn layer(&self, node: &str) -> Result<LayerNode> {
@@ -271,17 +302,17 @@ impl BlockGraph {
     }
 }
 
-fn attached(device: &DeviceInfo) -> Option<(String, u32)> {
+fn attached(device: &DeviceInfo) -> Option<(String, Numbers)> {
     let id = device
         .qdev
         .as_deref()?
         .strip_prefix("/machine/peripheral/")?;
     let id = id.split('/').next()?;
-    let (disk, number) = parse_node(device.inserted.as_ref()?.node.as_deref()?)?;
-    (disk == id).then(|| (disk.to_owned(), number))
+    let (disk, numbers) = parse_node(device.inserted.as_ref()?.node.as_deref()?)?;
+    (disk == id).then(|| (disk.to_owned(), numbers))
 }
 
-fn unexpected(found: String) -> Error {
+pub(crate) fn unexpected(found: String) -> Error {
     Error::Protocol {
         doing: "looking at the disks".to_owned(),
         found,
@@ -344,7 +375,7 @@ pub(crate) fn close_overlay(qmp: &mut Qmp, node: &str) {
     remove_node(qmp, &file_node_name(node));
 }
 
-fn remove_node(qmp: &mut Qmp, node: &str) {
+pub(crate) fn remove_node(qmp: &mut Qmp, node: &str) {
     if let Err(error) = qmp.execute::<Value>("blockdev-del", json!({ "node-name": node })) {
         tracing::warn!(%error, node, "an unused block node was not closed");
     }
@@ -460,6 +491,45 @@ mod tests {
         assert_eq!(unattached[0].path, PathBuf::from("/l/10"));
         assert_eq!(graph.next_number("vda"), 11, "a number is not used twice");
         assert_eq!(graph.next_number("vdb"), 0);
+    }
+
+    #[test]
+    fn a_node_that_stands_for_several_takes_their_place_in_the_chain() {
+        let mut graph = graph();
+        for name in ["vda.9-2", "vda.9-2.f"] {
+            let mut node = graph.node("vda.2").expect("node").clone();
+            node.name = Some(name.to_owned());
+            node.driver = if name.ends_with('f') { "file" } else { "qcow2" }.to_owned();
+            graph.nodes.push(node);
+        }
+        let twelve = graph.node("vda.10").expect("node").clone();
+        graph.nodes.push(NodeInfo {
+            name: Some("vda.12".to_owned()),
+            ..twelve.clone()
+        });
+        graph.nodes.push(NodeInfo {
+            name: Some("vda.12.f".to_owned()),
+            driver: "file".to_owned(),
+            ..twelve
+        });
+        graph.tops = vec![("vda".to_owned(), Numbers::one(10))];
+        let chains = graph.chains().expect("chains");
+        let nodes: Vec<&str> = chains[0].layers.iter().map(|l| l.node.as_str()).collect();
+        assert_eq!(nodes, ["vda.9-2", "vda.10"]);
+        assert_eq!(
+            graph.superseded("vda"),
+            ["vda.9", "vda.9.f", "vda.2", "vda.2.f"]
+        );
+        graph
+            .nodes
+            .retain(|node| node.name.as_deref() != Some("vda.9"));
+        assert_eq!(graph.superseded("vda"), ["vda.9.f", "vda.2", "vda.2.f"]);
+        assert_eq!(graph.next_number("vda"), 13);
+        assert_eq!(
+            parse_node("vda.2-9"),
+            None,
+            "numbers are the last one first"
+        );
     }
 
     #[test]

@@ -25,6 +25,7 @@
 //! docs/devel/migration on the stream and the capability `x-ignore-shared`.
 #![forbid(unsafe_code)]
 
+pub mod block_jobs;
 mod capture;
 pub mod dir;
 mod disks;
@@ -33,11 +34,13 @@ mod kvm;
 mod launch;
 mod machine;
 mod migration;
+mod node_names;
 mod process;
 mod qemu;
 mod qmp;
 mod ram_pages;
 mod recover;
+mod relayer;
 mod saved;
 mod state_stream;
 mod vm;

@@ -15,9 +15,11 @@ use stead_sys::process::ProcessId;
 use crate::dir;
 use crate::disks::{self, BlockGraph, DiskChain};
 use crate::error::{Error, Result};
+use crate::launch::Layer;
 use crate::migration;
 use crate::process::{Exit, Process};
 use crate::qmp::{Event, Qmp};
+use crate::relayer;
 use crate::state_stream::{self, StateFormat};
 
 /// How long QEMU may take to greet a new connection.
@@ -275,6 +277,19 @@ impl Vm {
     /// [`Error::NotFrozen`] when a layer stays open for writing; else as [`Vm::ask`].
     pub fn freeze_layers(&mut self) -> Result<Vec<DiskChain>> {
         disks::freeze(&mut self.qmp).map_err(|error| self.explain(error))
+    }
+
+    /// Makes QEMU read `disk` through the files of `wanted` (base first), whose topmost one it has open and writes
+    /// to already; the guest runs on.
+    ///
+    /// A layer that is missing in `wanted` must be part of the one above it there: that file is opened anew over
+    /// what stands below it, takes the place of both, and what it replaces is closed. Can be repeated.
+    ///
+    /// # Errors
+    /// [`Error::Disks`] when `wanted` is not the chain with some frozen layers left out, or a new file has another
+    /// size. Whatever fails, each layer is read through the old files or the new ones, which show the same.
+    pub fn follow_layers(&mut self, disk: &str, wanted: &[Layer]) -> Result<DiskChain> {
+        relayer::follow(&mut self.qmp, disk, wanted).map_err(|error| self.explain(error))
     }
 
     /// Connects to agent port `port`. QEMU serves one connection a port.

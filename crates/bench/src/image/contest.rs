@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use super::Images;
 use crate::error::{Doing, Result};
-use crate::program;
 use crate::report::{Report, Row, Value, median};
+use crate::{facts, program};
 
 /// What is in the page cache when the clock starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,11 +30,27 @@ impl Cache {
     /// Brings the files in `read` about.
     fn set(self, read: &[PathBuf]) -> Result<()> {
         rustix::fs::sync();
+        if self == Self::Cold {
+            drop_caches()?;
+        }
+        touch_memory()?;
         match self {
             Self::Warm => read.iter().try_for_each(read_through),
-            Self::Cold => drop_caches(),
+            Self::Cold => Ok(()),
         }
     }
+}
+
+/// The most memory that is touched, in bytes: more than the largest new file.
+const TOUCHED_BYTES: u64 = 5 << 30;
+
+/// Takes memory, writes to it and gives it back. On a virtual machine, free memory may have gone back to its host, and
+/// whoever fills the page cache first pays for getting it again: that is neither program's work.
+fn touch_memory() -> Result<()> {
+    let bytes = TOUCHED_BYTES.min(facts::available_memory()? / 3);
+    let length = usize::try_from(bytes).unwrap_or_default();
+    std::hint::black_box(vec![1_u8; length]);
+    Ok(())
 }
 
 fn read_through(path: &PathBuf) -> Result<()> {

@@ -130,7 +130,8 @@ impl FirstCluster {
         }
     }
 
-    /// Says where the bitmaps are.
+    /// Says where the bitmaps are, before the feature name table: that is long, and what changes so often should lie in
+    /// the first sector.
     pub fn set_bitmaps(&mut self, bitmaps: Option<BitmapsExtension>) {
         let data = bitmaps.map(|bitmaps| {
             let mut data = bitmaps.count.to_be_bytes().to_vec();
@@ -139,7 +140,17 @@ impl FirstCluster {
             data.extend(bitmaps.directory.0.to_be_bytes());
             data
         });
+        let is_there = data.is_some();
         self.set_extension(extension::BITMAPS, data);
+        let place = |kind| self.extensions.iter().position(|(known, _)| *known == kind);
+        let places = (place(extension::FEATURE_NAMES), place(extension::BITMAPS));
+        if let (Some(names), Some(bitmaps)) = places
+            && is_there
+            && names < bitmaps
+        {
+            self.moved = true;
+            self.extensions[names..=bitmaps].rotate_right(1);
+        }
     }
 
     /// Names another backing file, or none.

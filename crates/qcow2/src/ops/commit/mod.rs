@@ -358,6 +358,38 @@ pub fn measure(
     Ok(report)
 }
 
+/// As [`measure`] of a qcow2 base that another program has open, like all other files, and that nobody writes to
+/// meanwhile: nothing is locked, and the top is not to be emptied.
+///
+/// # Errors
+/// As [`measure`].
+pub fn measure_in_use(
+    files: &[LayerFile],
+    options: &CommitOptions,
+    control: &Control<'_>,
+) -> Result<CommitReport> {
+    let invalid = |reason: &str| {
+        Err(Error::InvalidChain {
+            reason: reason.into(),
+        })
+    };
+    if options.base == 0 || options.base >= files.len() {
+        return invalid("the base is not below the top");
+    }
+    let (above, rest) = files.split_at(options.base);
+    let path = &rest[0].path;
+    if rest[0].format == LayerFormat::Raw {
+        return invalid("a raw base says nothing of its room");
+    }
+    let io = |source| Error::io("open", path, source);
+    let file = stead_sys::readable::open(path).map_err(io)?;
+    let storage = stead_sys::storage::FileStorage::new(file).map_err(io)?;
+    let editor = Editor::on_storage(std::sync::Arc::new(storage), path, options.edit)?;
+    let ready = Ready::new(&editor, (above, &rest[1..]), options, control)?;
+    let plan = editor.plan(|edit| ready.run(edit))?;
+    Ok(ready.report(plan, 0))
+}
+
 /// Of two changes of one file, one after the other.
 fn larger(one: Option<Plan>, other: Plan) -> Plan {
     let Some(one) = one else {

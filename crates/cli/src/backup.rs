@@ -1,0 +1,323 @@
+//! `stead backup`: from the command line to the backup and back to what is printed.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use stead_backup::{
+    BackupError, BackupReport, BackupRequest, DiskSource, Listed, RestoreFormat, RestoreReport,
+    RestoreRequest, State, Verdict, Wanted,
+};
+use stead_engine::{BackupDisk, BackupInstant, Engine, EngineError, Event, Kind, Result, Watch};
+
+use crate::args::{
+    BackupArgs, BackupCommand, BackupLsArgs, BackupRestoreArgs, BackupVerifyArgs, DiskFormat,
+    Global,
+};
+use crate::size::human;
+use crate::{commands, print};
+
+/// How many digits of an id are shown to people; any that are unique can be given.
+const SHORT_ID: usize = 12;
+
+/// Runs a command of `stead backup` and returns the exit status.
+pub async fn run(command: BackupCommand, global: Global, watch: Watch) -> Result<u8> {
+    match command {
+        BackupCommand::Full(args) => backup(args.common, Wanted::Full, global, watch).await,
+        BackupCommand::Incremental(args) => {
+            let wanted = match args.no_fallback {
+                true => Wanted::IncrementalOnly,
+                false => Wanted::Incremental,
+            };
+            backup(args.common, wanted, global, watch).await
+        }
+        BackupCommand::Restore(args) => blocking(move || restore(args, &global, &watch)).await,
+        BackupCommand::Verify(args) => blocking(move || verify(&args, &global, &watch)).await,
+        BackupCommand::Ls(args) => blocking(move || list(&args, &global)).await,
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(outcome) => outcome,
+        Err(error) => {
+            Err(EngineError::new(Kind::Internal, "backup", "it ended early").because(error))
+        }
+    }
+}
+
+/// Runs `work` with events going to `watch`.
+fn watched<T>(
+    watch: &Watch,
+    work: impl FnOnce(stead_backup::Watch<'_>) -> stead_backup::Result<T>,
+) -> Result<T> {
+    let step = Mutex::new(String::new());
+    let tell = |event| pass_on(watch, &step, event);
+    let watching = stead_backup::Watch {
+        tell: &tell,
+        cancel: Some(watch.wish_to_stop()),
+    };
+    work(watching).map_err(told)
+}
+
+/// An image's backup, or those of a sandbox's disks.
+async fn backup(args: BackupArgs, wanted: Wanted, global: Global, watch: Watch) -> Result<u8> {
+    if args.disk.exists() {
+        let source = DiskSource::Image(args.disk.clone());
+        let report = blocking(move || make(&args, source, wanted, &watch)).await?;
+        return Ok(match global.json {
+            true => print::json(&report),
+            false => print_report(&report),
+        });
+    }
+    let reports = sandbox(args, wanted, &global, watch).await?;
+    if global.json {
+        return Ok(print::json(&reports));
+    }
+    for report in &reports {
+        print_report(report);
+    }
+    Ok(0)
+}
+
+fn make(
+    args: &BackupArgs,
+    disk: DiskSource,
+    wanted: Wanted,
+    watch: &Watch,
+) -> Result<BackupReport> {
+    let request = BackupRequest {
+        disk,
+        bitmap: args.bitmap.clone(),
+        to: args.to.clone(),
+        wanted,
+        compress: !args.no_compress,
+    };
+    watched(watch, |watch| stead_backup::run(&request, watch))
+}
+
+/// Takes one instant of all disks of a sandbox, and backs them up one after the other.
+async fn sandbox(
+    args: BackupArgs,
+    wanted: Wanted,
+    global: &Global,
+    watch: Watch,
+) -> Result<Vec<BackupReport>> {
+    let named = args.disk.display().to_string();
+    let (name, only) = match named.split_once(':') {
+        Some((name, disk)) => (name.to_owned(), Some(disk.to_owned())),
+        None => (named, None),
+    };
+    let engine = Engine::open(commands::settings(global)?, watch.clone()).await?;
+    let ids = Ids::default();
+    let begin = |disk: &str| {
+        let wanted = only.as_deref().is_none_or(|only| only == disk);
+        wanted.then(|| stead_backup::next_bitmap(&args.bitmap, &ids.of(disk)))
+    };
+    let instant = engine.backup_instant(&name, &begin).await?;
+    let disks = instant
+        .disks
+        .iter()
+        .filter(|one| only.as_deref().is_none_or(|only| only == one.disk));
+    let sources: Vec<DiskSource> = disks.map(|disk| source(&instant, disk, &ids)).collect();
+    if sources.is_empty() {
+        let found = format!(
+            "the sandbox {name} has no disk {}",
+            only.unwrap_or_default()
+        );
+        return Err(EngineError::new(Kind::NotFound, "back up", found));
+    }
+    blocking(move || {
+        // The sandbox stays ours until the last disk is done.
+        let reports = sources
+            .into_iter()
+            .map(|source| make(&args, source, wanted, &watch));
+        let reports = reports.collect();
+        drop(instant);
+        reports
+    })
+    .await
+}
+
+fn source(instant: &BackupInstant, disk: &BackupDisk, ids: &Ids) -> DiskSource {
+    let name = format!("{}:{}", instant.sandbox, disk.disk);
+    let layers = disk.layers.clone();
+    match instant.frozen {
+        true => DiskSource::Frozen {
+            name,
+            layers,
+            id: ids.of(&disk.disk),
+        },
+        false => DiskSource::Layers { name, layers },
+    }
+}
+
+/// The id of each disk's backup.
+#[derive(Default)]
+struct Ids(Mutex<HashMap<String, String>>);
+
+impl Ids {
+    /// The same for a disk each time; without random bytes the empty id, under which nothing can be published.
+    fn of(&self, disk: &str) -> String {
+        let mut ids = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let new = || stead_backup::new_id().unwrap_or_default();
+        ids.entry(disk.to_owned()).or_insert_with(new).clone()
+    }
+}
+
+fn restore(args: BackupRestoreArgs, global: &Global, watch: &Watch) -> Result<u8> {
+    let request = RestoreRequest {
+        from: args.from,
+        backup: args.backup,
+        to: args.to,
+        format: match args.format {
+            DiskFormat::Qcow2 => RestoreFormat::Qcow2,
+            DiskFormat::Raw => RestoreFormat::Raw,
+        },
+        replace: args.force,
+    };
+    let report = watched(watch, |watch| stead_backup::restore(&request, watch))?;
+    Ok(match global.json {
+        true => print::json(&report),
+        false => print_restored(&report),
+    })
+}
+
+fn verify(args: &BackupVerifyArgs, global: &Global, watch: &Watch) -> Result<u8> {
+    let backup = args.backup.as_deref();
+    let verdicts = watched(watch, |watch| {
+        stead_backup::verify(&args.folder, backup, watch)
+    })?;
+    if global.json {
+        print::json(&verdicts);
+    } else {
+        print_verdicts(&verdicts);
+    }
+    let damaged = verdicts.iter().filter(|verdict| !verdict.whole).count();
+    if damaged == 0 {
+        return Ok(0);
+    }
+    let found = format!("{damaged} of {} backups are damaged", verdicts.len());
+    Err(EngineError::new(Kind::Damaged, "verify backups", found)
+        .left("nothing was changed; the others can be restored")
+        .next("make a full backup (`stead backup full`)"))
+}
+
+fn list(args: &BackupLsArgs, global: &Global) -> Result<u8> {
+    let all = stead_backup::list(&args.folder).map_err(told)?;
+    Ok(match global.json {
+        true => print::json(&all),
+        false => print_list(&all),
+    })
+}
+
+fn pass_on(watch: &Watch, step: &Mutex<String>, event: stead_backup::Event) {
+    let mut now = step.lock().unwrap_or_else(PoisonError::into_inner);
+    watch.tell(match event {
+        stead_backup::Event::Step(step) => {
+            *now = step.to_string();
+            Event::Step {
+                job: "backup".to_owned(),
+                step: step.to_string(),
+            }
+        }
+        stead_backup::Event::Progress { done, total } => Event::Progress {
+            what: now.clone(),
+            done,
+            total,
+        },
+        stead_backup::Event::Notice(text) => Event::Notice { text },
+    });
+}
+
+/// The same error in the engine's words, which have the exit status.
+fn told(error: BackupError) -> EngineError {
+    let kind = match error.kind() {
+        stead_backup::Kind::Internal => Kind::Internal,
+        stead_backup::Kind::Usage => Kind::Usage,
+        stead_backup::Kind::NotFound => Kind::NotFound,
+        stead_backup::Kind::Conflict => Kind::Conflict,
+        stead_backup::Kind::Damaged => Kind::Damaged,
+        stead_backup::Kind::Incompatible => Kind::Incompatible,
+        stead_backup::Kind::NoSpace => Kind::NoSpace,
+        stead_backup::Kind::Cancelled => Kind::Cancelled,
+    };
+    EngineError::new(kind, error.attempt(), error.found())
+        .left(error.what_is_left())
+        .next(error.next_step())
+}
+
+fn short(id: &str) -> String {
+    id.chars().take(SHORT_ID).collect()
+}
+
+fn print_report(report: &BackupReport) -> u8 {
+    let record = &report.record;
+    if let Some(why) = &record.why_full {
+        print::line(&format!("full, because {why}"));
+    }
+    for bitmap in &report.foreign_bitmaps {
+        print::line(&format!(
+            "left alone: the bitmap {bitmap}, whose backup is not in this folder"
+        ));
+    }
+    print::line(&format!(
+        "{} {} ({} looked at, {} stored)",
+        record.kind.word(),
+        record.id,
+        human(record.changed_bytes),
+        human(record.image_bytes)
+    ))
+}
+
+fn print_restored(report: &RestoreReport) -> u8 {
+    print::line(&format!(
+        "restored {} of {} to {}",
+        short(&report.record.id),
+        report.record.time,
+        report.disk.display()
+    ))
+}
+
+fn print_verdicts(verdicts: &[Verdict]) {
+    for verdict in verdicts {
+        let word = if verdict.whole { "whole" } else { "damaged" };
+        print::line(&format!("{}  {word}", verdict.id));
+        for what in &verdict.damage {
+            print::line(&format!("  {what}"));
+        }
+    }
+}
+
+fn print_list(all: &[Listed]) -> u8 {
+    let rows = all.iter().map(|one| {
+        let of = |value: &dyn Fn(&stead_backup::Record) -> String| {
+            one.record.as_ref().map_or_else(|| "?".to_owned(), value)
+        };
+        [
+            short(&one.id),
+            of(&|record| record.kind.word().to_owned()),
+            of(&|record| {
+                record
+                    .parent
+                    .as_deref()
+                    .map_or_else(|| "-".to_owned(), short)
+            }),
+            of(&|record| record.time.chars().take(19).collect()),
+            of(&|record| human(record.image_bytes)),
+            of(&|record| record.bitmap.clone()),
+            match &one.state {
+                State::Complete => "complete".to_owned(),
+                State::Broken(why) => format!("broken: {why}"),
+            },
+            of(&|record| record.disk.clone()),
+        ]
+    });
+    print::table(
+        [
+            "ID", "KIND", "PARENT", "TIME", "STORED", "BITMAP", "STATE", "DISK",
+        ],
+        rows,
+    )
+}

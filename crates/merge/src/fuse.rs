@@ -1,0 +1,195 @@
+//! Several layers made into one new file, beside them: for layers that somebody has open, or that others name.
+//!
+//! ```text
+//!  top ─┐
+//!  mid ─┼─▶ target (shows what top shows, stands on what is below)
+//!  low ─┘
+//!  below ...
+//! ```
+//! The target begins as a copy of the lowest layer (free where the file system shares blocks), gets the rest by a
+//! commit of the qcow2 engine, is read back and compared, and only then appears under its name. Nothing that exists
+//! is written, so whoever reads the layers meanwhile reads on, and a crash leaves a temporary file.
+//!
+//! # Invariants
+//! * The layers are not changed by anybody meanwhile: frozen, or locked against writers here.
+//! * What the target shows over `below` is what the top shows over all the others, byte for byte, and it defines
+//!   everything that they define (but for zeros where nothing lies below).
+
+use std::fs::File;
+use std::path::Path;
+
+use stead_qcow2::edit::{EditOptions, Editor};
+use stead_qcow2::ops::commit::{CommitOptions, Incomplete, commit_into, measure_in_use};
+use stead_qcow2::{Chain, Control, LayerFile, LayerFormat};
+use stead_sys::durable::{Existing, Partial};
+use stead_sys::image_lock::Access;
+use stead_sys::{copy, space};
+
+use crate::error::{Kind, MergeError, Result};
+use crate::event::{Step, Watch};
+use crate::open::lock;
+use crate::prove::Comparison;
+
+/// What a fused layer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fused {
+    /// How many bytes of the disk it defines.
+    pub defined_bytes: u64,
+    /// What its file takes, in bytes.
+    pub file_bytes: u64,
+}
+
+/// Makes `target` of the first `count` layers of `files` (the top first, then all that lies below them).
+///
+/// A layer with a bitmap that could not be kept whole is refused. The new file has the permission bits `mode`.
+///
+/// # Durability
+/// When this returns `Ok`, the target is whole, compared with the layers, and synced under its name.
+///
+/// # Errors
+/// When a layer is raw, damaged, or open for writing; when there is too little room ([`Kind::NoSpace`]); when what
+/// was written is not what should have been ([`Kind::Damaged`]). No target is there then, and nothing was changed.
+///
+/// # Panics
+/// When `count` is less than two, or more than there are files.
+pub fn fuse(
+    files: &[LayerFile],
+    count: usize,
+    (target, mode): (&Path, u32),
+    watch: Watch<'_>,
+) -> Result<Fused> {
+    let partial = build(files, count, (target, mode), watch)?;
+    let file_bytes = space::allocated_bytes(partial.temp_path())
+        .map_err(|source| MergeError::io("measure", partial.temp_path(), source))?;
+    let defined_bytes = prove(files, count, partial.temp_path(), watch)?;
+    watch.go_on()?;
+    partial
+        .publish(Existing::Keep)
+        .map_err(|source| MergeError::io("publish", target, source))?;
+    Ok(Fused {
+        defined_bytes,
+        file_bytes,
+    })
+}
+
+/// How many free bytes fusing needs where the target is to lie: the copy of the lowest layer, were no block of it
+/// shared, and what the commit adds to it. Nothing is written.
+///
+/// # Errors
+/// As [`fuse()`], of what can be known beforehand.
+///
+/// # Panics
+/// As [`fuse()`].
+pub fn fuse_needs_bytes(files: &[LayerFile], count: usize) -> Result<u64> {
+    require_qcow2(files, count)?;
+    let lowest = &files[count - 1].path;
+    let copied = space::allocated_bytes(lowest)
+        .map_err(|source| MergeError::io("measure", lowest, source))?;
+    let options = CommitOptions {
+        base: count - 1,
+        ..options()
+    };
+    let report = measure_in_use(files, &options, &Control::default())
+        .map_err(|error| MergeError::engine("measure the layers", error))?;
+    Ok(copied.saturating_add(report.base.new_bytes))
+}
+
+fn options() -> CommitOptions {
+    CommitOptions {
+        incomplete: Incomplete::Refuse,
+        ..CommitOptions::default()
+    }
+}
+
+fn require_qcow2(files: &[LayerFile], count: usize) -> Result<()> {
+    assert!(count >= 2, "one layer is one already");
+    assert!(count <= files.len(), "more layers than the chain has");
+    let mut merged = files[..count].iter();
+    let Some(raw) = merged.find(|file| file.format == LayerFormat::Raw) else {
+        return Ok(());
+    };
+    let found = format!("{} is raw, and stays as it is", raw.path.display());
+    Err(MergeError::new(Kind::Usage, ATTEMPT, found))
+}
+
+fn build(
+    files: &[LayerFile],
+    count: usize,
+    (target, mode): (&Path, u32),
+    watch: Watch<'_>,
+) -> Result<Partial> {
+    require_qcow2(files, count)?;
+    let (merged, below) = files.split_at(count);
+    let (lowest, above) = match merged.split_last() {
+        Some(split) => split,
+        None => unreachable!("there are at least two"),
+    };
+    let _locks = files
+        .iter()
+        .map(|file| lock(&file.path, Access::Read))
+        .collect::<Result<Vec<_>>>()?;
+    watch.go_on()?;
+    watch.step(Step::Copy);
+    let partial = copy_of(&lowest.path, target, mode)?;
+    watch.go_on()?;
+    watch.step(Step::Commit);
+    let engine = |error| MergeError::engine(ATTEMPT, error);
+    let mut editor = Editor::open(partial.temp_path(), EditOptions::default()).map_err(engine)?;
+    let control = Control {
+        cancel: watch.cancel,
+        progress: None,
+    };
+    commit_into(&mut editor, 0, (above, below), &options(), &control).map_err(engine)?;
+    if let corruptions @ 1.. = editor.check().corruptions {
+        let found = format!("a check of the new layer has {corruptions} findings");
+        return Err(MergeError::new(Kind::Damaged, ATTEMPT, found));
+    }
+    Ok(partial)
+}
+
+const ATTEMPT: &str = "make one layer of several";
+
+fn copy_of(lowest: &Path, target: &Path, mode: u32) -> Result<Partial> {
+    let from = File::open(lowest).map_err(|source| MergeError::io("open", lowest, source))?;
+    let io = |source| MergeError::io("copy a layer to", target, source);
+    let partial = Partial::create(target, mode).map_err(io)?;
+    copy::clone_or_copy(&from, partial.file()).map_err(io)?;
+    Ok(partial)
+}
+
+/// Compares wherever either side defines something: elsewhere both show what is below.
+fn prove(files: &[LayerFile], count: usize, made: &Path, watch: Watch<'_>) -> Result<u64> {
+    watch.step(Step::Prove);
+    let engine = |error| MergeError::engine("read the new layer back", error);
+    let old = Chain::open(files).map_err(engine)?;
+    let mut new_files = vec![LayerFile {
+        path: made.to_owned(),
+        format: LayerFormat::Qcow2,
+    }];
+    new_files.extend_from_slice(&files[count..]);
+    let new = Chain::open(&new_files).map_err(engine)?;
+    let damaged = |found: String| {
+        MergeError::new(Kind::Damaged, "read the new layer back", found)
+            .left("the layers are as they were")
+            .next("see to the storage, then run it again")
+    };
+    if old.len() != new.len() {
+        let found = format!("it has {} bytes, and the layers {}", new.len(), old.len());
+        return Err(damaged(found));
+    }
+    let mut comparison = Comparison::new(&old, &new, watch);
+    let mut defined_bytes = 0;
+    for (chain, layers) in [(&old, count), (&new, 1)] {
+        for range in chain.allocated(layers) {
+            watch.go_on()?;
+            let range = range.map_err(engine)?;
+            if layers == 1 {
+                defined_bytes += range.end - range.start;
+            }
+            if let Some(fault) = comparison.fault_in(range).map_err(engine)? {
+                return Err(damaged(fault));
+            }
+        }
+    }
+    Ok(defined_bytes)
+}
