@@ -12,6 +12,7 @@
 )]
 
 pub mod guest;
+pub mod libvirt;
 pub mod mount;
 pub mod steps;
 

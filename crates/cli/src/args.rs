@@ -456,6 +456,15 @@ pub enum SaveCommand {
     /// Write a save image with another compression, verified before it appears
     #[command(after_help = "Example:\n  stead save convert web.save web.zst.save --format zstd")]
     Convert(SaveConvertArgs),
+    /// Write a save image of a running sandbox, which runs on; libvirt can restore it too
+    #[command(
+        after_help = "Beside FILE, an overlay FILE.DISK.qcow2 is made for each disk: whoever restores the image writes to \
+it. They need layers in the data directory, which stay there until FILE is gone and `stead gc` runs.\n\nExample:\n  stead save write web /backup/web.save"
+    )]
+    Write(SaveWriteArgs),
+    /// Start a new sandbox from a save image, proven before anything runs
+    #[command(after_help = "Example:\n  stead save restore /backup/web.save --name web-2")]
+    Restore(SaveRestoreArgs),
     /// Write the migration stream of a save image, decompressed
     #[command(after_help = "Example:\n  stead save extract web.save web.migration")]
     Extract(SaveExtractArgs),
@@ -520,6 +529,32 @@ pub struct SaveConvertArgs {
     /// Replace TO if it is there
     #[arg(long, short)]
     pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct SaveWriteArgs {
+    /// The sandbox
+    #[arg(value_name = "SANDBOX")]
+    pub name: String,
+    /// The new save image
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// How the payload is to be stored
+    #[arg(long, value_enum, default_value = "raw")]
+    pub format: SaveFormat,
+    /// End the VM when the image is complete
+    #[arg(long)]
+    pub stop: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct SaveRestoreArgs {
+    /// The save image
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// Name of the new sandbox
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
 }
 
 #[derive(Debug, Args)]

@@ -47,7 +47,8 @@ async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
     }
     let global = &cli.global;
     if let Command::Save(command) = cli.command {
-        return save::run(command, watch, global.json).await;
+        let settings = settings(global);
+        return save::run(command, settings, watch, global.json).await;
     }
     let settings = settings(global)?;
     if let Command::Demo(args) = &cli.command {

@@ -1,25 +1,33 @@
-//! `stead save`: libvirt's save images, offline. No worker is opened.
+//! `stead save`: libvirt's save images. Only what runs VMs opens a worker.
 
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::Path;
 
-use stead_engine::{EngineError, Kind, Result, Watch};
+use stead_engine::{Engine, EngineError, Kind, Result, SaveRequest, Settings, Watch};
 use stead_save_image::{
-    Change, Control, Format, Info, Kind as ImageKind, Report, SaveImage, SaveImageError, convert,
-    edit_xml, extract, extract_to,
+    Change, Control, Format, Info, Report, SaveImage, SaveImageError, convert, edit_xml, extract,
+    extract_to,
 };
 use stead_sys::durable::Existing;
 
 use crate::args::{
-    SaveCommand, SaveConvertArgs, SaveEditArgs, SaveExtractArgs, SaveFormat, SaveVerifyArgs,
+    SaveCommand, SaveConvertArgs, SaveEditArgs, SaveExtractArgs, SaveFormat, SaveRestoreArgs,
+    SaveVerifyArgs, SaveWriteArgs,
 };
 use crate::print;
 use crate::size::human;
 
 /// Runs a command and returns the exit status.
-pub async fn run(command: SaveCommand, watch: Watch, json: bool) -> Result<u8> {
+pub async fn run(
+    command: SaveCommand,
+    settings: Result<Settings>,
+    watch: Watch,
+    json: bool,
+) -> Result<u8> {
     let what = match &command {
+        SaveCommand::Write(args) => return write(args, settings?, watch, json).await,
+        SaveCommand::Restore(args) => return restore(args, settings?, watch, json).await,
         SaveCommand::Info(_) | SaveCommand::DumpXml(_) => "read",
         SaveCommand::Verify(_) => "verify",
         SaveCommand::EditXml(_) => "edit",
@@ -53,6 +61,55 @@ fn dispatch(command: SaveCommand, control: &Control, json: bool) -> Result<u8> {
         SaveCommand::EditXml(args) => edit(&args, control, json),
         SaveCommand::Convert(args) => change_format(&args, control, json),
         SaveCommand::Extract(args) => take_stream(&args, control, json),
+        SaveCommand::Write(_) | SaveCommand::Restore(_) => {
+            unreachable!("handled with a worker")
+        }
+    }
+}
+
+async fn write(args: &SaveWriteArgs, settings: Settings, watch: Watch, json: bool) -> Result<u8> {
+    let engine = Engine::open(settings, watch).await?;
+    let request = SaveRequest {
+        file: args.file.clone(),
+        format: format(args.format),
+        stop: args.stop,
+    };
+    let report = engine.save_write(&args.name, &request).await?;
+    if json {
+        return Ok(print::json(&report));
+    }
+    let paused_ms = report.pause.paused_us / 1000;
+    Ok(print::line(&format!(
+        "{}  {}  guest stood still {paused_ms} ms",
+        report.file.display(),
+        human(report.file_bytes)
+    )))
+}
+
+async fn restore(
+    args: &SaveRestoreArgs,
+    settings: Settings,
+    watch: Watch,
+    json: bool,
+) -> Result<u8> {
+    let engine = Engine::open(settings, watch).await?;
+    let sandbox = engine
+        .save_restore(&args.file, args.name.as_deref())
+        .await?;
+    if json {
+        return Ok(print::json(&sandbox));
+    }
+    Ok(print::line(&sandbox.name))
+}
+
+fn format(format: SaveFormat) -> Format {
+    match format {
+        SaveFormat::Raw => Format::Raw,
+        SaveFormat::Gzip => Format::Gzip,
+        SaveFormat::Bzip2 => Format::Bzip2,
+        SaveFormat::Xz => Format::Xz,
+        SaveFormat::Lzop => Format::Lzop,
+        SaveFormat::Zstd => Format::Zstd,
     }
 }
 
@@ -60,24 +117,8 @@ fn open(path: &Path) -> Result<SaveImage> {
     SaveImage::open(path).map_err(told)
 }
 
-/// The engine's words for a failure, so that exit statuses and JSON are those of every other command.
 fn told(error: SaveImageError) -> EngineError {
-    let kind = match error.kind() {
-        ImageKind::NotSaveImage | ImageKind::Usage => Kind::Usage,
-        ImageKind::Incomplete
-        | ImageKind::CutOff
-        | ImageKind::Damaged
-        | ImageKind::WrongCompression => Kind::Damaged,
-        ImageKind::NewerVersion | ImageKind::Unsupported => Kind::Incompatible,
-        ImageKind::NotFound => Kind::NotFound,
-        ImageKind::Exists => Kind::Conflict,
-        ImageKind::NoSpace => Kind::NoSpace,
-        ImageKind::Cancelled => Kind::Cancelled,
-        ImageKind::Io => Kind::Internal,
-    };
-    EngineError::new(kind, error.attempt(), error.found())
-        .left(error.what_is_left())
-        .next(error.next_step())
+    error.into()
 }
 
 fn info(info: &Info, json: bool) -> u8 {
@@ -205,14 +246,7 @@ fn read_text(path: &Path) -> std::io::Result<String> {
 }
 
 fn change_format(args: &SaveConvertArgs, control: &Control, json: bool) -> Result<u8> {
-    let format = match args.format {
-        SaveFormat::Raw => Format::Raw,
-        SaveFormat::Gzip => Format::Gzip,
-        SaveFormat::Bzip2 => Format::Bzip2,
-        SaveFormat::Xz => Format::Xz,
-        SaveFormat::Lzop => Format::Lzop,
-        SaveFormat::Zstd => Format::Zstd,
-    };
+    let format = format(args.format);
     let existing = existing(args.force);
     let change = convert(&args.file, &args.to, format, existing, control).map_err(told)?;
     Ok(changed(&args.to, &change, json))

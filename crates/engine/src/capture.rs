@@ -10,7 +10,7 @@
 pub(crate) mod backup;
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -102,25 +102,26 @@ pub struct CaptureReport {
 }
 
 /// A capture being made: what was decided before the pause.
-struct Plan {
-    sandbox: Sandbox,
-    machine: MachineRecord,
-    launch: String,
+pub(crate) struct Plan {
+    pub sandbox: Sandbox,
+    pub machine: MachineRecord,
+    pub launch: String,
     name: Option<String>,
-    hibernation: bool,
+    /// Whether the VM is to stand still behind the instant.
+    pub stays_paused: bool,
     /// For each disk: name, the layer written to so far, the overlay that takes over.
-    disks: Vec<(String, LayerRow, LayerRow)>,
+    pub disks: Vec<(String, LayerRow, LayerRow)>,
     /// The name of the RAM image, unless only the disks are taken.
-    ram: Option<String>,
+    pub ram: Option<String>,
     /// The bitmap that begins in each overlay, for a backup.
     bitmaps: Vec<Option<Vec<u8>>>,
 }
 
 /// One instant, taken.
-struct Instant {
-    device_state: Option<Vec<u8>>,
-    state_format: Option<StateFormat>,
-    pause: PauseReport,
+pub(crate) struct Instant {
+    pub device_state: Option<Vec<u8>>,
+    pub state_format: Option<StateFormat>,
+    pub pause: PauseReport,
     crash_consistent: bool,
 }
 
@@ -191,7 +192,18 @@ impl Engine {
         self.store()
             .await
             .map_err(|error| error.left("nothing was changed"))?;
-        if let Some(name) = &name {
+        self.check_name_is_free(name.as_deref()).await?;
+        let plan = self
+            .plan_instant(attempt, sandbox, launch, disk_only, hibernation)
+            .await?;
+        let plan = Plan { name, ..plan };
+        let store = self.local_store();
+        self.check_room(&plan, store.as_deref())?;
+        Ok(plan)
+    }
+
+    async fn check_name_is_free(&self, name: Option<&str>) -> Result<()> {
+        if let Some(name) = name {
             id::check_name("checkpoint", name)?;
             if self.find_manifest(Role::Checkpoint, name).await?.is_some() {
                 return Err(EngineError::new(
@@ -203,6 +215,18 @@ impl Engine {
                 .next("choose another name, or remove that one first"));
             }
         }
+        Ok(())
+    }
+
+    /// Names everything that taking one instant of a running sandbox will create.
+    pub(crate) async fn plan_instant(
+        &self,
+        attempt: &str,
+        sandbox: Sandbox,
+        launch: String,
+        disk_only: bool,
+        stays_paused: bool,
+    ) -> Result<Plan> {
         let mut disks = Vec::new();
         for disk in self.records.disks(&sandbox.id).await? {
             let layer = self.base_layer(&disk.layer).await?;
@@ -210,18 +234,16 @@ impl Engine {
             let overlay = layers::new_overlay(&id::long()?, &layer, layer.virtual_bytes);
             disks.push((disk.disk, layer, overlay));
         }
-        let plan = Plan {
+        Ok(Plan {
             machine: self.machine_of(&sandbox)?,
             ram: if disk_only { None } else { Some(id::long()?) },
             sandbox,
             launch,
-            name,
-            hibernation,
+            name: None,
+            stays_paused,
             disks,
             bitmaps: Vec::new(),
-        };
-        self.check_room(&plan)?;
-        Ok(plan)
+        })
     }
 
     /// Refuses what would put more layers on each other than can be opened.
@@ -241,8 +263,8 @@ impl Engine {
         )))
     }
 
-    /// Refuses before anything is written when the capture cannot fit.
-    fn check_room(&self, plan: &Plan) -> Result<()> {
+    /// Refuses before anything is written when the capture cannot fit, here or where it goes (`target`).
+    pub(crate) fn check_room(&self, plan: &Plan, target: Option<&Path>) -> Result<()> {
         let ram = match (&plan.ram, plan.sandbox.ram_sharing) {
             (None, _) => 0,
             (Some(_), Some(RamSharing::Shared)) => {
@@ -261,8 +283,8 @@ impl Engine {
         if ram > 0 && !self.reflinks()? {
             needs.push((PathBuf::from(paths::MEMORY), ram + SPARE_BYTES));
         }
-        if let Some(store) = self.local_store() {
-            needs.push((store, ram + disks + SPARE_BYTES));
+        if let Some(target) = target {
+            needs.push((target.to_owned(), ram + disks + SPARE_BYTES));
         }
         for (path, bytes) in add_up_by_file_system(needs)? {
             let available = space::available_bytes(&path).at("ask for room on", &path)?;
@@ -273,7 +295,7 @@ impl Engine {
         Ok(())
     }
 
-    async fn begin_capture(&self, plan: &Plan, kind: &'static str) -> Result<Job> {
+    pub(crate) async fn begin_capture(&self, plan: &Plan, kind: &'static str) -> Result<Job> {
         Job::begin(
             &self.records,
             &self.watch,
@@ -294,7 +316,8 @@ impl Engine {
                         .map(|(disk, old, new)| (disk.clone(), old.id.clone(), new.id.clone()))
                         .collect(),
                 }),
-                lease: true,
+                // A save image does not go to the store.
+                lease: kind != "save",
                 ..Undo::default()
             },
         )
@@ -302,7 +325,7 @@ impl Engine {
     }
 
     /// Everything up to the point where the guest runs on (or, for a hibernation, where its state is taken).
-    async fn take_instant(&self, job: &mut Job, plan: &Plan) -> Result<Instant> {
+    pub(crate) async fn take_instant(&self, job: &mut Job, plan: &Plan) -> Result<Instant> {
         job.step("overlays").await?;
         let mut tx = self.records.begin().await?;
         for (_, _, overlay) in &plan.disks {
@@ -343,7 +366,7 @@ impl Engine {
     ) -> Result<Instant> {
         let staged = self.ram_staging(plan, ram)?;
         let partial = Partial::create(&staged, 0o600).at("create", &staged)?;
-        let hibernation = plan.hibernation;
+        let stays_paused = plan.stays_paused;
         let sandbox = plan.sandbox.clone();
         let (captured, partial) = blocking(move || {
             let request = CaptureRequest {
@@ -351,7 +374,7 @@ impl Engine {
                 ram: partial.file(),
                 state_bytes_max: stead_vmm::STATE_BYTES_MAX,
             };
-            let taken = if hibernation {
+            let taken = if stays_paused {
                 vm.capture_paused(&request)
             } else {
                 vm.capture(&request)
@@ -393,7 +416,7 @@ impl Engine {
     }
 
     /// Makes the RAM image durable in its place.
-    async fn keep_ram(&self, partial: Partial, staged: &std::path::Path, ram: &str) -> Result<()> {
+    async fn keep_ram(&self, partial: Partial, staged: &Path, ram: &str) -> Result<()> {
         let image = self.ram_image(ram);
         let staged = staged.to_owned();
         blocking(move || {
@@ -720,7 +743,7 @@ impl Engine {
         serde_json::to_value(CheckpointBody {
             machine,
             state_format: instant.state_format,
-            hibernation: plan.hibernation,
+            hibernation: plan.stays_paused,
         })
         .map_err(|source| EngineError::internal("write a manifest", "").because(source))
     }
@@ -751,7 +774,7 @@ impl Engine {
         }
         Records::insert_local_checkpoint(&mut tx, &text, plan.ram.as_deref(), &frozen).await?;
         Records::set_checkpoint(&mut tx, &plan.sandbox.id, &text).await?;
-        if plan.hibernation {
+        if plan.stays_paused {
             // From here on, undoing the job means ending the VM: its state is safe.
             Records::set_hibernated(&mut tx, &plan.sandbox.id, &text).await?;
             let ended = Undo {

@@ -11,6 +11,8 @@
 //! | `capture` | checkpoint and hibernate: one instant, then publish |
 //! | `materialise` | bring a checkpoint's parts here and prove them |
 //! | `restore` | fork, restore, wake: run proven parts |
+//! | `save`, `save_restore` | libvirt's save images: written from a sandbox, and run |
+//! | `domain` | a machine as libvirt's XML |
 //! | `launch` | one QEMU: files, process, handshake |
 //! | `compact` | merge layers that nothing needs any more |
 //! | `console` | what a guest wrote to its console |
@@ -26,6 +28,7 @@ mod capture;
 mod compact;
 mod console;
 mod doctor;
+mod domain;
 mod error;
 mod event;
 mod exclusion;
@@ -41,6 +44,8 @@ mod paths;
 mod records;
 mod restore;
 mod sandbox;
+mod save;
+mod save_restore;
 mod store;
 mod template;
 mod undo;
@@ -68,6 +73,7 @@ pub use paths::DataDir;
 pub use records::{RamSharing, SandboxState};
 pub use restore::{RestoreReport, VerifyReport};
 pub use sandbox::{CreateRequest, SandboxInfo};
+pub use save::{SaveReport, SaveRequest};
 pub use store::{CheckpointInfo, DiskInfo, GcSummary, IndexSummary, ScrubReport};
 pub use template::{BuildRequest, ImportRequest, TemplateInfo, find_agent};
 

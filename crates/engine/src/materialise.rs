@@ -117,7 +117,17 @@ impl Engine {
     }
 
     async fn check_compatible(&self, name: &str, body: &CheckpointBody) -> Result<()> {
-        let recorded = body.machine.qemu.clone();
+        self.check_machine(&format!("checkpoint {name}"), &body.machine.qemu)
+            .await
+    }
+
+    /// Refuses state of a machine that this host cannot run.
+    pub(crate) async fn check_machine(
+        &self,
+        of: &str,
+        recorded: &stead_vmm::Machine,
+    ) -> Result<()> {
+        let recorded = recorded.clone();
         let accelerator = match recorded.accelerator {
             stead_vmm::Accelerator::Tcg => stead_vmm::Accelerator::Tcg,
             stead_vmm::Accelerator::Kvm => self.accelerator(crate::AcceleratorChoice::Auto).await?,
@@ -140,7 +150,7 @@ impl Engine {
         let list: Vec<String> = differences.iter().map(ToString::to_string).collect();
         Err(EngineError::new(
             Kind::Incompatible,
-            format!("run checkpoint {name} here"),
+            format!("run {of} here"),
             list.join("; "),
         )
         .left("nothing was started")

@@ -24,7 +24,7 @@ use crate::{Engine, SandboxInfo, id, now};
 /// How many forks are started at once, at the most.
 const STARTS_AT_ONCE: usize = 16;
 /// How long a restored guest's agent may take to acknowledge.
-const RESTORE_TIMEOUT: Duration = Duration::from_secs(60);
+pub(crate) const RESTORE_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a guest that boots from a disk-only checkpoint may take.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(180);
 

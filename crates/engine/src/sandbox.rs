@@ -356,7 +356,7 @@ impl Engine {
 
     /// Ends the VM without asking the guest: in order, with its disks flushed and closed; a QEMU that does
     /// not answer is killed. One that has ended is no error.
-    async fn cut_power(&self, sandbox: &Sandbox) -> Result<()> {
+    pub(crate) async fn cut_power(&self, sandbox: &Sandbox) -> Result<()> {
         let Some(launch) = &sandbox.launch else {
             return Ok(());
         };

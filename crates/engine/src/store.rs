@@ -529,7 +529,9 @@ impl Engine {
                 .any(|sandbox| sandbox.hibernated_as.as_deref() == Some(id))
         };
         for (id, _) in self.records.local_checkpoints().await? {
-            if !in_store.contains(&id) && !woken_from(&id) {
+            let is_there = crate::save::image_is_there(&id)
+                .unwrap_or_else(|| in_store.contains(&id) || woken_from(&id));
+            if !is_there {
                 self.records.remove_local_checkpoint(&id).await?;
             }
         }

@@ -1,5 +1,5 @@
 //! QEMU's migration stream, read without QEMU: [`walk`] goes through it section by section to its end
-//! mark and proves its structure; [`split_ram`] takes the pages of one RAM block out of it.
+//! mark and proves its structure; [`split_ram`] takes the pages of one RAM block out of it, and [`Join`] puts them in.
 //!
 //! # The stream
 //! All numbers are big-endian. A *name* is one byte of length and that many bytes.
@@ -37,11 +37,13 @@ mod configuration;
 mod description;
 mod error;
 mod input;
+mod join;
 mod ram;
 mod split;
 mod walk;
 
 pub use error::{Error, Result};
+pub use join::Join;
 pub use ram::{PAGE_BYTES, Page, RamBlock, RamCount};
 pub use split::{MAX_DEVICE_STATE_BYTES, Split, split_ram};
 pub use walk::{Options, Section, StreamReport, walk, walk_bytes};

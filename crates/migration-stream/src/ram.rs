@@ -12,6 +12,7 @@ use std::io::Read;
 
 use crate::error::Result;
 use crate::input::Input;
+use crate::walk::mark;
 
 /// The size of a page, in bytes. Others are refused.
 pub const PAGE_BYTES: usize = 4096;
@@ -221,5 +222,75 @@ fn refuse_unsupported<R: Read>(input: &Input<R>, at: u64, flags: u64) -> Result<
     match known.iter().find(|(bit, _)| flags & bit != 0) {
         None => Ok(()),
         Some((_, feature)) => Err(input.unsupported(at, *feature)),
+    }
+}
+
+/// Appends the section that lists `blocks`: what [`Ram::read_start`] reads, and what stands around it.
+pub(crate) fn record_list(bytes: &mut Vec<u8>, section: u32, blocks: &[RamBlock]) {
+    bytes.push(mark::START);
+    bytes.extend(section.to_be_bytes());
+    name(bytes, "ram");
+    bytes.extend(0_u32.to_be_bytes());
+    bytes.extend(VERSION.to_be_bytes());
+    let total: u64 = blocks.iter().map(|block| block.length).sum();
+    bytes.extend((total | flag::MEM_SIZE).to_be_bytes());
+    for block in blocks {
+        name(bytes, &block.name);
+        bytes.extend(block.length.to_be_bytes());
+    }
+    end(bytes, section);
+}
+
+/// Appends what stands before the pages of a part.
+pub(crate) fn part_header(bytes: &mut Vec<u8>, section: u32) {
+    bytes.push(mark::PART);
+    bytes.extend(section.to_be_bytes());
+}
+
+fn name(bytes: &mut Vec<u8>, text: &str) {
+    let length = u8::try_from(text.len());
+    assert!(length.is_ok(), "a block's name has one byte of length");
+    bytes.extend(length);
+    bytes.extend(text.as_bytes());
+}
+
+fn end(bytes: &mut Vec<u8>, section: u32) {
+    bytes.extend(flag::EOS.to_be_bytes());
+    bytes.push(mark::FOOTER);
+    bytes.extend(section.to_be_bytes());
+}
+
+/// Writes the records of one block's pages.
+pub(crate) struct Records<'a> {
+    block: &'a str,
+    named: bool,
+}
+
+impl<'a> Records<'a> {
+    pub fn new(block: &'a str) -> Self {
+        let named = false;
+        Self { block, named }
+    }
+
+    /// Appends the record of a page: the first one has the block's name, the others continue.
+    pub fn put(&mut self, bytes: &mut Vec<u8>, offset: u64, page: &[u8]) {
+        let zeros = page.iter().all(|byte| *byte == 0);
+        let kind = if zeros { flag::ZERO } else { flag::PAGE };
+        let follows = if self.named { flag::CONTINUE } else { 0 };
+        bytes.extend((offset | kind | follows).to_be_bytes());
+        if !self.named {
+            name(bytes, self.block);
+            self.named = true;
+        }
+        if zeros {
+            bytes.push(0);
+        } else {
+            bytes.extend_from_slice(page);
+        }
+    }
+
+    /// Appends what stands behind the last page of a part.
+    pub fn end(self, bytes: &mut Vec<u8>, section: u32) {
+        end(bytes, section);
     }
 }

@@ -131,7 +131,7 @@ pub fn walk_bytes(stream: &[u8], options: Options) -> Result<StreamReport> {
 }
 
 /// Pages that nobody wants.
-struct Skipped;
+pub(crate) struct Skipped;
 
 impl Pages for Skipped {
     fn page(&mut self, _: &RamBlock, _: u64, _: Page<'_>) -> Result<Keep> {

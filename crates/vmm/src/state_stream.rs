@@ -29,7 +29,7 @@ pub enum StateFormat {
 }
 
 /// QEMU's name for the block of the guest's RAM: the id of the memory backend.
-const RAM_BLOCK: &str = "ram0";
+pub(crate) const RAM_BLOCK: &str = "ram0";
 
 /// Walks `stream` to its end mark.
 ///
@@ -123,18 +123,27 @@ impl Receiver {
 fn receive(stream: &UnixStream, ram: Option<(File, u64)>, bytes_max: u64) -> Outcome {
     match ram {
         None => receive_whole(stream, bytes_max),
-        Some((file, memory_bytes)) => receive_split(stream, file, memory_bytes, bytes_max),
+        Some((file, memory_bytes)) => {
+            receive_block(stream, RAM_BLOCK, &file, memory_bytes, bytes_max)
+        }
     }
 }
 
 /// Reads a stream that holds the RAM: its pages go into `file`, the rest is given.
-fn receive_split(stream: &UnixStream, file: File, memory_bytes: u64, bytes_max: u64) -> Outcome {
+pub(crate) fn receive_block(
+    stream: impl Read,
+    block: &str,
+    file: &File,
+    memory_bytes: u64,
+    bytes_max: u64,
+) -> Outcome {
     let system = |source| Error::System {
         what: "write the RAM",
         source,
     };
+    let file = file.try_clone().map_err(system)?;
     let mut pages = PageWriter::new(file, memory_bytes).map_err(system)?;
-    let split = split_ram(stream, RAM_BLOCK, |offset, page| pages.put(offset, page))?;
+    let split = split_ram(stream, block, |offset, page| pages.put(offset, page))?;
     let missing = pages.finish().map_err(system)?;
     if missing != 0 || split.block.length != memory_bytes {
         return Err(Error::RamIncomplete {

@@ -1,0 +1,258 @@
+//! Save images between a real libvirt and us, both ways; what is refused; what a killed saver leaves.
+#![allow(
+    clippy::disallowed_methods,
+    reason = "tests change files that must be refused then"
+)]
+
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use stead_tests::libvirt::Libvirt;
+use stead_tests::{TEMPLATE, Worker, golden_store, guest};
+
+/// Counts on in memory and on the console.
+const COUNT: &str = r#"setsid sh -c 'n=0; while :; do n=$((n + 1)); echo $n > /run/ticks; echo "tick $n" > /dev/ttyS0; sleep 0.2; done' > /dev/null 2>&1 < /dev/null &"#;
+
+fn boot(worker: &Worker, name: &str) {
+    worker.ok(&["create", TEMPLATE, "--name", name, "--memory", "256M"]);
+    worker.shell(name, COUNT);
+    worker.shell(name, "while ! [ -e /run/ticks ]; do sleep 0.05; done");
+}
+
+fn ticks(worker: &Worker, name: &str) -> u64 {
+    number(&worker.shell(name, "cat /run/ticks"))
+}
+
+fn number(text: &str) -> u64 {
+    let digits = text.trim().rsplit(' ').next().expect("a word");
+    digits
+        .parse()
+        .unwrap_or_else(|_| panic!("no number in {text:?}"))
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}
+
+#[test]
+fn a_guest_goes_on_counting_from_us_to_libvirt_in_every_compression_and_back() {
+    let worker = Worker::on(golden_store());
+    let folder = tempfile::tempdir().expect("folder");
+    boot(&worker, "a");
+    let ours = folder.path().join("ours.save");
+    let saved_at = ticks(&worker, "a");
+    let report = worker.json(&["save", "write", "a", text(&ours)]);
+    assert!(report["pause"]["paused_us"].as_u64() > Some(0));
+    worker.ok(&["save", "verify", text(&ours)]);
+    assert!(ticks(&worker, "a") > saved_at, "the source runs on");
+    let mut last = saved_at;
+    let mut image = ours.clone();
+    for format in ["raw", "gzip", "bzip2", "xz", "lzop"] {
+        let libvirt = Libvirt::start(&folder.path().join("libvirt"), format);
+        let xml = libvirt.ok(&["save-image-dumpxml", text(&image)]);
+        assert!(xml.contains("<name>a</name>"), "{xml}");
+        libvirt.ok(&["restore", text(&image)]);
+        let now = number(&libvirt.console_line("a", "tick "));
+        assert!(now > last, "{format}: {last} then {now}");
+        let next = folder.path().join(format!("{format}.save"));
+        libvirt.ok(&["save", "a", text(&next)]);
+        drop(libvirt);
+        worker.ok(&["save", "verify", text(&next)]);
+        let info = worker.json(&["save", "info", text(&next)]);
+        assert_eq!(info["format"], format);
+        (last, image) = (now, next);
+    }
+    worker.ok(&["save", "restore", text(&image), "--name", "back"]);
+    assert!(ticks(&worker, "back") > last);
+    let plain = folder.path().join("plain.save");
+    worker.ok(&[
+        "save",
+        "convert",
+        text(&image),
+        text(&plain),
+        "--format",
+        "raw",
+    ]);
+    worker.ok(&["save", "restore", text(&plain), "--name", "plain"]);
+    assert!(ticks(&worker, "plain") > last);
+}
+
+#[test]
+fn a_sandbox_made_of_an_image_has_the_disk_and_the_memory_of_the_instant() {
+    let worker = Worker::on(golden_store());
+    let folder = tempfile::tempdir().expect("folder");
+    worker.boot("a");
+    let before = guest::fill(&worker, "a");
+    let image = folder.path().join("a.save");
+    worker.ok(&["save", "write", "a", text(&image), "--format", "zstd"]);
+    guest::add_file(&worker, "a", "later", 100_000);
+    worker.ok(&["save", "restore", text(&image), "--name", "b"]);
+    let after = guest::look(&worker, "b");
+    assert_eq!(
+        (&after.files, &after.memory),
+        (&before.files, &before.memory)
+    );
+    assert!(after.count > before.count);
+    assert_ne!(
+        guest::look(&worker, "a").files,
+        before.files,
+        "the source went on"
+    );
+    worker.fails(&["save", "write", "a", text(&image)], 4);
+    let stopped = folder.path().join("stopped.save");
+    worker.ok(&["save", "write", "b", text(&stopped), "--stop"]);
+    assert_eq!(worker.state("b"), "stopped");
+    worker.ok(&["compact", "b"]);
+    worker.ok(&["save", "restore", text(&stopped), "--name", "c"]);
+    assert_eq!(guest::look(&worker, "c").memory, before.memory);
+    worker.ok(&["start", "b"]);
+    assert_eq!(guest::look_at_disk(&worker, "b"), before.files);
+    // The layers stay as long as the image does, whatever becomes of the sandbox.
+    worker.ok(&["rm", "--force", "a", "b", "c"]);
+    worker.ok(&["gc"]);
+    worker.ok(&["save", "restore", text(&image), "--name", "d"]);
+    assert_eq!(guest::look(&worker, "d").files, before.files);
+    worker.ok(&["rm", "--force", "d"]);
+    fs::remove_file(&image).expect("remove");
+    fs::remove_file(&stopped).expect("remove");
+    worker.ok(&["gc"]);
+    let layers = worker.files();
+    let left = layers.iter().filter(|file| file.ends_with(".qcow2"));
+    assert_eq!(left.count(), 0, "{layers:?}");
+}
+
+#[test]
+fn what_is_not_whole_or_does_not_fit_is_refused_before_anything_runs() {
+    let worker = Worker::on(golden_store());
+    let folder = tempfile::tempdir().expect("folder");
+    let libvirt = Libvirt::start(&folder.path().join("libvirt"), "raw");
+    boot(&worker, "a");
+    let image = folder.path().join("a.save");
+    worker.ok(&["save", "write", "a", text(&image), "--stop"]);
+    let files = worker.files();
+    let refused = |file: &Path, status: i32| {
+        let error = worker.fails(&["save", "restore", text(file), "--name", "b"], status);
+        assert_eq!(worker.files(), files, "{error}");
+        assert!(worker.qemus().is_empty(), "{error}");
+        format!("{error}")
+    };
+
+    let partial = folder.path().join("partial.save");
+    fs::copy(&image, &partial).expect("copy");
+    write(&partial, 0, b"LibvirtQemudPart");
+    let said = refused(&partial, 5);
+    for word in [
+        "incomplete",
+        "last written at",
+        "nothing was changed or deleted",
+    ] {
+        assert!(said.contains(word), "{word} is not in {said}");
+    }
+    assert!(
+        libvirt
+            .fails(&["restore", text(&partial)])
+            .contains("incomplete")
+    );
+
+    let short = folder.path().join("short.save");
+    fs::copy(&image, &short).expect("copy");
+    let length = fs::metadata(&short).expect("stat").len();
+    let opened = OpenOptions::new().write(true).open(&short).expect("open");
+    opened.set_len(length - 4096).expect("cut");
+    refused(&short, 5);
+    let flipped = folder.path().join("flipped.save");
+    fs::copy(&image, &flipped).expect("copy");
+    write(&flipped, length / 2, b"\xa5\x5a\xa5\x5a");
+    refused(&flipped, 5);
+
+    let other = folder.path().join("other.save");
+    fs::copy(&image, &other).expect("copy");
+    let xml = folder.path().join("other.xml");
+    let dumped = worker.ok(&["save", "dump-xml", text(&image)]);
+    let with_card = dumped.replace("<memballoon model='none'/>", "<sound model='ich9'/>");
+    assert_ne!(with_card, dumped);
+    fs::write(&xml, with_card).expect("write");
+    worker.ok(&["save", "edit-xml", text(&other), "--xml", text(&xml)]);
+    assert!(refused(&other, 6).contains("sound"));
+
+    let overlay = folder.path().join("a.save.vda.qcow2");
+    let io = Command::new("qemu-io")
+        .args(["-c", "write -P 0x77 64k 4k", text(&overlay)])
+        .output();
+    assert!(io.expect("qemu-io is installed").status.success());
+    let said = refused(&image, 5);
+    assert!(
+        said.contains("vda") && said.contains("other content"),
+        "{said}"
+    );
+}
+
+fn write(path: &Path, at: u64, bytes: &[u8]) {
+    let file = OpenOptions::new().write(true).open(path).expect("open");
+    file.write_all_at(bytes, at).expect("write");
+}
+
+#[test]
+fn a_killed_saver_leaves_the_vm_running_and_a_file_that_is_partial_or_whole() {
+    let worker = Worker::on(golden_store());
+    let folder = tempfile::tempdir().expect("folder");
+    boot(&worker, "a");
+    for step in ["overlays", "capture", "write", "finish", "complete"] {
+        let image = folder.path().join(format!("{step}.save"));
+        worker.crash(
+            &["save", "write", "a", text(&image)],
+            &format!("save:{step}"),
+        );
+        after_a_kill(&worker, &image);
+    }
+    let rounds = std::env::var("STEAD_SOAK").map_or(10, |_| 100);
+    let whole = folder.path().join("whole.save");
+    let begun = Instant::now();
+    worker.ok(&["save", "write", "a", text(&whole)]);
+    let took = begun.elapsed();
+    for round in 0..rounds {
+        let image = folder.path().join(format!("{round}.save"));
+        let saver = worker.spawn(&["save", "write", "a", text(&image)]);
+        std::thread::sleep(random_part(took));
+        saver.send("KILL");
+        saver.output();
+        after_a_kill(&worker, &image);
+        fs::remove_file(&image)
+            .or_else(ignore_missing)
+            .expect("remove");
+    }
+}
+
+fn ignore_missing(error: std::io::Error) -> std::io::Result<()> {
+    if error.kind() == std::io::ErrorKind::NotFound {
+        return Ok(());
+    }
+    Err(error)
+}
+
+fn random_part(of: Duration) -> Duration {
+    let mut bytes = [0; 4];
+    let source = fs::File::open("/dev/urandom").expect("urandom");
+    std::io::Read::read_exact(&mut &source, &mut bytes).expect("read");
+    of.mul_f64(f64::from(u32::from_le_bytes(bytes)) / f64::from(u32::MAX))
+}
+
+/// The next command finds the VM running, and the file either says that it is incomplete or is whole.
+fn after_a_kill(worker: &Worker, image: &Path) {
+    let before = ticks(worker, "a");
+    worker.shell("a", "sleep 0.5");
+    assert!(ticks(worker, "a") > before, "the guest stands still");
+    if !image.exists() {
+        return;
+    }
+    let verified = worker.run(&["save", "verify", text(image)]);
+    let said = String::from_utf8_lossy(&verified.stderr).into_owned();
+    match verified.status.code() {
+        Some(0) => {}
+        Some(5) => assert!(said.contains("incomplete"), "{said}"),
+        other => panic!("{other:?}: {said}"),
+    }
+}
