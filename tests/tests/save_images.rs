@@ -11,7 +11,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use stead_tests::libvirt::Libvirt;
-use stead_tests::{TEMPLATE, Worker, golden_store, guest};
+use stead_tests::{TEMPLATE, Worker, golden_store, guest, until};
 
 /// Counts on in memory and on the console.
 const COUNT: &str = r#"setsid sh -c 'n=0; while :; do n=$((n + 1)); echo $n > /run/ticks; echo "tick $n" > /dev/ttyS0; sleep 0.2; done' > /dev/null 2>&1 < /dev/null &"#;
@@ -255,4 +255,32 @@ fn after_a_kill(worker: &Worker, image: &Path) {
         Some(5) => assert!(said.contains("incomplete"), "{said}"),
         other => panic!("{other:?}: {said}"),
     }
+}
+
+#[test]
+fn a_hibernation_that_died_with_its_vm_is_set_aside_and_the_vm_boots_from_its_disks() {
+    let worker = Worker::with_own_store();
+    boot(&worker, "a");
+    worker.shell("a", "echo kept > /root/kept; sync");
+    let pid = worker.pid("a");
+    worker.crash(&["hibernate", "a"], "hibernate:publish");
+    let killed = Command::new("/bin/kill")
+        .args(["-KILL", &pid.to_string()])
+        .status();
+    assert!(killed.is_ok_and(|status| status.success()));
+    until(Duration::from_secs(20), || worker.qemus().is_empty());
+    let started = worker.run(&["start", "a"]);
+    let said = String::from_utf8_lossy(&started.stderr).into_owned();
+    assert!(started.status.success(), "{said}");
+    assert!(
+        said.contains("incomplete since") && said.contains("set aside"),
+        "{said}"
+    );
+    assert_eq!(worker.shell("a", "cat /root/kept"), "kept");
+    let quarantine = worker.data.join("quarantine");
+    let kept = || fs::read_dir(&quarantine).expect("quarantine").count();
+    assert_eq!(kept(), 1);
+    worker.ok(&["gc"]);
+    worker.ok(&["rm", "--force", "a"]);
+    assert_eq!(kept(), 1, "only a person throws it away");
 }

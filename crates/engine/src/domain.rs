@@ -25,6 +25,8 @@ const NAMESPACE: &str = "urn:steadfast:save:1";
 const RNG_SLOT: usize = 2;
 const PORTS_SLOT: usize = 3;
 const DISK_SLOT: usize = 4;
+/// The most memory that is taken from an image, in bytes: there is a bit of ours for each of its pages.
+const MEMORY_BYTES_MAX: u64 = 1 << 40;
 /// How the agent's ports are called, before their number.
 const PORT_NAME: &str = "org.steadfast.agent.";
 
@@ -499,8 +501,9 @@ fn memory(node: Node<'_, '_>) -> Read<u64> {
         Some(other) => return Err(format!("its memory is counted in {other}")),
     };
     let count: u64 = number(text(node))?;
-    count
-        .checked_mul(unit)
+    let bytes = count.checked_mul(unit);
+    bytes
+        .filter(|bytes| *bytes <= MEMORY_BYTES_MAX)
         .ok_or_else(|| format!("its memory is {count} times {unit} bytes"))
 }
 
@@ -543,4 +546,147 @@ fn attribute<'a>(node: Node<'a, '_>, name: &str) -> Read<&'a str> {
 
 fn text<'a>(node: Node<'a, '_>) -> &'a str {
     node.text().unwrap_or_default().trim()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HERE: Version = Version {
+        major: 10,
+        minor: 0,
+        micro: 2,
+    };
+
+    fn example() -> Domain {
+        let layer = |path: &str, format| LayerFile {
+            path: PathBuf::from(path),
+            format,
+        };
+        Domain {
+            name: "web".to_owned(),
+            uuid: uuid_of("0123456789ab"),
+            machine: Machine {
+                qemu_version: Version {
+                    major: 7,
+                    minor: 2,
+                    micro: 22,
+                },
+                machine_type: "pc-q35-7.2".to_owned(),
+                cpu_model: "Westmere-v1,+rdrand,-avx".to_owned(),
+                cpus: 3,
+                memory_bytes: 256 << 20,
+                accelerator: Accelerator::Tcg,
+                disks: vec!["vda".to_owned(), "vdb".to_owned()],
+                agent_ports: 8,
+            },
+            agent: true,
+            kernel: PathBuf::from("/a/kernel"),
+            initrd: PathBuf::from("/a/<&'\">"),
+            cmdline: "root=/dev/vda x='<&>'".to_owned(),
+            disks: vec![
+                vec![
+                    layer("/d/top & more.qcow2", LayerFormat::Qcow2),
+                    layer("/d/middle.qcow2", LayerFormat::Qcow2),
+                    layer("/d/base.raw", LayerFormat::Raw),
+                ],
+                vec![layer("/d/two.raw", LayerFormat::Raw)],
+            ],
+        }
+    }
+
+    fn refused(xml: &str) -> String {
+        let error = Domain::of_xml(xml, HERE).expect_err("it must be refused");
+        assert_eq!(error.kind(), Kind::Incompatible);
+        error.found()
+    }
+
+    #[test]
+    fn what_is_written_is_read_back_the_same() {
+        let domain = example();
+        assert_eq!(
+            Domain::of_xml(&domain.to_xml(), HERE).expect("our own"),
+            domain
+        );
+    }
+
+    #[test]
+    fn without_our_own_words_the_machine_is_read_from_libvirts() {
+        let xml = example().to_xml();
+        let start = xml.find("<metadata>").expect("there");
+        let end = xml.find("</metadata>").expect("there") + "</metadata>".len();
+        let plain = format!("{}{}", &xml[..start], &xml[end..]);
+        let found = Domain::of_xml(&plain, HERE).expect("a machine like ours");
+        assert_eq!(found.machine.qemu_version, HERE);
+        assert_eq!(found.machine.cpu_model, "Westmere-v1,+rdrand,-avx");
+        assert!(!found.agent);
+    }
+
+    #[test]
+    fn what_our_machine_does_not_have_is_refused_by_its_name() {
+        let xml = example().to_xml();
+        let changes = [
+            (
+                "<memballoon model='none'/>",
+                "<memballoon model='virtio'/>",
+                "balloon",
+            ),
+            (
+                "<video><model type='none'/></video>",
+                "<graphics type='vnc'/>",
+                "graphics",
+            ),
+            ("slot='0x05'", "slot='0x06'", "disk is not at slot 0x5"),
+            (
+                "bus='virtio'/><boot order='2'",
+                "bus='sata'/><boot order='2'",
+                "vdb",
+            ),
+            ("port='3'/>", "port='9'/>", "agent.2"),
+            (
+                "index='0' model='none'",
+                "index='0' model='qemu-xhci'",
+                "qemu-xhci",
+            ),
+            ("<acpi/>", "", "acpi"),
+            ("</devices>", "<hostdev/></devices>", "hostdev"),
+            ("<os>", "<os><loader>/x</loader>", "loader"),
+            ("<features>", "<features><hyperv/>", "hyperv"),
+            (
+                "<clock offset='utc'/>",
+                "<clock><timer name='hpet'/></clock>",
+                "timer",
+            ),
+            (
+                "</domain>",
+                "<qemu:commandline xmlns:qemu='q'/></domain>",
+                "commandline",
+            ),
+            ("type='qemu'>", "type='xen'>", "xen"),
+            ("unit='b'>268435456", "unit='b'>99999999999999", "memory"),
+            (
+                "unit='b'>268435456",
+                "unit='GiB'>99999999999999999",
+                "memory",
+            ),
+            ("<vcpu placement='static'>3", "<vcpu>70000", "70000"),
+            ("<rng ", "<sound ", "sound"),
+        ];
+        for (from, to, word) in changes {
+            let changed = xml.replacen(from, to, 1);
+            assert_ne!(changed, xml, "{from}");
+            let said = refused(&changed);
+            assert!(said.contains(word), "{from}: {said}");
+        }
+    }
+
+    #[test]
+    fn any_cut_of_the_xml_and_any_missing_element_is_an_error_and_no_panic() {
+        let xml = example().to_xml();
+        for end in 0..xml.trim_end().len() {
+            refused(&xml[..end]);
+        }
+        refused("<domain/>");
+        refused("<!DOCTYPE d [<!ENTITY a 'b'>]><domain>&a;</domain>");
+    }
 }

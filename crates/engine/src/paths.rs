@@ -95,6 +95,11 @@ impl DataDir {
         self.root.join("locks")
     }
 
+    /// What was left of states that died with their VM: kept for people, used by nobody.
+    pub(crate) fn quarantine(&self) -> PathBuf {
+        self.root.join("quarantine")
+    }
+
     pub(crate) fn cache(&self) -> PathBuf {
         self.root.join("cache")
     }

@@ -12,7 +12,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use stead_sys::durable;
+use stead_sys::durable::{self, Existing};
 use stead_sys::lock::{Attempt, FileLock};
 use stead_sys::process::ProcessId;
 use tracing::{info, warn};
@@ -25,6 +25,8 @@ use crate::{Engine, layers, paths};
 
 /// How long a killed QEMU may take to end.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+/// The job that is to leave nothing but its state.
+const HIBERNATE: &str = "hibernate";
 
 impl Engine {
     /// Runs `work` as a job: an error undoes it and keeps its cause.
@@ -151,7 +153,45 @@ impl Engine {
             job.kind, job.step
         ));
         let undo: Undo = from_json("job detail", &job.detail)?;
+        if let (HIBERNATE, Some(capture)) = (job.kind.as_str(), &undo.capture) {
+            self.set_aside(&capture.sandbox, &undo.ram).await?;
+        }
         self.undo(&job.id, &undo).await
+    }
+
+    /// Of a hibernation whose VM died too, the memory that was being taken is set aside and told of: it is not whole,
+    /// nothing wakes from it, and nobody but a person throws it away.
+    async fn set_aside(&self, sandbox: &str, ram: &[String]) -> Result<()> {
+        let sandbox = match self.records.sandbox(sandbox).await {
+            Ok(sandbox) => self.notice_crash(sandbox).await?,
+            Err(error) if error.kind() == Kind::NotFound => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        if sandbox.process.is_some() {
+            return Ok(());
+        }
+        let named = Named {
+            words: ram.iter().cloned().collect(),
+        };
+        let files = names_in(&self.dir.ram()).at("list", self.dir.ram())?;
+        for file in files.iter().filter(|file| named.has_file(file)) {
+            let folder = self.dir.quarantine();
+            durable::create_dir(&folder, 0o700).at("create folder", &folder)?;
+            let since = fs::metadata(file).and_then(|meta| meta.modified());
+            let since = since.map(jiff::Timestamp::try_from).at("look at", file)?;
+            let name = file_name(file);
+            let kept = folder.join(format!("{}-{}", sandbox.id, name.trim_start_matches('.')));
+            durable::move_to(file, &kept, Existing::Keep).at("set aside", file)?;
+            let since =
+                since.map_or_else(|_out_of_range| String::new(), |at| format!(" since {at}"));
+            self.watch.notice(format!(
+                "the state that {0} was hibernating into is incomplete{since}, and its VM is gone: it is set aside in \
+                 {1}, nothing was deleted; `stead start {0}` boots it from its disks",
+                sandbox.name,
+                kept.display()
+            ));
+        }
+        Ok(())
     }
 
     async fn undo(&self, job: &str, undo: &Undo) -> Result<()> {
