@@ -12,7 +12,7 @@ use std::process::Command;
 use images::{Random, make_chain, run, sh};
 use serde_json::Value;
 use stead_qcow2::edit::{EditOptions, Editor, SnapshotName};
-use stead_qcow2::{Chain, Error, Layer, LayerFile, LayerFormat, Preallocation, ops};
+use stead_qcow2::{Chain, Control, Error, Layer, LayerFile, LayerFormat, Preallocation, ops};
 
 fn text(path: &Path) -> &str {
     path.to_str().expect("temp paths are text")
@@ -79,7 +79,13 @@ fn a_disk_that_shrinks_and_grows_reads_as_an_array_that_does() {
                 2 => Preallocation::Full,
                 _ => Preallocation::Off,
             };
-            let done = ops::resize::resize_reserving(&mut one, grown, below.as_ref(), mode);
+            let done = ops::resize::resize_reserving(
+                &mut one,
+                grown,
+                below.as_ref(),
+                mode,
+                &Control::default(),
+            );
             let done = done.unwrap_or_else(|error| panic!("{error}\n{}", made.story));
             drop(one);
             assert_eq!(
