@@ -21,6 +21,15 @@ pub(crate) fn watched<T, E>(
     parsed: &Parsed,
     work: impl FnOnce(&Control<'_>) -> Result<T, E>,
 ) -> Result<T, E> {
+    let (done, _line) = watched_open(parsed, work)?;
+    Ok(done)
+}
+
+/// As [`watched`]; the line that shows it ends when what is given beside the result is dropped.
+pub(crate) fn watched_open<T, E>(
+    parsed: &Parsed,
+    work: impl FnOnce(&Control<'_>) -> Result<T, E>,
+) -> Result<(T, Progress), E> {
     let progress = Progress::start(Shown::wanted(parsed));
     let tell = |fraction| progress.tell(fraction);
     let done = work(&Control {
@@ -28,7 +37,7 @@ pub(crate) fn watched<T, E>(
         progress: Some(&tell),
     })?;
     progress.done();
-    Ok(done)
+    Ok((done, progress))
 }
 
 /// As [`watched`], for what is part of more: nothing is shown.
@@ -79,7 +88,7 @@ fn is_json(parsed: &Parsed) -> bool {
 
 /// What was shown last; used from any thread.
 #[derive(Debug)]
-struct Progress {
+pub(crate) struct Progress {
     to: Shown,
     /// In percent.
     shown: Mutex<f64>,

@@ -12,7 +12,7 @@ use crate::console::Console;
 use crate::failure::{Failure, Outcome};
 use crate::getopt::{Opt, Parsed};
 use crate::opened::{self, OpenedChain};
-use crate::progress::watched;
+use crate::progress::watched_open;
 
 pub(crate) const COMMAND: Command = Command {
     name: "compare",
@@ -62,10 +62,11 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
     common::cache_mode(parsed, "cache", "source cache").map_err(not_opened)?;
     let a = open(parsed, first, "format").map_err(not_opened)?;
     let b = open(parsed, second, "second-format").map_err(not_opened)?;
-    let found = watched(parsed, |control| {
+    let found = watched_open(parsed, |control| {
         compare_with(&a.chain, &b.chain, parsed.has("strict"), control)
     });
-    let found = found.map_err(|error| {
+    // As from qemu-img, the verdict stands on the line of the progress.
+    let (found, _line) = found.map_err(|error| {
         let failure = Failure::new(error.to_string()).with_status(STATUS_READ);
         failure.because_of(&error)
     })?;
