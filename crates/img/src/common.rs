@@ -17,6 +17,8 @@ pub(crate) const IMAGE_OPTS: Opt = Opt::flag("image-opts", "", &["image-opts"]);
 pub(crate) const OUTPUT: Opt = Opt::value("output", "", &["output"]);
 pub(crate) const FORCE_SHARE: Opt = Opt::flag("force-share", "U", &["force-share"]);
 pub(crate) const PROGRESS: Opt = Opt::flag("progress", "p", &["progress"]);
+/// As [`PROGRESS`], where `-p` of qemu-img would be an error.
+pub(crate) const LONG_PROGRESS: Opt = Opt::flag("progress", "", &["progress"]);
 pub(crate) const NO_FOLLOW: Opt = Opt::flag("no-follow", "", &["no-follow"]);
 pub(crate) const CACHE_SIZE: Opt = Opt::value("cache-size", "", &["cache-size"]);
 pub(crate) const QUIET: Opt = Opt::flag("quiet", "q", &["quiet"]);

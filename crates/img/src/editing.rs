@@ -14,6 +14,7 @@ use crate::format::Format;
 use crate::getopt::Parsed;
 use crate::new_image;
 use crate::opened::{self, OpenedChain, Sharing};
+use crate::progress;
 use crate::reference::Reference;
 
 /// The image that `name` means by the options `-f` and `--image-opts`, and its format. A raw disk that nobody called raw gets a warning: whoever can
@@ -77,6 +78,8 @@ pub(crate) fn editor_for(image: &Reference, changes: Changes) -> Outcome<OpenedE
         allow_dirty: changes == Changes::Amendments,
         ..EditOptions::default()
     };
+    // It is checked whole, which can take a while.
+    let options = options.watched(&progress::stoppable());
     let path = &image.path;
     let cannot = |error: Error| Failure::open(&image.given, &error);
     let Some(window) = image.window else {

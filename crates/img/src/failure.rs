@@ -6,6 +6,9 @@ use stead_qcow2::Error;
 
 use crate::open_error;
 
+/// The exit status of a command that was ended by a signal, with everything as it was.
+pub(crate) const STATUS_CANCELLED: u8 = 130;
+
 /// The result of everything a command does.
 pub(crate) type Outcome<T> = Result<T, Failure>;
 
@@ -45,12 +48,22 @@ impl Failure {
     /// Opening the image that the user calls `name` failed.
     pub fn open(name: &str, error: &Error) -> Self {
         let (text, more) = open_error::words(error);
-        Self::new(format!("Could not open '{name}': {text}")).with_more(more)
+        Self::new(format!("Could not open '{name}': {text}"))
+            .with_more(more)
+            .because_of(error)
     }
 
     /// The same failure with another exit status.
     pub fn with_status(mut self, status: u8) -> Self {
         self.status = status;
+        self
+    }
+
+    /// The same failure, with the status of one that was wished for if `error` says so.
+    pub fn because_of(self, error: &Error) -> Self {
+        if let Error::Cancelled { .. } = error {
+            return self.with_status(STATUS_CANCELLED);
+        }
         self
     }
 
@@ -63,7 +76,7 @@ impl Failure {
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
-        Self::new(error.to_string())
+        Self::new(error.to_string()).because_of(&error)
     }
 }
 

@@ -252,7 +252,7 @@ fn a_commit_shows_how_far_it_is_and_ends_when_asked_with_everything_as_it_was() 
     std::io::Read::read_to_end(&mut stdout, &mut said).expect("read");
     let ended = child.wait_with_output().expect("ended");
     let text = String::from_utf8_lossy(&ended.stderr);
-    assert_eq!(ended.status.code(), Some(1), "{text}");
+    assert_eq!(ended.status.code(), Some(130), "{text}");
     assert!(text.contains("cancelled"), "{text}");
     bench.sh("sha256sum -c before");
     let shown = bench.ours("commit -p top.qcow2");

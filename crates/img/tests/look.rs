@@ -133,3 +133,29 @@ fn progress_ends_at_a_hundred_and_the_result_follows() {
         }
     }
 }
+
+#[test]
+fn for_programs_progress_is_json_lines_on_standard_error_and_the_result_stays_one_document() {
+    let bench = chain();
+    for line in [
+        "check --progress --output=json flat.qcow2",
+        "map --progress --output=json flat.qcow2",
+        "measure --progress --output=json -O qcow2 flat.qcow2",
+        "snapshot --progress --json -c one flat.qcow2",
+        "resize --progress --json flat.qcow2 +1M",
+        "bitmap --progress --json --add flat.qcow2 b",
+    ] {
+        let ours = bench.ours(line);
+        assert!(ours.status.success(), "{line}: {ours:?}");
+        serde_json::from_slice::<serde_json::Value>(&ours.stdout).expect(line);
+        let text = String::from_utf8(ours.stderr).expect("text");
+        let told = text.lines().map(|event| {
+            let event: serde_json::Value = serde_json::from_str(event).expect(line);
+            assert_eq!(event["event"], "progress", "{line}");
+            event["done"].as_f64().expect("a number")
+        });
+        let told: Vec<f64> = told.collect();
+        assert!(told.is_sorted(), "{line}: {told:?}");
+        assert_eq!((told.first(), told.last()), (Some(&0.0), Some(&100.0)));
+    }
+}

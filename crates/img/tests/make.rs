@@ -493,7 +493,7 @@ fn a_copy_tells_how_far_it_is_when_signalled_and_leaves_nothing_when_it_is_ended
     std::io::Read::read_to_end(&mut stderr, &mut said).expect("read");
     let status = child.wait().expect("ended");
     let text = String::from_utf8_lossy(&said);
-    assert_eq!(status.code(), Some(1), "{text}");
+    assert_eq!(status.code(), Some(130), "{text}");
     assert!(text.contains("cancelled"), "{text}");
     assert!(!begun(), "an unfinished file stays");
 }

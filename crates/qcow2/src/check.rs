@@ -18,6 +18,7 @@ mod report;
 mod walk;
 
 use crate::consistency;
+use crate::control::Control;
 use crate::counts::Counts;
 use crate::error::{Error, Result};
 use crate::layer::Layer;
@@ -37,6 +38,14 @@ pub(crate) use references::{References, for_each_reference, unusable_bitmaps};
 /// When the file cannot be read, or has more than 8 388 608 L2 tables. What is wrong in the image is
 /// in the report; only what [`Layer::open`] refuses does not get here.
 pub fn check(layer: &Layer) -> Result<CheckReport> {
+    check_with(layer, &Control::default())
+}
+
+/// As [`check`], watched.
+///
+/// # Errors
+/// As [`check`]; [`Error::Cancelled`].
+pub fn check_with(layer: &Layer, control: &Control<'_>) -> Result<CheckReport> {
     let mut report = CheckReport {
         marked_dirty: layer.header().dirty,
         marked_corrupt: layer.header().corrupt,
@@ -44,10 +53,11 @@ pub fn check(layer: &Layer) -> Result<CheckReport> {
         ..CheckReport::default()
     };
     let image = Image::read(layer, &mut report)?;
-    look_around(&image, &mut report)?;
-    each_window(&image, &mut report, |counts, report| {
+    look_around(&image, &mut report, control)?;
+    each_window(&image, &mut report, control, |counts, report| {
         compare(&image, counts, report)
     })?;
+    control.tell(1, 1);
     Ok(report)
 }
 
@@ -55,9 +65,10 @@ pub fn check(layer: &Layer) -> Result<CheckReport> {
 fn each_window(
     image: &Image<'_>,
     report: &mut CheckReport,
+    control: &Control<'_>,
     mut each: impl FnMut(&Counts, &mut CheckReport) -> Result<()>,
 ) -> Result<()> {
-    let mut start = 0;
+    let (mut start, mut told) = (0, 0);
     loop {
         let mut walk = Walk {
             image,
@@ -65,10 +76,14 @@ fn each_window(
             report: &mut *report,
             first: start == 0,
             follows: None,
+            control,
+            told,
         };
         walk.all()?;
+        told = walk.told;
         let counts = walk.counts;
         each(&counts, report)?;
+        control.go_on(image.layer.path())?;
         start = counts.end;
         if start >= image.file_clusters() {
             return Ok(());
@@ -77,7 +92,7 @@ fn each_window(
 }
 
 /// What no refcount shows.
-fn look_around(image: &Image<'_>, report: &mut CheckReport) -> Result<()> {
+fn look_around(image: &Image<'_>, report: &mut CheckReport, control: &Control<'_>) -> Result<()> {
     let layer = image.layer;
     consistency::flags(layer, &mut report.notes);
     for reason in consistency::bitmaps(layer, &image.bitmaps, &mut report.notes)? {
@@ -85,10 +100,11 @@ fn look_around(image: &Image<'_>, report: &mut CheckReport) -> Result<()> {
     }
     for snapshot in &image.snapshots {
         // What can be said of it as a whole: its length, and that it has no table twice.
+        control.go_on(layer.path())?;
         usable(report, Use::SnapshotL1Table, layer.view_of(snapshot))?;
     }
     let tables = image.l2_tables.len();
-    consistency::hollowed(layer, &image.snapshots, tables, &mut report.notes)
+    consistency::hollowed(layer, &image.snapshots, tables, control, &mut report.notes)
 }
 
 fn unusable(report: &mut CheckReport, usage: Use, reason: String) {

@@ -1,8 +1,11 @@
 //! Whether two disks have the same bytes, and where they first differ.
 
+use std::path::Path;
+
 use stead_sys::copy::is_zero;
 
 use crate::chain::Chain;
+use crate::control::Control;
 use crate::error::Result;
 use crate::header::{SECTOR_BYTES, to_u64, to_usize};
 use crate::map::{MapEntries, MapEntry};
@@ -97,6 +100,32 @@ pub fn compare(
         at += step;
     }
     found(None)
+}
+
+/// As [`compare`], watched.
+///
+/// # Errors
+/// As [`compare`]; [`Error::Cancelled`](crate::Error::Cancelled).
+pub fn compare_with(
+    a: &Chain,
+    b: &Chain,
+    strict: bool,
+    control: &Control<'_>,
+) -> Result<Comparison> {
+    let all = a.len().max(b.len());
+    let top = a.file(0).map_or(Path::new(""), |(path, _)| path);
+    let mut wanted = Ok(());
+    let found = compare(a, b, strict, |done| {
+        control.tell(done, all);
+        wanted = control.go_on(top);
+        wanted.is_ok()
+    })?;
+    wanted?;
+    let Some(found) = found else {
+        unreachable!("it was not told to end early");
+    };
+    control.tell(1, 1);
+    Ok(found)
 }
 
 /// What is known of a disk from some place to `end`.

@@ -20,6 +20,7 @@ use serde::Serialize;
 
 use crate::bitmap::{Bitmap, table_entries};
 use crate::bitmap_read::TableEntry;
+use crate::control::Control;
 use crate::directory::{InternalSnapshot, StoredBitmap};
 use crate::entry::{L1Entry, L2Entry, SUBCLUSTERS, Standard};
 use crate::error::Result;
@@ -222,6 +223,7 @@ pub(crate) fn hollowed(
     layer: &Layer,
     snapshots: &[InternalSnapshot],
     l2_tables: usize,
+    control: &Control<'_>,
     notes: &mut Vec<Note>,
 ) -> Result<()> {
     if layer.header().backing.is_some() {
@@ -229,7 +231,7 @@ pub(crate) fn hollowed(
     }
     let mut left = l2_tables.saturating_mul(4) + 4096;
     for snapshot in snapshots {
-        let found = compare_states(layer, snapshot, &mut left)?;
+        let found = compare_states(layer, snapshot, control, &mut left)?;
         if found.missing > 0 {
             notes.push(Note::PossibleLoss {
                 id: String::from_utf8_lossy(&snapshot.id).into_owned(),
@@ -254,6 +256,7 @@ struct Compared {
 fn compare_states(
     layer: &Layer,
     snapshot: &InternalSnapshot,
+    control: &Control<'_>,
     left: &mut usize,
 ) -> Result<Compared> {
     let header = layer.header();
@@ -276,6 +279,7 @@ fn compare_states(
             return Ok(found);
         }
         *left -= 1;
+        control.go_on(layer.path())?;
         let start = to_u64(index) * header.l2_coverage();
         compare_tables(layer, [theirs, active], disk - start, &mut found)?;
     }

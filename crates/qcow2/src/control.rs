@@ -37,6 +37,30 @@ impl Control<'_> {
         }
     }
 
+    /// The same wish to end, and nobody who is told.
+    pub(crate) fn quiet(&self) -> Self {
+        Self {
+            progress: None,
+            ..*self
+        }
+    }
+
+    /// Runs `part` with a control whose whole progress is that from `from` to `to` of this one.
+    pub(crate) fn within<T>(
+        &self,
+        (from, to): (f64, f64),
+        part: impl FnOnce(&Control<'_>) -> T,
+    ) -> T {
+        let Some(progress) = self.progress else {
+            return part(&self.quiet());
+        };
+        let tell = |fraction: f64| progress(from + fraction * (to - from));
+        part(&Control {
+            cancel: self.cancel,
+            progress: Some(&tell),
+        })
+    }
+
     /// Tells that `done` of `all` are done.
     pub(crate) fn tell(&self, done: u64, all: u64) {
         if let Some(progress) = self.progress {

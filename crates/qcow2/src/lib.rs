@@ -50,8 +50,8 @@ pub use backing_record::{BackingRecord, check_backing};
 pub use bitmap::{Bitmap, BitmapCluster, GRANULARITY_BITS, MAX_BITMAP_BITS, MAX_BITMAP_NAME_BYTES};
 pub use cache::DEFAULT_CACHE_BYTES;
 pub use chain::{Chain, LayerFile, LayerFormat, MAX_LAYERS};
-pub use check::{CheckReport, Finding, MAX_FINDINGS, Use, check};
-pub use compare::{Comparison, Difference, compare};
+pub use check::{CheckReport, Finding, MAX_FINDINGS, Use, check, check_with};
+pub use compare::{Comparison, Difference, compare, compare_with};
 pub use consistency::Note;
 pub use content::DiskContent;
 pub use control::{Control, Progress};
@@ -72,7 +72,7 @@ pub use make::{
     Backing, ConvertOptions, DD_BLOCK_BYTES, DEFAULT_SPARSE_BYTES, DataFile, DdBlocks,
     DroppedBitmap, Durability, ImageBuilder, ImageOptions, Keep, MAX_VIRTUAL_BYTES, Measured,
     NewFiles, NewFormat, Preallocation, Qcow2Options, Target, Verify, Version, convert, create,
-    create_overlay, dd, lost_bitmaps, measure, measure_empty, predict, write_image,
+    create_overlay, dd, lost_bitmaps, measure, measure_empty, measure_with, predict, write_image,
 };
 pub use map::{MapEntries, MapEntry};
 pub use units::{ClusterSize, GuestOffset, HostOffset};

@@ -12,6 +12,7 @@ use serde::Serialize;
 use stead_sys::copy;
 
 use crate::chain::{Chain, Member};
+use crate::control::Control;
 use crate::error::{Error, Result};
 use crate::file::ImageFile;
 use crate::layer::{ExtentKind, Layer};
@@ -58,6 +59,7 @@ pub struct MapEntries<'a> {
     preallocated: Vec<OnceCell<bool>>,
     at: u64,
     pending: Option<MapEntry<'a>>,
+    control: Control<'a>,
     failed: Option<Error>,
 }
 
@@ -70,12 +72,20 @@ impl Chain {
             preallocated: vec![OnceCell::new(); self.depth()],
             at: from,
             pending: None,
+            control: Control::default(),
             failed: None,
         }
     }
 }
 
 impl<'a> MapEntries<'a> {
+    /// The same entries, watched: [`Error::Cancelled`] is the last one when the caller wants an end.
+    #[must_use]
+    pub fn watched(mut self, control: &Control<'a>) -> Self {
+        self.control = *control;
+        self
+    }
+
     fn piece(&self, at: u64) -> Result<MapEntry<'a>> {
         let members = self.chain.members();
         let mut end = self.chain.len();
@@ -150,9 +160,12 @@ impl<'a> MapEntries<'a> {
         if self.failed.is_some() || self.at >= self.chain.len() {
             return None;
         }
-        match self.piece(self.at) {
+        let top = self.chain.file(0).map_or(Path::new(""), |(path, _)| path);
+        let wanted = self.control.go_on(top);
+        match wanted.and_then(|()| self.piece(self.at)) {
             Ok(entry) => {
                 self.at = entry.start + entry.length;
+                self.control.tell(self.at, self.chain.len());
                 Some(entry)
             }
             Err(error) => {

@@ -9,24 +9,12 @@ mod images;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use images::{layer, make_chain, run, sh};
+use images::{editor, layer, make_chain, require_whole, run, sh, text};
 use serde_json::Value;
 use stead_qcow2::edit::{EditOptions, Editor};
 use stead_qcow2::ops::amend::{self, Amendments, FormatVersion};
 use stead_qcow2::ops::rebase::BackingFile;
-use stead_qcow2::{Chain, Control, Error, Layer, LayerFile, LayerFormat, check};
-
-fn text(path: &Path) -> &str {
-    path.to_str().expect("temp paths are text")
-}
-
-fn editor(path: &Path) -> Result<Editor, Error> {
-    let options = EditOptions {
-        cache_bytes: 1 << 16,
-        allow_dirty: true,
-    };
-    Editor::open(path, options)
-}
+use stead_qcow2::{Chain, Control, Error, Layer, LayerFile, LayerFormat};
 
 fn io(path: &Path, commands: &[&str]) {
     let mut args = vec!["-f".to_owned(), "qcow2".into(), "-d".into(), "unmap".into()];
@@ -51,17 +39,6 @@ fn states(files: &[LayerFile]) -> Vec<(u64, blake3::Hash)> {
         all.push(content(&chain.view_of(&snapshot).expect("a view")));
     }
     all
-}
-
-fn require_whole(path: &Path, story: &str) {
-    let report = check(&Layer::open(path).expect("whole")).expect("readable");
-    assert!(report.is_clean(), "{:?}\n{story}", report.findings);
-    let output = Command::new("qemu-img")
-        .args(["check", "-q", "-f", "qcow2", text(path)])
-        .output()
-        .expect("qemu-img is installed");
-    let found = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{found}\n{story}");
 }
 
 fn info(path: &Path) -> Value {

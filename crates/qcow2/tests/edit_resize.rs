@@ -9,36 +9,14 @@ mod images;
 use std::path::Path;
 use std::process::Command;
 
-use images::{Random, make_chain, run, sh};
+use images::{Random, editor, make_chain, require_whole, run, sh, text};
 use serde_json::Value;
-use stead_qcow2::edit::{EditOptions, Editor, SnapshotName};
-use stead_qcow2::{Chain, Error, Layer, LayerFile, LayerFormat, Preallocation, ops};
-
-fn text(path: &Path) -> &str {
-    path.to_str().expect("temp paths are text")
-}
-
-fn editor(path: &Path) -> Result<Editor, Error> {
-    let options = EditOptions {
-        cache_bytes: 1 << 16,
-        allow_dirty: true,
-    };
-    Editor::open(path, options)
-}
+use stead_qcow2::edit::SnapshotName;
+use stead_qcow2::{Chain, Control, Error, LayerFile, LayerFormat, Preallocation, ops};
 
 fn io(path: &Path, command: &str) {
     let args = ["-f", "qcow2", "-c", command, text(path)].map(str::to_owned);
     run("qemu-io", &args);
-}
-
-fn require_whole(path: &Path, story: &str) {
-    let report = stead_qcow2::check(&Layer::open(path).expect("whole")).expect("readable");
-    assert!(report.is_clean(), "{:?}\n{story}", report.findings);
-    let args = ["check", "-q", "-f", "qcow2", text(path)];
-    let output = Command::new("qemu-img").args(args).output();
-    let output = output.expect("qemu-img is installed");
-    let found = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{found}\n{story}");
 }
 
 /// What QEMU reads through the whole chain.
@@ -79,7 +57,13 @@ fn a_disk_that_shrinks_and_grows_reads_as_an_array_that_does() {
                 2 => Preallocation::Full,
                 _ => Preallocation::Off,
             };
-            let done = ops::resize::resize_reserving(&mut one, grown, below.as_ref(), mode);
+            let done = ops::resize::resize_reserving(
+                &mut one,
+                grown,
+                below.as_ref(),
+                mode,
+                &Control::default(),
+            );
             let done = done.unwrap_or_else(|error| panic!("{error}\n{}", made.story));
             drop(one);
             assert_eq!(

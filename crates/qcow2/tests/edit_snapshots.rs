@@ -10,22 +10,9 @@ mod images;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use images::{Random, make_chain, run, sh};
-use stead_qcow2::edit::{EditOptions, Editor, SnapshotName};
+use images::{Random, editor, make_chain, require_whole, run, sh, text};
+use stead_qcow2::edit::SnapshotName;
 use stead_qcow2::{Chain, Error, Layer, LayerFormat, ops};
-
-fn text(path: &Path) -> &str {
-    path.to_str().expect("temp paths are text")
-}
-
-fn editor(path: &Path) -> Result<Editor, Error> {
-    // A small cache, so that tables are written and read again while they are worked on.
-    let options = EditOptions {
-        cache_bytes: 1 << 16,
-        allow_dirty: true,
-    };
-    Editor::open(path, options)
-}
 
 fn called(name: &str) -> SnapshotName {
     SnapshotName {
@@ -62,17 +49,6 @@ fn views(path: &Path) -> Vec<(String, Vec<u8>)> {
         all.push((name, bytes));
     }
     all
-}
-
-fn require_whole(path: &Path, story: &str) {
-    let report = stead_qcow2::check(&Layer::open(path).expect("whole")).expect("readable");
-    assert!(report.is_clean(), "{:?}\n{story}", report.findings);
-    let output = Command::new("qemu-img")
-        .args(["check", "-q", "-f", "qcow2", text(path)])
-        .output();
-    let output = output.expect("qemu-img is installed");
-    let found = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{found}\n{story}");
 }
 
 /// The same operations with us and with qemu-img, on two copies.

@@ -215,7 +215,14 @@ fn reserving(storage: Arc<dyn Storage>, bases: &Bases) -> Result<()> {
     let below = bases.named(OLD.as_bytes());
     let mut editor = editor(storage)?;
     let mode = Preallocation::Falloc;
-    resize::resize_reserving(&mut editor, 300 << 10, Some(&below), mode).map(drop)
+    resize::resize_reserving(
+        &mut editor,
+        300 << 10,
+        Some(&below),
+        mode,
+        &Control::default(),
+    )
+    .map(drop)
 }
 
 fn down(storage: Arc<dyn Storage>, bases: &Bases) -> Result<()> {

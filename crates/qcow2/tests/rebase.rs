@@ -7,26 +7,12 @@
 mod images;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use images::{Random, format_name, layer, make_chain, run, sh};
-use stead_qcow2::edit::{EditOptions, Editor, SnapshotName};
+use images::{Random, editor, format_name, layer, make_chain, require_whole, run, sh, text};
+use stead_qcow2::edit::SnapshotName;
 use stead_qcow2::ops::rebase::{self, BackingFile, NewBacking};
 use stead_qcow2::{Chain, Control, Error, Layer, LayerFile, LayerFormat, check, ops};
-
-fn text(path: &Path) -> &str {
-    path.to_str().expect("temp paths are text")
-}
-
-fn editor(path: &Path) -> Result<Editor, Error> {
-    // A small cache, so that tables are written and read again while they are worked on.
-    let options = EditOptions {
-        cache_bytes: 1 << 16,
-        allow_dirty: true,
-    };
-    Editor::open(path, options)
-}
 
 fn io(path: &Path, format: &str, commands: &[&str]) {
     let mut args = vec!["-f".to_owned(), format.to_owned()];
@@ -75,17 +61,6 @@ fn qemu_reads(path: &Path, snapshot: &str, to: &Path) -> blake3::Hash {
         &words.into_iter().map(str::to_owned).collect::<Vec<_>>(),
     );
     blake3::hash(&std::fs::read(to).expect("read"))
-}
-
-fn require_whole(path: &Path, story: &str) {
-    let report = check(&Layer::open(path).expect("whole")).expect("readable");
-    assert!(report.is_clean(), "{:?}\n{story}", report.findings);
-    let output = Command::new("qemu-img")
-        .args(["check", "-q", "-f", "qcow2", text(path)])
-        .output()
-        .expect("qemu-img is installed");
-    let found = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{found}\n{story}");
 }
 
 /// The image's own file, alone.

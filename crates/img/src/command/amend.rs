@@ -1,8 +1,7 @@
 //! `amend`: what a qcow2 image is made like, changed afterwards.
 
+use stead_qcow2::Error;
 use stead_qcow2::ops::amend;
-use stead_qcow2::{Control, Error};
-use stead_sys::signal;
 
 use crate::amend_options::{self, Wanted};
 use crate::command::Command;
@@ -15,7 +14,7 @@ use crate::format::Format;
 use crate::getopt::{Opt, Parsed};
 use crate::keyval;
 use crate::opened::Sharing;
-use crate::progress::Progress;
+use crate::progress::watched;
 use crate::reference::Reference;
 use crate::report::{self, DRY_RUN, JSON};
 
@@ -99,12 +98,6 @@ fn change(
     wanted: &Wanted,
     console: &mut Console,
 ) -> Outcome<()> {
-    let progress = Progress::start(parsed.has(PROGRESS.id) && !parsed.has(QUIET.id));
-    let tell = |fraction| progress.tell(fraction);
-    let control = Control {
-        cancel: signal::note_stop().ok(),
-        progress: Some(&tell),
-    };
     let mut editor = editing::editor_for(image, Changes::Amendments)?;
     let header = editor.layer().header();
     wanted
@@ -122,12 +115,15 @@ fn change(
     let below = below.as_ref().map(|opened| &opened.chain);
     let failed = |error: Error| failed(&error);
     if parsed.has(DRY_RUN.id) {
-        let plan = amend::plan(&editor, &amendments, below, &control);
+        let plan = watched(parsed, |control| {
+            amend::plan(&editor, &amendments, below, control)
+        });
         return report::planned(parsed, &plan.map_err(failed)?, console);
     }
-    let done = amend::amend(&mut editor, &amendments, below, &control).map_err(failed)?;
-    progress.done();
-    drop(progress);
+    let done = watched(parsed, |control| {
+        amend::amend(&mut editor, &amendments, below, control)
+    });
+    let done = done.map_err(failed)?;
     report::done(parsed, &done, "", console)
 }
 
@@ -138,5 +134,5 @@ fn failed(error: &Error) -> Failure {
         let first = "Internal snapshots prevent downgrade of image";
         return Failure::new(first).with_more(text);
     }
-    Failure::new(text)
+    Failure::new(text).because_of(error)
 }

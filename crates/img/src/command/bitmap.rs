@@ -5,13 +5,14 @@ use stead_qcow2::ops::bitmap::{self, Action, Step};
 use stead_qcow2::{Error, GRANULARITY_BITS, Layer};
 
 use crate::command::Command;
-use crate::common::{self, FORMAT, IMAGE_OPTS, OBJECT};
+use crate::common::{self, FORMAT, IMAGE_OPTS, LONG_PROGRESS, OBJECT};
 use crate::console::Console;
 use crate::editing;
 use crate::failure::{Failure, Outcome};
 use crate::format::Format;
 use crate::getopt::{Opt, Parsed};
 use crate::opened::{self, ReadLock, Sharing};
+use crate::progress::watched;
 use crate::reference;
 use crate::report::{self, DRY_RUN, JSON};
 
@@ -36,6 +37,7 @@ pub(crate) const COMMAND: Command = Command {
            \x20                       its format\n\
            \x20 -f, --format FMT      the format of FILE; else its first bytes tell\n\
            \x20     --image-opts      FILE is an option string\n\
+           \x20     --progress        show how far it is\n\
            \x20     --dry-run         only say how much room it takes\n\
            \x20     --json            say as JSON what was done\n\n\
            Example:\n  {program} bitmap --add --merge monday disk.qcow2 week\n",
@@ -52,6 +54,7 @@ pub(crate) const COMMAND: Command = Command {
         FORMAT,
         OBJECT,
         IMAGE_OPTS,
+        LONG_PROGRESS,
         DRY_RUN,
         JSON,
     ],
@@ -82,12 +85,16 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
     change.check(&editor, source.as_ref())?;
     let steps = change.steps(source.as_ref().and_then(|source| source.layer.as_ref()));
     if parsed.has(DRY_RUN.id) {
-        let plan = bitmap::plan(&editor, &steps);
+        let plan = watched(parsed, |control| {
+            bitmap::plan_with(&editor, &steps, control)
+        });
         let plan = plan.map_err(|error| change.failed(&editor, &steps, &error))?;
         report::planned(parsed, &plan, console)?;
         return Ok(0);
     }
-    let done = bitmap::change(&mut editor, &steps);
+    let done = watched(parsed, |control| {
+        bitmap::change_with(&mut editor, &steps, control)
+    });
     let done = done.map_err(|error| change.failed(&editor, &steps, &error))?;
     report::done(parsed, &done, "", console)?;
     Ok(0)
@@ -272,6 +279,9 @@ impl Change {
 
     /// The failure, named after the first step that cannot be done.
     fn failed(&self, editor: &Editor, steps: &[Step<'_>], error: &Error) -> Failure {
+        if let Error::Cancelled { .. } = error {
+            return Failure::new(error.to_string()).because_of(error);
+        }
         let fails = |count: &usize| bitmap::plan(editor, &steps[..*count]).is_err();
         let count = (1..=steps.len()).find(fails).unwrap_or(steps.len());
         self.not_done(&self.asked[count - 1], &error.to_string())

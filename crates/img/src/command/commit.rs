@@ -5,8 +5,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 use stead_qcow2::ops::commit::{self, CommitOptions, CommitReport, Incomplete, LongerBase};
-use stead_qcow2::{Chain, Control, LayerFile};
-use stead_sys::signal;
+use stead_qcow2::{Chain, LayerFile};
 
 use crate::command::Command;
 use crate::common::{self, FORMAT, IMAGE_OPTS, OBJECT, PROGRESS, QUIET};
@@ -16,7 +15,7 @@ use crate::failure::{Failure, Outcome};
 use crate::getopt::{Opt, Parsed};
 use crate::json;
 use crate::opened::{self, Sharing};
-use crate::progress::Progress;
+use crate::progress::watched;
 use crate::reference::Reference;
 use crate::report::{self, DRY_RUN, JSON};
 
@@ -75,21 +74,12 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
         follow_data: true,
         ..CommitOptions::default()
     };
-    let progress = Progress::start(parsed.has(PROGRESS.id) && !parsed.has(QUIET.id));
-    let tell = |fraction| progress.tell(fraction);
-    let control = Control {
-        cancel: signal::note_stop().ok(),
-        progress: Some(&tell),
-    };
     if parsed.has(DRY_RUN.id) {
-        let report = commit::measure(&files, &options, &control)?;
-        drop(progress);
+        let report = watched(parsed, |control| commit::measure(&files, &options, control))?;
         planned(parsed, &report, console)?;
         return Ok(0);
     }
-    let report = commit::commit(&files, &options, &control)?;
-    progress.done();
-    drop(progress);
+    let report = watched(parsed, |control| commit::commit(&files, &options, control))?;
     done(parsed, &report, console)?;
     Ok(0)
 }

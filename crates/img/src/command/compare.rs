@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 
-use stead_qcow2::{Comparison, Difference, compare};
+use stead_qcow2::{Comparison, Difference, compare_with};
 
 use crate::command::Command;
 use crate::common::{
@@ -12,7 +12,7 @@ use crate::console::Console;
 use crate::failure::{Failure, Outcome};
 use crate::getopt::{Opt, Parsed};
 use crate::opened::{self, OpenedChain};
-use crate::progress::Progress;
+use crate::progress::watched_open;
 
 pub(crate) const COMMAND: Command = Command {
     name: "compare",
@@ -62,17 +62,14 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
     common::cache_mode(parsed, "cache", "source cache").map_err(not_opened)?;
     let a = open(parsed, first, "format").map_err(not_opened)?;
     let b = open(parsed, second, "second-format").map_err(not_opened)?;
-    let all = a.chain.len().max(b.chain.len());
-    let progress = Progress::start(parsed.has("progress") && !quiet);
-    let found = compare(&a.chain, &b.chain, parsed.has("strict"), |done| {
-        progress.tell(done as f64 / all.max(1) as f64);
-        true
+    let found = watched_open(parsed, |control| {
+        compare_with(&a.chain, &b.chain, parsed.has("strict"), control)
     });
-    let found = found.map_err(|error| Failure::from(error).with_status(STATUS_READ))?;
-    let Some(found) = found else {
-        unreachable!("it was never told to end early");
-    };
-    progress.done();
+    // As from qemu-img, the verdict stands on the line of the progress.
+    let (found, _line) = found.map_err(|error| {
+        let failure = Failure::new(error.to_string()).with_status(STATUS_READ);
+        failure.because_of(&error)
+    })?;
     if !quiet {
         console.print(&text(&found))?;
         console.flush()?;

@@ -6,11 +6,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 use stead_qcow2::{
-    Chain, Control, ConvertOptions, Durability, Keep, NewFiles, NewFormat, Preallocation, Verify,
+    Chain, ConvertOptions, Durability, Keep, NewFiles, NewFormat, Preallocation, Verify,
 };
 use stead_qcow2::{convert, lost_bitmaps, predict};
-
-use stead_sys::signal;
 
 use crate::command::Command;
 use crate::common::{
@@ -26,7 +24,7 @@ use crate::keyval;
 use crate::new_image;
 use crate::opened::{self, ReadLock};
 use crate::overwrite;
-use crate::progress::Progress;
+use crate::progress::watched;
 use crate::reference;
 use crate::size;
 use crate::snapshot_name;
@@ -408,23 +406,16 @@ impl Job {
             verify: how.verify,
             durability: how.durability,
         };
-        let quiet = parsed.has("quiet");
-        let progress = Progress::start(parsed.has("progress") && !quiet);
-        let tell = |fraction| progress.tell(fraction);
-        let control = Control {
-            cancel: signal::note_stop().ok(),
-            progress: Some(&tell),
-        };
         let dry_run = parsed.has("dry-run");
         let chain = &source.disk;
-        let done = match dry_run {
-            true => predict(chain, &self.place.target, &options, &control),
-            false => convert(chain, &self.place.target, &options, &control),
-        };
-        let made =
-            done.map_err(|error| not_converted(&self.name, self.kind, &new_image::words(&error)))?;
-        progress.done();
-        drop(progress);
+        let done = watched(parsed, |control| match dry_run {
+            true => predict(chain, &self.place.target, &options, control),
+            false => convert(chain, &self.place.target, &options, control),
+        });
+        let made = done.map_err(|error| {
+            let words = new_image::words(&error);
+            not_converted(&self.name, self.kind, &words).because_of(&error)
+        })?;
         if parsed.has("json") {
             console.line(&json::pretty(&self.report(&made, how, dry_run))?)?;
         } else if dry_run {

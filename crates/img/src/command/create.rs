@@ -3,9 +3,7 @@
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use stead_qcow2::{Control, DiskContent, NewFormat, create};
-
-use stead_sys::signal;
+use stead_qcow2::{DiskContent, NewFormat, create};
 
 use crate::command::Command;
 use crate::common::{self, FORMAT, OBJECT, QUIET, RECORD_BACKING};
@@ -17,6 +15,7 @@ use crate::getopt::{Opt, Parsed};
 use crate::keyval;
 use crate::new_image;
 use crate::opened::{OpenedChain, Sharing};
+use crate::progress;
 use crate::reference;
 use crate::target;
 
@@ -65,7 +64,7 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
         console.line(&given.formatting(&shown))?;
     }
     let path = reference::plain_path(name).unwrap_or_else(|_empty| PathBuf::new());
-    make(&path, &given, parsed.has(RECORD_BACKING.id)).map_err(cannot)?;
+    make(&shown, &path, &given, parsed.has(RECORD_BACKING.id))?;
     Ok(0)
 }
 
@@ -173,36 +172,36 @@ fn size_below(image: &Path, name: &str, format: Option<&str>) -> Result<u64, Str
 }
 
 /// Records in `format` what the image below shows, and gives that image, locked.
-fn record(
-    path: &Path,
-    given: &Given,
-    format: &mut NewFormat,
-    control: &Control<'_>,
-) -> Result<OpenedChain, String> {
-    let (NewFormat::Qcow2(options), Some(name)) = (format, given.get("backing_file")) else {
-        return Err("there is no image below whose content could be recorded".into());
+fn record(name: &str, path: &Path, given: &Given, format: &mut NewFormat) -> Outcome<OpenedChain> {
+    let cannot = |why: String| failure(name, &why);
+    let (NewFormat::Qcow2(options), Some(backing)) = (format, given.get("backing_file")) else {
+        let why = "there is no image below whose content could be recorded";
+        return Err(failure(name, why));
     };
-    let below = new_image::below_shared(path, name, given.get("backing_fmt"), Sharing::Locked)?;
-    let content = DiskContent::of(&below.chain, control);
-    options.backing_content = Some(content.map_err(|error| new_image::words(&error))?);
+    let below_format = given.get("backing_fmt");
+    let below = new_image::below_shared(path, backing, below_format, Sharing::Locked);
+    let below = below.map_err(cannot)?;
+    let content = DiskContent::of(&below.chain, &progress::stoppable());
+    let content = content.map_err(|error| cannot(new_image::words(&error)).because_of(&error))?;
+    options.backing_content = Some(content);
     Ok(below)
 }
 
-fn make(path: &Path, given: &Given, record_backing: bool) -> Result<(), String> {
-    let mut format = given.new_format(path)?;
+fn make(name: &str, path: &Path, given: &Given, record_backing: bool) -> Outcome<()> {
+    let cannot = |why: String| failure(name, &why);
+    let mut format = given.new_format(path).map_err(cannot)?;
     let size = given.size().unwrap_or(0);
     let disk = size.checked_next_multiple_of(512);
-    let disk = disk.ok_or("Could not resize image: Image size cannot be negative")?;
-    let place = target::place(path)?;
-    let control = Control {
-        cancel: signal::note_stop().ok(),
-        progress: None,
-    };
+    let negative = "Could not resize image: Image size cannot be negative";
+    let disk = disk.ok_or_else(|| failure(name, negative))?;
+    let place = target::place(path).map_err(cannot)?;
+    let control = progress::stoppable();
     // Nobody writes to it until the image that records it is there.
     let _below = match record_backing {
-        true => Some(record(path, given, &mut format, &control)?),
+        true => Some(record(name, path, given, &mut format)?),
         false => None,
     };
     let made = create(&place.target, &format, disk, &control);
-    made.map(drop).map_err(|error| new_image::words(&error))
+    made.map(drop)
+        .map_err(|error| cannot(new_image::words(&error)).because_of(&error))
 }

@@ -3,10 +3,8 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
-use stead_qcow2::{Control, ConvertOptions, DD_BLOCK_BYTES, DdBlocks, NewFormat, Preallocation};
+use stead_qcow2::{ConvertOptions, DD_BLOCK_BYTES, DdBlocks, NewFormat, Preallocation};
 use stead_qcow2::{Qcow2Options, convert};
-
-use stead_sys::signal;
 
 use crate::command::Command;
 use crate::common::{self, CACHE_SIZE, FORCE_SHARE, FORMAT, IMAGE_OPTS, NO_FOLLOW, OBJECT};
@@ -16,6 +14,7 @@ use crate::format::Format;
 use crate::getopt::{Opt, Parsed};
 use crate::new_image;
 use crate::opened;
+use crate::progress::watched;
 use crate::reference;
 use crate::size::{self, MAX_SIZE};
 use crate::target;
@@ -83,12 +82,10 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
     let path = reference::plain_path(to).map_err(Failure::new)?;
     let cannot = |why: String| not_made(to, &why);
     let place = target::place(&path).map_err(cannot)?;
-    let control = Control {
-        cancel: signal::note_stop().ok(),
-        progress: None,
-    };
-    let made = convert(&opened.chain, &place.target, &options, &control);
-    made.map_err(|error| cannot(new_image::words(&error)))?;
+    let made = watched(parsed, |control| {
+        convert(&opened.chain, &place.target, &options, control)
+    });
+    made.map_err(|error| cannot(new_image::words(&error)).because_of(&error))?;
     Ok(0)
 }
 

@@ -4,12 +4,14 @@ use stead_qcow2::MapEntry;
 
 use crate::command::Command;
 use crate::common::{
-    self, CACHE_SIZE, FORCE_SHARE, FORMAT, IMAGE_OPTS, NO_FOLLOW, OBJECT, OUTPUT, Output,
+    self, CACHE_SIZE, FORCE_SHARE, FORMAT, IMAGE_OPTS, LONG_PROGRESS, NO_FOLLOW, OBJECT, OUTPUT,
+    Output,
 };
 use crate::console::Console;
 use crate::failure::{Failure, Outcome};
 use crate::getopt::{Opt, Parsed};
 use crate::opened;
+use crate::progress::watched;
 use crate::reference::Reference;
 
 pub(crate) const COMMAND: Command = Command {
@@ -24,6 +26,7 @@ pub(crate) const COMMAND: Command = Command {
            \x20     --output FORMAT        human or json\n\
            \x20     --no-follow            refuse an image that needs other files\n\
            \x20     --cache-size SIZE      memory for tables (64M)\n\
+           \x20     --progress             show how far it is (as JSON: on standard error)\n\
            \x20 -U, --force-share          also while another process writes the image\n\n\
            Example:\n  {program} map --output=json disk.qcow2\n",
     opts: &[
@@ -34,6 +37,7 @@ pub(crate) const COMMAND: Command = Command {
         FORCE_SHARE,
         NO_FOLLOW,
         CACHE_SIZE,
+        LONG_PROGRESS,
         Opt::value("start", "s", &["start-offset"]),
         Opt::value("length", "l", &["max-length"]),
     ],
@@ -50,14 +54,17 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
     let (image, opened) = opened::disk(parsed, name, FORMAT.id)?;
     let end = length.and_then(|length| start.checked_add(length));
     let end = end.unwrap_or(u64::MAX).min(opened.chain.len());
-    let entries = opened.chain.map(start).map_while(|entry| match entry {
-        Ok(entry) => clipped(entry, end).map(Ok),
-        Err(error) => Some(Err(error)),
-    });
-    match output {
-        Output::Human => human(&image, entries, console)?,
-        Output::Json => json(start, entries, console)?,
-    }
+    watched(parsed, |control| {
+        let entries = opened.chain.map(start).watched(control);
+        let entries = entries.map_while(|entry| match entry {
+            Ok(entry) => clipped(entry, end).map(Ok),
+            Err(error) => Some(Err(error)),
+        });
+        match output {
+            Output::Human => human(&image, entries, console),
+            Output::Json => json(start, entries, console),
+        }
+    })?;
     Ok(0)
 }
 

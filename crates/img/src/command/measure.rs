@@ -4,12 +4,13 @@ use std::path::Path;
 
 use serde_json::json;
 use stead_qcow2::{Chain, Control, ConvertOptions, Error, Measured, NewFiles, NewFormat};
-use stead_qcow2::{Target, measure, measure_empty, predict};
+use stead_qcow2::{Target, measure_empty, measure_with, predict};
 use stead_sys::durable::Existing;
 
 use crate::command::Command;
 use crate::common::{
-    self, CACHE_SIZE, FORCE_SHARE, FORMAT, IMAGE_OPTS, NO_FOLLOW, OBJECT, OUTPUT, Output,
+    self, CACHE_SIZE, FORCE_SHARE, FORMAT, IMAGE_OPTS, LONG_PROGRESS, NO_FOLLOW, OBJECT, OUTPUT,
+    Output,
 };
 use crate::console::Console;
 use crate::create_options::Given;
@@ -18,6 +19,7 @@ use crate::format::Format;
 use crate::getopt::{Opt, Parsed};
 use crate::json;
 use crate::opened::{self, OpenedChain};
+use crate::progress::watched;
 use crate::snapshot_name;
 
 pub(crate) const COMMAND: Command = Command {
@@ -35,6 +37,7 @@ pub(crate) const COMMAND: Command = Command {
            \x20     --exact                also the exact length of the copy; reads the whole disk\n\
            \x20     --no-follow            refuse an image that needs other files\n\
            \x20     --cache-size SIZE      memory for tables (64M)\n\
+           \x20     --progress             show how far it is (as JSON: on standard error)\n\
            \x20     --output FORMAT        human or json\n\
            \x20 -U, --force-share          also while another process writes the image\n\n\
            Example:\n  {program} measure -O qcow2 disk.raw\n",
@@ -46,6 +49,7 @@ pub(crate) const COMMAND: Command = Command {
         FORCE_SHARE,
         NO_FOLLOW,
         CACHE_SIZE,
+        LONG_PROGRESS,
         Opt::value("target-format", "O", &["target-format"]),
         Opt::value("options", "o", &["options", "target-options"]),
         Opt::value("size", "s", &["size"]),
@@ -66,9 +70,12 @@ fn run(parsed: &Parsed, console: &mut Console) -> Outcome<u8> {
     let new = new_format(parsed, &lists)?;
     let (measured, exact) = match (&source, size) {
         (Some(source), _) => (
-            measure(&source.chain, &new).map_err(|error| failure(&error))?,
+            watched(parsed, |control| measure_with(&source.chain, &new, control))
+                .map_err(|error| failure(&error))?,
             match parsed.has("exact") {
-                true => Some(exactly(&source.chain, new)?),
+                true => Some(watched(parsed, |control| {
+                    exactly(&source.chain, new, control)
+                })?),
                 false => None,
             },
         ),
@@ -135,11 +142,11 @@ fn failure(error: &Error) -> Failure {
         let text = "The image size is too large (try using a larger cluster size)";
         return Failure::new(text).with_more(reason.clone());
     }
-    Failure::new(error.to_string())
+    Failure::new(error.to_string()).because_of(error)
 }
 
 /// The files that a copy makes, without making them.
-fn exactly(source: &Chain, format: NewFormat) -> Outcome<NewFiles> {
+fn exactly(source: &Chain, format: NewFormat, control: &Control<'_>) -> Outcome<NewFiles> {
     let options = ConvertOptions {
         format,
         ..ConvertOptions::default()
@@ -149,7 +156,7 @@ fn exactly(source: &Chain, format: NewFormat) -> Outcome<NewFiles> {
         mode: 0o600,
         existing: Existing::Replace,
     };
-    Ok(predict(source, &target, &options, &Control::default())?)
+    Ok(predict(source, &target, &options, control)?)
 }
 
 fn human(measured: &Measured, exact: Option<NewFiles>) -> String {

@@ -1,8 +1,7 @@
 //! `rebase`: another backing file, or none.
 
 use stead_qcow2::ops::rebase::{self, BackingFile, NewBacking};
-use stead_qcow2::{Control, DiskContent, Error};
-use stead_sys::signal;
+use stead_qcow2::{DiskContent, Error};
 
 use crate::command::Command;
 use crate::common::{
@@ -15,7 +14,7 @@ use crate::format::Format;
 use crate::getopt::{Opt, Parsed};
 use crate::new_image;
 use crate::opened::{OpenedChain, Sharing};
-use crate::progress::Progress;
+use crate::progress::{self, watched};
 use crate::reference::Reference;
 use crate::report::{self, DRY_RUN, JSON};
 
@@ -155,7 +154,7 @@ impl Wanted {
             Some(name) if name.len() > MAX_NAME_BYTES => {
                 self.cannot("Invalid argument").with_more(error.to_string())
             }
-            Some(_) | None => self.cannot(&error.to_string()),
+            Some(_) | None => self.cannot(&error.to_string()).because_of(error),
         }
     }
 }
@@ -170,7 +169,6 @@ fn rename(
     wanted: &Wanted,
     console: &mut Console,
 ) -> Outcome<()> {
-    let progress = progress(parsed);
     let mut editor = editing::editor(image)?;
     wanted.require_known_format()?;
     wanted.require_format()?;
@@ -183,15 +181,12 @@ fn rename(
         });
         return report::planned(parsed, &plan.map_err(failed)?, console);
     }
-    let done = rebase::rename(&mut editor, new).map_err(failed)?;
-    progress.done();
-    drop(progress);
+    let done = watched(parsed, |_| rebase::rename(&mut editor, new)).map_err(failed)?;
     report::done(parsed, &done, "", console)
 }
 
 /// Another file below, or none, and every disk state shows what it showed.
 fn keep(parsed: &Parsed, image: &Reference, wanted: &Wanted, console: &mut Console) -> Outcome<()> {
-    let progress = progress(parsed);
     let mut editor = editing::editor(image)?;
     let sharing = Sharing::of(parsed);
     let old = editing::below(image, &editor, sharing)?;
@@ -200,18 +195,10 @@ fn keep(parsed: &Parsed, image: &Reference, wanted: &Wanted, console: &mut Conso
     let disk = wanted.disk(image, sharing)?;
     wanted.require_format()?;
     let failed = |error: Error| wanted.failed(&error);
-    let tell = |fraction| progress.tell(fraction);
-    let control = Control {
-        cancel: signal::note_stop().ok(),
-        progress: Some(&tell),
-    };
     let content = match &disk {
         Some(opened) if parsed.has(RECORD_BACKING.id) => {
-            let quiet = Control {
-                progress: None,
-                ..control
-            };
-            Some(DiskContent::of(&opened.chain, &quiet).map_err(failed)?)
+            let control = progress::stoppable();
+            Some(DiskContent::of(&opened.chain, &control).map_err(failed)?)
         }
         Some(_) | None => None,
     };
@@ -224,15 +211,14 @@ fn keep(parsed: &Parsed, image: &Reference, wanted: &Wanted, console: &mut Conso
             content,
         });
     if parsed.has(DRY_RUN.id) {
-        let plan = rebase::plan(&editor, old, new.as_ref(), &control);
+        let plan = watched(parsed, |control| {
+            rebase::plan(&editor, old, new.as_ref(), control)
+        });
         return report::planned(parsed, &plan.map_err(failed)?, console);
     }
-    let done = rebase::rebase(&mut editor, old, new.as_ref(), &control).map_err(failed)?;
-    progress.done();
-    drop(progress);
+    let done = watched(parsed, |control| {
+        rebase::rebase(&mut editor, old, new.as_ref(), control)
+    });
+    let done = done.map_err(failed)?;
     report::done_with_bitmaps(parsed, &done, &done.value.bitmaps, console)
-}
-
-fn progress(parsed: &Parsed) -> Progress {
-    Progress::start(parsed.has(PROGRESS.id) && !parsed.has(QUIET.id))
 }

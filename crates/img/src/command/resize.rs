@@ -1,10 +1,10 @@
 //! `resize`: another length for a virtual disk.
 
+use stead_qcow2::Preallocation;
 use stead_qcow2::ops::resize;
-use stead_qcow2::{Error, Preallocation};
 
 use crate::command::Command;
-use crate::common::{self, FORMAT, IMAGE_OPTS, OBJECT, QUIET};
+use crate::common::{self, FORMAT, IMAGE_OPTS, LONG_PROGRESS, OBJECT, QUIET};
 use crate::console::Console;
 use crate::create_options::{self, size_words};
 use crate::editing;
@@ -12,6 +12,7 @@ use crate::failure::{Failure, Outcome, system_words};
 use crate::format::Format;
 use crate::getopt::{Opt, Parsed};
 use crate::opened::{self, Sharing};
+use crate::progress::watched;
 use crate::raw_length::RawFile;
 use crate::reference::Reference;
 use crate::report::{self, DRY_RUN, JSON};
@@ -27,6 +28,7 @@ pub(crate) const COMMAND: Command = Command {
            \x20     --image-opts      FILE is an option string\n\
            \x20     --preallocation   off; metadata (qcow2): tables for what is added; falloc, full: take its room too\n\
            \x20     --shrink          allow to lose what lies beyond the new end\n\
+           \x20     --progress        show how far it is\n\
            \x20     --dry-run         only say how much room it takes\n\
            \x20     --json            say as JSON what was done\n\
            \x20 -q, --quiet           print nothing\n\n\
@@ -38,6 +40,7 @@ pub(crate) const COMMAND: Command = Command {
         Opt::value("preallocation", "", &["preallocation"]),
         Opt::flag("shrink", "", &["shrink"]),
         QUIET,
+        LONG_PROGRESS,
         DRY_RUN,
         JSON,
     ],
@@ -183,13 +186,15 @@ fn qcow2(
     // What is added must not show the disk below.
     let below = editing::below(image, &editor, Sharing::Locked)?;
     let below = below.as_ref().map(|opened| &opened.chain);
-    let cannot = |error: Error| Failure::new(error.to_string());
     if parsed.has(DRY_RUN.id) {
-        let plan = resize::plan(&editor, new, below, mode);
-        return report::planned(parsed, &plan.map_err(cannot)?, console);
+        let plan = watched(parsed, |control| {
+            resize::plan(&editor, new, below, mode, control)
+        });
+        return report::planned(parsed, &plan?, console);
     }
-    let done = resize::resize_reserving(&mut editor, new, below, mode);
-    let done = done.map_err(cannot)?;
+    let done = watched(parsed, |control| {
+        resize::resize_reserving(&mut editor, new, below, mode, control)
+    })?;
     report::done(parsed, &done, DONE, console)
 }
 

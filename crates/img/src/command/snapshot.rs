@@ -6,13 +6,14 @@ use stead_qcow2::edit::SnapshotName;
 use stead_qcow2::{Error, ops};
 
 use crate::command::Command;
-use crate::common::{self, FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, QUIET};
+use crate::common::{self, FORCE_SHARE, FORMAT, IMAGE_OPTS, LONG_PROGRESS, OBJECT, QUIET};
 use crate::console::Console;
 use crate::editing::{self, OpenedEditor};
 use crate::failure::{Failure, Outcome};
 use crate::format::Format;
 use crate::getopt::{Opt, Parsed};
 use crate::opened::{self, Sharing};
+use crate::progress::watched;
 use crate::reference::Reference;
 use crate::report::{self, DRY_RUN, JSON};
 use crate::snapshot_table;
@@ -26,6 +27,7 @@ pub(crate) const COMMAND: Command = Command {
            \x20 -c, --create NAME     keep the active disk as it is\n\
            \x20 -a, --apply NAME      make the active disk what it was; NAME may be an id\n\
            \x20 -d, --delete NAME     remove one\n\
+           \x20     --progress        show how far it is\n\
            \x20     --dry-run         only say how much room it takes\n\
            \x20     --json            say as JSON what was done\n\
            \x20     --image-opts      FILE is an option string\n\
@@ -42,6 +44,7 @@ pub(crate) const COMMAND: Command = Command {
         IMAGE_OPTS,
         QUIET,
         FORCE_SHARE,
+        LONG_PROGRESS,
         DRY_RUN,
         JSON,
     ],
@@ -139,10 +142,15 @@ fn create(
     };
     let cannot = |error: Error| failure("create", name, &error);
     if parsed.has(DRY_RUN.id) {
-        let plan = editor.plan(|edit| edit.create_snapshot(&called));
+        let plan = watched(parsed, |control| {
+            editor.plan_with(control, |edit| edit.create_snapshot(&called))
+        });
         return report::planned(parsed, &plan.map_err(cannot)?, console);
     }
-    let done = ops::snapshot::create(&mut editor, &called).map_err(cannot)?;
+    let done = watched(parsed, |control| {
+        ops::snapshot::create_with(&mut editor, &called, control)
+    });
+    let done = done.map_err(cannot)?;
     report::done(parsed, &done, "", console)
 }
 
@@ -162,10 +170,15 @@ fn apply(
         )));
     };
     if parsed.has(DRY_RUN.id) {
-        let plan = editor.plan(|edit| edit.apply_snapshot(index));
+        let plan = watched(parsed, |control| {
+            editor.plan_with(control, |edit| edit.apply_snapshot(index))
+        });
         return report::planned(parsed, &plan.map_err(cannot)?, console);
     }
-    let done = ops::snapshot::apply(&mut editor, &all[index].id).map_err(cannot)?;
+    let done = watched(parsed, |control| {
+        ops::snapshot::apply_with(&mut editor, &all[index].id, control)
+    });
+    let done = done.map_err(cannot)?;
     report::done(parsed, &done, "", console)
 }
 
@@ -184,13 +197,18 @@ fn delete(
         )));
     };
     if parsed.has(DRY_RUN.id) {
-        let plan = editor.plan(|edit| edit.delete_snapshot(index));
+        let plan = watched(parsed, |control| {
+            editor.plan_with(control, |edit| edit.delete_snapshot(index))
+        });
         return report::planned(parsed, &plan.map_err(cannot)?, console);
     }
-    let done = ops::snapshot::delete(&mut editor, &all[index].id).map_err(cannot)?;
+    let done = watched(parsed, |control| {
+        ops::snapshot::delete_with(&mut editor, &all[index].id, control)
+    });
+    let done = done.map_err(cannot)?;
     report::done(parsed, &done, "", console)
 }
 
 fn failure(what: &str, name: &str, error: &Error) -> Failure {
-    Failure::new(format!("Could not {what} snapshot '{name}': {error}"))
+    Failure::new(format!("Could not {what} snapshot '{name}': {error}")).because_of(error)
 }

@@ -2,6 +2,7 @@
 
 use crate::bitmap_read::TableEntry;
 use crate::consistency;
+use crate::control::Control;
 use crate::counts::{Counts, PAGE_CLUSTERS};
 use crate::directory::StoredBitmap;
 use crate::error::Result;
@@ -25,12 +26,13 @@ pub(crate) struct References {
 pub(crate) fn for_each_reference(
     layer: &Layer,
     left_out: &[HostOffset],
+    control: &Control<'_>,
     each: &mut dyn FnMut(References) -> Result<()>,
 ) -> Result<()> {
     let mut report = CheckReport::default();
     let mut image = Image::read(layer, &mut report)?;
     image.leave_out_bitmaps(left_out);
-    each_window(&image, &mut report, |counts, _report| {
+    each_window(&image, &mut report, &control.quiet(), |counts, _report| {
         tell_references(counts, each)
     })
 }

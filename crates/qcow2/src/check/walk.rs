@@ -1,6 +1,7 @@
 //! The walk over everything that refers to clusters: each reference is counted, and what cannot be followed is told.
 
 use crate::bitmap_read::TableEntry;
+use crate::control::Control;
 use crate::counts::Counts;
 use crate::directory::StoredBitmap;
 use crate::entry::{L2Entry, SUBCLUSTERS, Standard};
@@ -14,6 +15,9 @@ use super::judge::{SAID_NOT_ONE, SAID_ONE};
 use super::report::{CheckReport, Use};
 use super::{require_place, unusable};
 
+/// Progress is told after so many L2 tables.
+const TOLD_TABLES: u64 = 64;
+
 /// One walk over all tables.
 pub(super) struct Walk<'a> {
     pub image: &'a Image<'a>,
@@ -23,6 +27,9 @@ pub(super) struct Walk<'a> {
     pub first: bool,
     /// Where the next cluster of the L2 table lies if it follows on the one before.
     pub follows: Option<HostOffset>,
+    pub control: &'a Control<'a>,
+    /// How many clusters the last one who was told of was.
+    pub told: u64,
 }
 
 impl Walk<'_> {
@@ -35,13 +42,29 @@ impl Walk<'_> {
         for block in image.refcount_blocks.iter().flatten() {
             self.count(*block, size, 1, Use::RefcountBlock.bit());
         }
-        for table in &image.l2_tables {
+        for (done, table) in (0..).zip(&image.l2_tables) {
+            self.control.go_on(image.layer.path())?;
             self.l2_table(table)?;
+            if done % TOLD_TABLES == 0 {
+                self.tell(done);
+            }
         }
         for bitmap in &image.bitmaps {
+            self.control.go_on(image.layer.path())?;
             self.bitmap(bitmap)?;
         }
         Ok(())
+    }
+
+    /// Tells of `done` L2 tables, as so many clusters of the window. It may turn out smaller, so what was told stands.
+    fn tell(&mut self, done: u64) {
+        let (before, all) = (self.counts.start, self.image.file_clusters());
+        let window = self.counts.end.min(all).saturating_sub(before);
+        let tables = to_u64(self.image.l2_tables.len().max(1));
+        let part = u128::from(window) * u128::from(done) / u128::from(tables);
+        let now = before.saturating_add(u64::try_from(part).unwrap_or(window));
+        self.told = self.told.max(now);
+        self.control.tell(self.told, all);
     }
 
     fn count(&mut self, at: HostOffset, length: u64, references: u32, marks: u16) {

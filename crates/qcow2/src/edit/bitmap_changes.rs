@@ -16,7 +16,7 @@ const MAX_BITMAPS: usize = 65_535;
 /// How many bytes of bits are written at a time.
 const STEP_BYTES: u64 = 4 << 20;
 
-impl Edit {
+impl Edit<'_> {
     /// The index of the bitmap with this name.
     #[must_use]
     pub fn find_bitmap(&self, name: &[u8]) -> Option<usize> {
@@ -129,6 +129,7 @@ impl Edit {
             return Err(self.invalid(index, reason));
         }
         for (cluster, word) in (0..).zip(table) {
+            self.go_on()?;
             match TableEntry::decode(word) {
                 Some(TableEntry::Clear) => {}
                 Some(TableEntry::Full) => bits.load_full_cluster(size, cluster),
@@ -222,6 +223,7 @@ impl Edit {
         let most = (STEP_BYTES / size.bytes()).max(1);
         let mut rest = mixed.as_slice();
         while !rest.is_empty() {
+            self.go_on()?;
             let (at, count) = self.allocate_up_to(most.min(to_u64(rest.len())))?;
             let (now, later) = rest.split_at(to_usize(count));
             let mut bytes = vec![0; now.len() * size.buffer_len()];

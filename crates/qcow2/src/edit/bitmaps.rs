@@ -59,7 +59,7 @@ impl Bitmap {
     }
 }
 
-impl Edit {
+impl Edit<'_> {
     /// The persistent bitmaps of the new state; none where the image says that they cannot be trusted.
     pub fn bitmaps(&self) -> impl Iterator<Item = &BitmapRecord> {
         self.bitmaps.iter().map(|bitmap| &bitmap.record)
@@ -300,6 +300,7 @@ impl Edit {
             if here == there {
                 continue;
             }
+            self.go_on()?;
             for cluster in 0..self.shape().l2_entries() {
                 self.mark_difference(here, there, (index, cluster))?;
             }

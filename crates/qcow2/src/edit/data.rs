@@ -157,7 +157,7 @@ impl GuestFile {
     }
 }
 
-impl Edit {
+impl Edit<'_> {
     /// Whether guest data lies in an external data file.
     #[must_use]
     pub fn is_elsewhere(&self) -> bool {

@@ -12,7 +12,7 @@ use super::groups::{Group, Window};
 use super::transaction::Edit;
 use super::views::Mapping;
 
-impl Edit {
+impl Edit<'_> {
     /// Takes all zero clusters out of all disk states, which read as before. What several states share stays
     /// shared.
     pub(super) fn expand_zeros(&mut self, control: &Control<'_>) -> Result<()> {

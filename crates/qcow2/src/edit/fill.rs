@@ -29,8 +29,8 @@ pub struct Filled {
 }
 
 /// Filling on its way.
-struct Fill<'a, 'e> {
-    edit: &'e mut Edit,
+struct Fill<'a, 'e, 'w> {
+    edit: &'e mut Edit<'w>,
     finder: Finder<'a>,
     copies: Copies<'a>,
     control: &'a Control<'a>,
@@ -47,7 +47,7 @@ struct Sharers {
     seen: u64,
 }
 
-impl Edit {
+impl Edit<'_> {
     /// Has every disk state keep what it shows of the disk below, as far as it would not show the same
     /// with the other one below. `expected_bytes` is for those who look at the progress.
     ///
@@ -88,7 +88,7 @@ impl Edit {
     }
 }
 
-impl Fill<'_, '_> {
+impl Fill<'_, '_, '_> {
     fn window(&mut self, window: &mut Window) -> Result<()> {
         let mut index = window.indexes.start;
         while index < window.indexes.end {

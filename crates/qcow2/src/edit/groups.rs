@@ -56,7 +56,7 @@ impl Group {
     }
 }
 
-impl Edit {
+impl Edit<'_> {
     /// All disk states with their lengths.
     pub(super) fn disks(&self) -> Vec<Disk> {
         let own = self.virtual_size();

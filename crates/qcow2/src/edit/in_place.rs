@@ -158,7 +158,7 @@ impl InPlace {
     }
 }
 
-impl Edit {
+impl Edit<'_> {
     /// Names the layers, top first, whose disk [`Edit::overwrite`] takes its bytes from. They must stay as they
     /// are until the change is through, and a recovery reads them again: by their absolute paths.
     ///

@@ -18,7 +18,7 @@ use crate::units::GuestOffset;
 use super::transaction::Edit;
 use super::views::{Mapping, View};
 
-impl Edit {
+impl Edit<'_> {
     /// Gives the virtual disk the length `after`, in bytes. Bytes that are added are zeros, and dirty in every
     /// bitmap; `below` is the disk below this image, needed to grow an image that has a backing file.
     ///

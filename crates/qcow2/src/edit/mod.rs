@@ -58,8 +58,8 @@ use stead_sys::image_lock::{Access, Attempt, ImageLock};
 use stead_sys::space;
 use stead_sys::storage::{FileStorage, Storage};
 
-use crate::check::{CheckReport, check};
-use crate::control::Moving;
+use crate::check::{CheckReport, check_with};
+use crate::control::{Control, Moving};
 use crate::error::{Error, Result};
 use crate::file::ImageFile;
 use crate::following::{OpenPolicy, data_file_of};
@@ -102,6 +102,33 @@ impl Default for EditOptions {
     }
 }
 
+impl EditOptions {
+    /// The same, with somebody who watches while the image is opened: it is checked whole.
+    #[must_use]
+    pub fn watched<'a>(self, control: &Control<'a>) -> Opening<'a> {
+        Opening {
+            options: self,
+            control: *control,
+        }
+    }
+}
+
+/// How an image is opened for changes, and who watches meanwhile: [`EditOptions`], or [`EditOptions::watched`].
+#[derive(Debug, Clone, Copy)]
+pub struct Opening<'a> {
+    options: EditOptions,
+    control: Control<'a>,
+}
+
+impl From<EditOptions> for Opening<'_> {
+    fn from(options: EditOptions) -> Self {
+        Self {
+            options,
+            control: Control::default(),
+        }
+    }
+}
+
 /// What a change leaves behind, and who looks on.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Leaving<'a> {
@@ -111,13 +138,14 @@ pub(crate) struct Leaving<'a> {
     pub corruptions: u64,
     /// Is told of data that is written in place, and can end the change as long as the image is as it was.
     pub moving: Option<&'a Moving<'a>>,
+    /// Can end the change as long as the image is as it was, and is told of its stages.
+    pub control: Control<'a>,
 }
 
-impl Leaving<'_> {
-    fn go_on(&self, path: &Path) -> Result<()> {
-        self.moving.map_or(Ok(()), |moving| moving.go_on(path))
-    }
-}
+/// How far a change is when it is planned, and when it is built, of what ends with its proof. Where little changes, all three
+/// look at the same tables.
+const PLANNED: f64 = 0.3;
+const BUILT: f64 = 0.7;
 
 /// What a change did.
 #[derive(Debug, Clone)]
@@ -233,7 +261,7 @@ impl Editor {
     /// # Errors
     /// When it cannot be opened, is in use ([`Error::InUse`]), in progress ([`Error::InProgress`]), marked
     /// corrupt or dirty, or damaged ([`Error::Damaged`]; leaks are no damage).
-    pub fn open(path: &Path, options: EditOptions) -> Result<Self> {
+    pub fn open<'c>(path: &Path, options: impl Into<Opening<'c>>) -> Result<Self> {
         Self::open_with(path, |storage| Self::on_storage(storage, path, options))
     }
 
@@ -241,7 +269,11 @@ impl Editor {
     ///
     /// # Errors
     /// As [`Editor::open`]; [`Error::NoExternalData`] when the image keeps guest data itself.
-    pub fn open_with_data(path: &Path, data: &Path, options: EditOptions) -> Result<Self> {
+    pub fn open_with_data<'c>(
+        path: &Path,
+        data: &Path,
+        options: impl Into<Opening<'c>>,
+    ) -> Result<Self> {
         Self::open_with(path, |storage| {
             let data = DataFile::open(data)?;
             Self::read(storage, path, options, Elsewhere::File(data))?.whole()
@@ -252,7 +284,11 @@ impl Editor {
     ///
     /// # Errors
     /// As [`Editor::open`]; [`Error::NotFollowed`].
-    pub fn open_following(path: &Path, policy: &OpenPolicy, options: EditOptions) -> Result<Self> {
+    pub fn open_following<'c>(
+        path: &Path,
+        policy: &OpenPolicy,
+        options: impl Into<Opening<'c>>,
+    ) -> Result<Self> {
         match data_file_of(&Layer::inspect(path)?, policy)? {
             Some(data) => Self::open_with_data(path, &data, options),
             None => Self::open(path, options),
@@ -265,11 +301,11 @@ impl Editor {
     ///
     /// # Errors
     /// As [`Editor::open_with_data`].
-    pub fn on_storage_with_data(
+    pub fn on_storage_with_data<'c>(
         storage: Arc<dyn Storage>,
         path: &Path,
         (data, data_path): (Arc<dyn Storage>, &Path),
-        options: EditOptions,
+        options: impl Into<Opening<'c>>,
     ) -> Result<Self> {
         let data = DataFile::on_storage(data, data_path);
         Self::read(storage, path, options, Elsewhere::File(data))?.whole()
@@ -286,7 +322,7 @@ impl Editor {
     ///
     /// # Errors
     /// As [`Editor::open`].
-    pub fn open_for_amendments(path: &Path, options: EditOptions) -> Result<Self> {
+    pub fn open_for_amendments<'c>(path: &Path, options: impl Into<Opening<'c>>) -> Result<Self> {
         Self::open_with(path, |storage| {
             Self::for_amendments_on(storage, path, options)
         })
@@ -296,16 +332,16 @@ impl Editor {
     ///
     /// # Errors
     /// As [`Editor::open`].
-    pub fn for_amendments_on(
+    pub fn for_amendments_on<'c>(
         storage: Arc<dyn Storage>,
         path: &Path,
-        options: EditOptions,
+        options: impl Into<Opening<'c>>,
     ) -> Result<Self> {
         Self::read(storage, path, options, Elsewhere::Closed)?.whole()
     }
 
     /// As [`Editor::open`], for the repair of an image that may be damaged.
-    pub(crate) fn open_damaged(path: &Path, options: EditOptions) -> Result<Self> {
+    pub(crate) fn open_damaged<'c>(path: &Path, options: impl Into<Opening<'c>>) -> Result<Self> {
         Self::open_with(path, |storage| Self::damaged_on(storage, path, options))
     }
 
@@ -324,27 +360,27 @@ impl Editor {
     ///
     /// # Errors
     /// As [`Editor::open`].
-    pub fn on_storage(
+    pub fn on_storage<'c>(
         storage: Arc<dyn Storage>,
         path: &Path,
-        options: EditOptions,
+        options: impl Into<Opening<'c>>,
     ) -> Result<Self> {
         Self::read(storage, path, options, Elsewhere::Nothing)?.whole()
     }
 
-    pub(crate) fn damaged_on(
+    pub(crate) fn damaged_on<'c>(
         storage: Arc<dyn Storage>,
         path: &Path,
-        options: EditOptions,
+        options: impl Into<Opening<'c>>,
     ) -> Result<Self> {
         // Refcounts say nothing of data elsewhere, so it is not needed.
         Self::read(storage, path, options, Elsewhere::Closed)
     }
 
-    fn read(
+    fn read<'c>(
         storage: Arc<dyn Storage>,
         path: &Path,
-        options: EditOptions,
+        options: impl Into<Opening<'c>>,
         elsewhere: Elsewhere,
     ) -> Result<Self> {
         let (data_elsewhere, data) = match elsewhere {
@@ -353,7 +389,8 @@ impl Editor {
             Elsewhere::File(data) => (false, Some(data)),
         };
         let (old, old_first) = load(&storage, path, data_elsewhere, data.as_ref())?;
-        let before = check(&old)?;
+        let Opening { options, control } = options.into();
+        let before = check_with(&old, &control)?;
         Ok(Self {
             path: path.to_owned(),
             storage,
@@ -404,13 +441,27 @@ impl Editor {
     ///
     /// # Errors
     /// Those of the change; or when there is no room for the scratch file.
-    pub fn plan<T>(&self, mut change: impl FnMut(&mut Edit) -> Result<T>) -> Result<Plan> {
+    pub fn plan<T>(&self, change: impl FnMut(&mut Edit<'_>) -> Result<T>) -> Result<Plan> {
+        self.plan_with(&Control::default(), change)
+    }
+
+    /// As [`Editor::plan`], watched.
+    ///
+    /// # Errors
+    /// As [`Editor::plan`]; [`Error::Cancelled`].
+    pub fn plan_with<T>(
+        &self,
+        control: &Control<'_>,
+        mut change: impl FnMut(&mut Edit<'_>) -> Result<T>,
+    ) -> Result<Plan> {
         let scratch = Scratch::new(Arc::clone(&self.storage), self.old.cluster_size());
         let scratch =
             scratch.map_err(|source| Error::io("make a scratch file for", &self.path, source))?;
-        let mut edit = self.edit(Arc::new(scratch), true)?;
+        let mut edit = self.edit(Arc::new(scratch), true, control)?;
         change(&mut edit)?;
-        Ok(plan_of(&edit.build()?))
+        let plan = plan_of(&edit.build()?);
+        control.tell(1, 1);
+        Ok(plan)
     }
 
     /// Makes a change: plans it, refuses it if the room is not there, builds the new state, proves it and
@@ -424,19 +475,40 @@ impl Editor {
     /// # Errors
     /// Those of the change and of writing: then the image is as it was. [`Error::Switch`]: then it is as it was,
     /// or as it was to be, or in progress.
-    pub fn apply<T>(&mut self, change: impl FnMut(&mut Edit) -> Result<T>) -> Result<Done<T>> {
-        self.apply_leaving(Leaving::default(), change)
+    pub fn apply<T>(&mut self, change: impl FnMut(&mut Edit<'_>) -> Result<T>) -> Result<Done<T>> {
+        self.apply_with(&Control::default(), change)
+    }
+
+    /// As [`Editor::apply`], watched: it can be ended as long as the image is as it was.
+    ///
+    /// # Durability
+    /// As [`Editor::apply`].
+    ///
+    /// # Errors
+    /// As [`Editor::apply`]; [`Error::Cancelled`], with the image as it was.
+    pub fn apply_with<T>(
+        &mut self,
+        control: &Control<'_>,
+        change: impl FnMut(&mut Edit<'_>) -> Result<T>,
+    ) -> Result<Done<T>> {
+        let leaving = Leaving {
+            control: *control,
+            ..Leaving::default()
+        };
+        let done = self.apply_leaving(leaving, change)?;
+        control.tell(1, 1);
+        Ok(done)
     }
 
     /// As [`Editor::apply`], with what it may or must leave.
     pub(crate) fn apply_leaving<T>(
         &mut self,
         leaving: Leaving<'_>,
-        mut change: impl FnMut(&mut Edit) -> Result<T>,
+        mut change: impl FnMut(&mut Edit<'_>) -> Result<T>,
     ) -> Result<Done<T>> {
-        let room = self.plan(&mut change)?;
+        let control = leaving.control;
+        let room = control.within((0.0, PLANNED), |part| self.plan_with(part, &mut change))?;
         self.require_room(&room, leaving.free_bytes)?;
-        leaving.go_on(&self.path)?;
         let length = self.storage.len();
         let length =
             length.map_err(|source| Error::io("find the length of", &self.path, source))?;
@@ -465,21 +537,29 @@ impl Editor {
         })
     }
 
-    fn build<T>(
-        &self,
-        leaving: &Leaving<'_>,
-        change: &mut impl FnMut(&mut Edit) -> Result<T>,
-    ) -> Result<(Built, T, CheckReport)> {
-        let mut edit = self.edit(Arc::clone(&self.storage), false)?;
+    fn build<'a, T>(
+        &'a self,
+        leaving: &Leaving<'a>,
+        change: &mut impl FnMut(&mut Edit<'_>) -> Result<T>,
+    ) -> Result<(Built<'a>, T, CheckReport)> {
+        let control = leaving.control;
+        let mut edit = self.edit(Arc::clone(&self.storage), false, &control)?;
         let value = change(&mut edit)?;
-        leaving.go_on(&self.path)?;
+        control.go_on(&self.path)?;
         let built = edit.build()?;
-        let check = built.prove(&self.before, leaving.corruptions)?;
-        leaving.go_on(&self.path)?;
+        let check = control.within((BUILT, 1.0), |part| {
+            built.prove(&self.before, leaving.corruptions, part)
+        })?;
+        control.go_on(&self.path)?;
         Ok((built, value, check))
     }
 
-    fn edit(&self, storage: Arc<dyn Storage>, plan: bool) -> Result<Edit> {
+    fn edit<'a>(
+        &'a self,
+        storage: Arc<dyn Storage>,
+        plan: bool,
+        control: &Control<'a>,
+    ) -> Result<Edit<'a>> {
         let external = self.old.header().external_data.as_ref();
         let raw = external.is_some_and(|external| external.raw);
         let guest = self.data.as_ref().map(|data| data.for_edit(raw));
@@ -496,6 +576,7 @@ impl Editor {
             blocks: NewBlocks::new(file, self.old.file_length()),
             damaged: self.damaged,
             guest: guest.transpose()?,
+            control: *control,
         })
     }
 

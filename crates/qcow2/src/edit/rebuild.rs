@@ -1,5 +1,6 @@
 //! All refcounts written anew: with another width, or from what refers to each cluster.
 
+use crate::control::Control;
 use crate::error::{Error, Result};
 use crate::header::MAX_REFCOUNT_TABLE_BYTES;
 use crate::refcounts::{most_references, read_refcount};
@@ -32,11 +33,12 @@ impl Refcounts {
     }
 
     /// Gives all refcounts a width of `1 << order` bits.
-    fn set_order(&mut self, order: u32, tables: &mut Tables) -> Result<()> {
+    fn set_order(&mut self, order: u32, tables: &mut Tables, control: &Control<'_>) -> Result<()> {
         let clusters = self.counted_end(tables)?;
         self.require_table_for(clusters, order)?;
         let replaced = self.begin_anew(order);
         for (index, place) in (0..).zip(&replaced.table).filter(|(_, place)| **place != 0) {
+            control.go_on(self.old.layer.path())?;
             let block: Vec<u8> = tables.get(HostOffset(*place))?.into();
             for within in 0..replaced.per_block {
                 let count = read_refcount(&block, within, replaced.order);
@@ -83,7 +85,7 @@ impl Refcounts {
     }
 }
 
-impl Edit {
+impl Edit<'_> {
     /// Gives refcounts another width: `1 << order` bits, `order` from 0 to 6.
     ///
     /// # Errors
@@ -97,7 +99,8 @@ impl Edit {
         if order == self.counts.order {
             return Ok(());
         }
-        self.counts.set_order(order, &mut self.tables)?;
+        let control = self.control;
+        self.counts.set_order(order, &mut self.tables, &control)?;
         self.first.raw.refcount_order.set(order);
         self.note_taken()
     }

@@ -38,13 +38,18 @@ impl BitmapsToDrop {
     }
 }
 
-impl Edit {
+impl Edit<'_> {
     /// Writes all refcounts anew, without those of the bitmaps that go; the first step of a repair.
     pub(crate) fn rebuild(&mut self, from: RefcountsFrom, drop: &BitmapsToDrop) -> Result<()> {
         let old = std::sync::Arc::clone(&self.old);
-        for_each_reference(&old, drop.tables(), &mut |found| self.keep_off(found))?;
+        let control = self.control;
+        for_each_reference(&old, drop.tables(), &control, &mut |found| {
+            control.go_on(old.path())?;
+            self.keep_off(found)
+        })?;
         self.counts.begin_anew(self.counts.order);
-        for_each_reference(&old, drop.tables(), &mut |found| {
+        for_each_reference(&old, drop.tables(), &control, &mut |found| {
+            control.go_on(old.path())?;
             // Blocks of refcounts are those that are written now.
             if found.refcount_block {
                 return Ok(());

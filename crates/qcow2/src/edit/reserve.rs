@@ -19,7 +19,7 @@ const RUN_BYTES: u64 = 64 << 20;
 /// Zeros are written in pieces of this many bytes.
 const ZEROS_BYTES: u64 = 1 << 20;
 
-impl Edit {
+impl Edit<'_> {
     /// Gives each guest cluster of the active disk in `clusters`, which all read as zeros and have no room, one of
     /// its own.
     ///
@@ -32,6 +32,7 @@ impl Edit {
         let most = (RUN_BYTES >> self.size().bits()).max(1);
         let mut at = clusters.start;
         while at < clusters.end {
+            self.go_on()?;
             let count = most.min(clusters.end - at);
             let host = self.take_reserved(count, mode)?;
             self.make_zeros(host, count, mode)?;
@@ -81,6 +82,7 @@ impl Edit {
         let zeros = vec![0; to_usize(ZEROS_BYTES.min(bytes.end - bytes.start))];
         let mut at = bytes.start;
         while at < bytes.end {
+            self.go_on()?;
             let step = to_usize(ZEROS_BYTES.min(bytes.end - at));
             self.write_data(HostOffset(at), &zeros[..step])?;
             at += ZEROS_BYTES;

@@ -8,7 +8,7 @@ use super::records::{SnapshotName, SnapshotRecord};
 use super::transaction::Edit;
 use super::views::View;
 
-impl Edit {
+impl Edit<'_> {
     /// The internal snapshots of the new state.
     #[must_use]
     pub fn snapshots(&self) -> &[SnapshotRecord] {

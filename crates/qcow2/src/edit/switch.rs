@@ -16,8 +16,8 @@ use stead_sys::image_lock::ImageLock;
 use stead_sys::storage::{FileStorage, Storage};
 
 use crate::chain::{Chain, MAX_LAYERS, Member};
-use crate::check::{CheckReport, check};
-use crate::control::Moving;
+use crate::check::{CheckReport, check_with};
+use crate::control::{Control, Moving};
 use crate::error::{Error, Result};
 use crate::file::ImageFile;
 use crate::header::{
@@ -43,8 +43,8 @@ const MAX_JOURNAL_BYTES: u64 = 256 << 20;
 const MAX_JOURNAL_LAYERS: usize = 2 * MAX_LAYERS;
 
 /// A new state that is written out and synced, and not yet switched to.
-pub(super) struct Built {
-    edit: Edit,
+pub(super) struct Built<'a> {
+    edit: Edit<'a>,
     first: Vec<u8>,
     header: Header,
     journal: Option<(JournalPlace, Journal)>,
@@ -60,12 +60,12 @@ pub(super) struct Built {
     pub data_bytes: u64,
 }
 
-impl Edit {
+impl<'a> Edit<'a> {
     /// Writes out everything that was changed.
     ///
     /// # Durability
     /// The new state has been synced, and nothing refers to it.
-    pub(super) fn build(mut self) -> Result<Built> {
+    pub(super) fn build(mut self) -> Result<Built<'a>> {
         self.settle_copied()?;
         self.store_loaded()?;
         self.store_active()?;
@@ -96,6 +96,7 @@ impl Edit {
             grown.map_err(self.io("set the length of"))?;
         }
         self.tables.flush()?;
+        self.go_on()?;
         let synced = self.storage.sync();
         synced.map_err(self.io("sync"))?;
         Ok(Built {
@@ -191,7 +192,7 @@ impl Edit {
     }
 }
 
-impl Built {
+impl Built<'_> {
     /// Whether the change goes through the journal.
     pub fn has_journal(&self) -> bool {
         self.journal.is_some()
@@ -199,7 +200,12 @@ impl Built {
 
     /// Reads the new state back and checks it whole; `before` is what a check of the old state found, and so many
     /// corruptions may be left.
-    pub fn prove(&self, before: &CheckReport, corruptions: u64) -> Result<CheckReport> {
+    pub fn prove(
+        &self,
+        before: &CheckReport,
+        corruptions: u64,
+        control: &Control<'_>,
+    ) -> Result<CheckReport> {
         let failed = |reason: String| Error::NotProven {
             path: self.edit.path.clone(),
             reason,
@@ -212,7 +218,7 @@ impl Built {
             },
             Err(error) => return Err(failed(error.to_string())),
         };
-        let report = check(&layer)?;
+        let report = check_with(&layer, control)?;
         let first = report.findings.first().map(ToString::to_string);
         if report.corruptions > corruptions {
             return Err(failed(first.unwrap_or_default()));
@@ -233,6 +239,7 @@ impl Built {
             Err(error) => return Err(failed(error.to_string())),
         }
         for bitmap in &self.edit.bitmaps {
+            control.go_on(&self.edit.path)?;
             match says_enough(bitmap, &self.edit.old, &layer) {
                 Ok(true) => {}
                 Ok(false) => {

@@ -11,6 +11,7 @@ use stead_sys::{durable, readable};
 
 use crate::backing_record::BackingRecord;
 use crate::content::DiskContent;
+use crate::control::Control;
 use crate::error::{Error, Result};
 use crate::header::{Header, extension, to_u64, to_usize};
 use crate::layer::Layer;
@@ -31,7 +32,7 @@ use super::views::LoadedTable;
 /// Every method that says that it takes a cluster gives one that the old state does not use; every method
 /// that writes asserts that it does not write over the old state.
 #[derive(Debug)]
-pub struct Edit {
+pub struct Edit<'a> {
     pub(super) path: PathBuf,
     pub(super) old: Arc<Layer>,
     pub(super) storage: Arc<dyn Storage>,
@@ -55,6 +56,8 @@ pub struct Edit {
     pub(super) guest: Option<GuestFile>,
     /// The raw file that is written in place, once the state is built.
     pub(super) target: Option<Arc<dyn Storage>>,
+    /// Who watches, and may want the change to end.
+    pub(super) control: Control<'a>,
 }
 
 /// What a transaction starts from.
@@ -70,10 +73,11 @@ pub(super) struct Start<'a> {
     pub damaged: bool,
     /// The external data file, if guest data lies in one that is open.
     pub guest: Option<GuestFile>,
+    pub control: Control<'a>,
 }
 
-impl Edit {
-    pub(super) fn new(start: Start<'_>) -> Result<Self> {
+impl<'a> Edit<'a> {
+    pub(super) fn new(start: Start<'a>) -> Result<Self> {
         let old = start.old;
         let size = old.cluster_size();
         let storage = start.storage;
@@ -104,8 +108,14 @@ impl Edit {
             in_place: InPlace::default(),
             target: None,
             guest: start.guest,
+            control: start.control,
             storage,
         })
+    }
+
+    /// An error when the caller wants the change to end.
+    pub(crate) fn go_on(&self) -> Result<()> {
+        self.control.go_on(&self.path)
     }
 
     /// The old state, which stays as it is until the switch.

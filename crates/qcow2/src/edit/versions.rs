@@ -10,7 +10,7 @@ use super::transaction::Edit;
 
 const OPERATION: &str = "change the version of the format";
 
-impl Edit {
+impl Edit<'_> {
     /// The version of the format that the new state has: 2 or 3.
     #[must_use]
     pub fn version(&self) -> u32 {

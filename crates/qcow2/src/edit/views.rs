@@ -117,7 +117,7 @@ pub(super) struct LoadedTable {
     changed: bool,
 }
 
-impl Edit {
+impl Edit<'_> {
     /// Entries of a view's L1 table.
     ///
     /// # Errors
@@ -351,6 +351,7 @@ impl Edit {
 
     /// The L2 table at `index` of a view, in a cluster where it may be changed; a new one if there is none.
     fn own_table(&mut self, view: View, index: u64) -> Result<HostOffset> {
+        self.go_on()?;
         let Some(entry) = self.l1_entry(view, index)? else {
             let at = self.allocate(1)?;
             let empty = vec![0; self.size().buffer_len()];
@@ -373,6 +374,7 @@ impl Edit {
 
     /// Adds `change` to the references of everything that an L2 table refers to.
     fn count_table(&mut self, table: HostOffset, change: i64) -> Result<()> {
+        self.go_on()?;
         for index in 0..self.shape().l2_entries() {
             let (word, bitmap) = self.entry_words(table, index)?;
             if word == 0 {
@@ -424,6 +426,7 @@ impl Edit {
     }
 
     fn has_copied(&mut self, table: HostOffset) -> Result<bool> {
+        self.go_on()?;
         let step = if self.shape().extended_l2 { 16 } else { 8 };
         let entries = self.tables.get(table)?.chunks_exact(step);
         // A compressed entry never has the flag: the bit there would not be valid.
@@ -479,6 +482,7 @@ impl Edit {
 
     /// Whether a flag of the active L2 table at `table` does not fit the refcount.
     fn flags_differ(&mut self, table: HostOffset) -> Result<bool> {
+        self.go_on()?;
         if self.is_elsewhere() {
             // There all of them are set.
             return Ok(false);

@@ -12,6 +12,7 @@ use std::path::Path;
 use super::counts::RefcountPlan;
 use super::options::{Geometry, NewFormat, Preallocation, Qcow2Options, Version, check_disk};
 use crate::chain::Chain;
+use crate::control::Control;
 use crate::directory::StoredBitmap;
 use crate::error::Result;
 use crate::header::{SECTOR_BYTES, to_u64};
@@ -56,6 +57,14 @@ pub fn measure_empty(disk: u64, format: &NewFormat) -> Result<Measured> {
 /// # Errors
 /// When the format cannot express it, or a table of the source cannot be read.
 pub fn measure(source: &Chain, format: &NewFormat) -> Result<Measured> {
+    measure_with(source, format, &Control::default())
+}
+
+/// As [`measure`], watched.
+///
+/// # Errors
+/// As [`measure`]; [`Error::Cancelled`](crate::Error::Cancelled).
+pub fn measure_with(source: &Chain, format: &NewFormat, control: &Control<'_>) -> Result<Measured> {
     let path = Path::new("to be measured");
     let options = match format {
         NewFormat::Raw { .. } => return Ok(raw(source.len())),
@@ -65,7 +74,7 @@ pub fn measure(source: &Chain, format: &NewFormat) -> Result<Measured> {
     let data = if takes_room(options) || options.backing.is_some() {
         whole.disk
     } else {
-        allocated(source, options.cluster_size)?
+        allocated(source, options.cluster_size, control)?
     };
     let mut measured = whole.with_data(data);
     if options.version == Version::V3
@@ -75,6 +84,7 @@ pub fn measure(source: &Chain, format: &NewFormat) -> Result<Measured> {
         let bitmaps = layer.stored_bitmaps()?;
         measured.bitmaps = Some(bitmap_bytes(&bitmaps, source.len(), options.cluster_size));
     }
+    control.tell(1, 1);
     Ok(measured)
 }
 
@@ -84,12 +94,12 @@ pub(crate) fn bound(source: &Chain, format: &NewFormat, disk: u64) -> Result<u64
         NewFormat::Raw {
             preallocation: Preallocation::Falloc | Preallocation::Full,
         } => Ok(disk),
-        NewFormat::Raw { .. } => allocated(source, ClusterSize::DEFAULT),
+        NewFormat::Raw { .. } => allocated(source, ClusterSize::DEFAULT, &Control::default()),
         NewFormat::Qcow2(options) => {
             let whole = whole(&Geometry::new(Path::new("to be measured"), disk, options)?);
             let data = match takes_room(options) {
                 true => whole.disk,
-                false => allocated(source, options.cluster_size)?,
+                false => allocated(source, options.cluster_size, &Control::default())?,
             };
             Ok(whole.with_data(data).required)
         }
@@ -142,11 +152,13 @@ fn whole(geometry: &Geometry) -> Whole {
 }
 
 /// The bytes of clusters that hold something other than zeros as far as the tables say.
-fn allocated(source: &Chain, size: ClusterSize) -> Result<u64> {
+fn allocated(source: &Chain, size: ClusterSize, control: &Control<'_>) -> Result<u64> {
     let (mut clusters, mut counted) = (0, 0);
     let mut at = 0;
     while let Some(range) = source.next_data(at)? {
         at = range.end;
+        control.go_on(Path::new("the disk to be measured"))?;
+        control.tell(at, source.len());
         let first = (range.start >> size.bits()).max(counted);
         let end = size.count_for(range.end);
         clusters += end.saturating_sub(first);

@@ -45,7 +45,7 @@ pub use convert::{
 pub use create::create;
 pub use dd::{DD_BLOCK_BYTES, DdBlocks, dd};
 pub use kept::{DroppedBitmap, Keep, lost_bitmaps};
-pub use measure::{Measured, measure, measure_empty};
+pub use measure::{Measured, measure, measure_empty, measure_with};
 pub use options::{
     Backing, DataFile, MAX_VIRTUAL_BYTES, NewFormat, Preallocation, Qcow2Options, Target, Version,
 };

@@ -55,9 +55,7 @@ pub fn amend(
     if let Some(backing) = amendments.backing {
         require_name(editor.layer().path(), backing)?;
     }
-    let done = editor.apply(|edit| change(edit, amendments, below, control))?;
-    control.tell(1, 1);
-    Ok(done)
+    editor.apply_with(control, |edit| change(edit, amendments, below, control))
 }
 
 /// How much room [`amend`] needs; nothing is written.
@@ -73,7 +71,7 @@ pub fn plan(
     if let Some(backing) = amendments.backing {
         require_name(editor.layer().path(), backing)?;
     }
-    editor.plan(|edit| change(edit, amendments, below, control))
+    editor.plan_with(control, |edit| change(edit, amendments, below, control))
 }
 
 fn change(

@@ -3,6 +3,7 @@
 //! Several steps are one change: all of them are done, or none.
 
 use crate::bitmap::Bitmap;
+use crate::control::Control;
 use crate::edit::{Done, Edit, Editor, Plan};
 use crate::error::{Error, Result};
 use crate::layer::Layer;
@@ -57,7 +58,24 @@ pub struct Step<'a> {
 /// describes has another length; [`Error::BitmapInUse`] for one that was not saved, which can only be removed;
 /// [`Error::InvalidBitmap`] for names and granularities that QEMU does not open; else as [`Editor::apply`].
 pub fn change(editor: &mut Editor, steps: &[Step<'_>]) -> Result<Done<()>> {
-    editor.apply(|edit| steps.iter().try_for_each(|step| run(edit, step)))
+    change_with(editor, steps, &Control::default())
+}
+
+/// As [`change`], watched.
+///
+/// # Durability
+/// As [`Editor::apply`].
+///
+/// # Errors
+/// As [`change`]; [`Error::Cancelled`].
+pub fn change_with(
+    editor: &mut Editor,
+    steps: &[Step<'_>],
+    control: &Control<'_>,
+) -> Result<Done<()>> {
+    editor.apply_with(control, |edit| {
+        steps.iter().try_for_each(|step| run(edit, step))
+    })
 }
 
 /// How much room [`change`] needs; nothing is written.
@@ -65,10 +83,21 @@ pub fn change(editor: &mut Editor, steps: &[Step<'_>]) -> Result<Done<()>> {
 /// # Errors
 /// As [`change`].
 pub fn plan(editor: &Editor, steps: &[Step<'_>]) -> Result<Plan> {
-    editor.plan(|edit| steps.iter().try_for_each(|step| run(edit, step)))
+    plan_with(editor, steps, &Control::default())
+}
+
+/// As [`plan`], watched.
+///
+/// # Errors
+/// As [`change_with`].
+pub fn plan_with(editor: &Editor, steps: &[Step<'_>], control: &Control<'_>) -> Result<Plan> {
+    editor.plan_with(control, |edit| {
+        steps.iter().try_for_each(|step| run(edit, step))
+    })
 }
 
 fn run(edit: &mut Edit, step: &Step<'_>) -> Result<()> {
+    edit.go_on()?;
     let find = |edit: &Edit, operation| {
         let found = edit.find_bitmap(step.bitmap);
         found.ok_or_else(|| missing(edit.old(), operation, step.bitmap))

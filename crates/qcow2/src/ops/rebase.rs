@@ -90,7 +90,8 @@ pub fn rebase(
     require_fitting(editor, below, new)?;
     let change = Change::new(editor, below, new, control)?;
     let mut expected = 0;
-    let done = editor.apply(|edit| {
+    // How far it is, the bytes that are copied say.
+    let done = editor.apply_with(&control.quiet(), |edit| {
         let done = change.run(edit, expected)?;
         expected = done.bytes;
         Ok(done)
@@ -111,7 +112,7 @@ pub fn plan(
 ) -> Result<Plan> {
     require_fitting(editor, below, new)?;
     let change = Change::new(editor, below, new, control)?;
-    editor.plan(|edit| change.run(edit, 0))
+    editor.plan_with(&control.quiet(), |edit| change.run(edit, 0))
 }
 
 /// Says another name and format of the backing file, or none, and changes nothing else. What the image shows is

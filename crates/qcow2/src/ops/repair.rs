@@ -61,7 +61,7 @@ pub struct PlannedRepair {
 /// # Errors
 /// As [`repair`].
 pub fn plan(path: &Path, mode: RepairMode, control: &Control<'_>) -> Result<PlannedRepair> {
-    let editor = Editor::open_damaged(path, EditOptions::default())?;
+    let editor = Editor::open_damaged(path, EditOptions::default().watched(&control.quiet()))?;
     plan_with(&editor, mode, control)
 }
 
@@ -75,7 +75,11 @@ pub fn plan_storage(
     mode: RepairMode,
     control: &Control<'_>,
 ) -> Result<PlannedRepair> {
-    let editor = Editor::damaged_on(storage, path, EditOptions::default())?;
+    let editor = Editor::damaged_on(
+        storage,
+        path,
+        EditOptions::default().watched(&control.quiet()),
+    )?;
     plan_with(&editor, mode, control)
 }
 
@@ -88,7 +92,7 @@ pub fn plan_storage(
 /// [`Error::Refused`] when that would take a guess (see the module), with the first finding; else as
 /// [`Editor::apply`]. The image is then as it was.
 pub fn repair(path: &Path, mode: RepairMode, control: &Control<'_>) -> Result<Repaired> {
-    let editor = Editor::open_damaged(path, EditOptions::default())?;
+    let editor = Editor::open_damaged(path, EditOptions::default().watched(&control.quiet()))?;
     repair_with(editor, mode, control)
 }
 
@@ -102,7 +106,11 @@ pub fn repair_storage(
     mode: RepairMode,
     control: &Control<'_>,
 ) -> Result<Repaired> {
-    let editor = Editor::damaged_on(storage, path, EditOptions::default())?;
+    let editor = Editor::damaged_on(
+        storage,
+        path,
+        EditOptions::default().watched(&control.quiet()),
+    )?;
     repair_with(editor, mode, control)
 }
 
@@ -146,7 +154,7 @@ fn plan_with(editor: &Editor, mode: RepairMode, control: &Control<'_>) -> Result
     let dropped_bitmaps = names(editor, &drop)?;
     let path = editor.layer().path();
     let room = match Cure::of(editor, mode, drop)? {
-        Some(cure) => Some(editor.plan(|edit| cure.apply(edit, path, control))?),
+        Some(cure) => Some(editor.plan_with(control, |edit| cure.apply(edit, path, control))?),
         None => None,
     };
     Ok(PlannedRepair {
@@ -171,6 +179,7 @@ fn repair_with(mut editor: Editor, mode: RepairMode, control: &Control<'_>) -> R
     let path = editor.layer().path().to_owned();
     let leaving = Leaving {
         corruptions: cure.left,
+        control: *control,
         ..Leaving::default()
     };
     let done = editor.apply_leaving(leaving, |edit| cure.apply(edit, &path, control))?;

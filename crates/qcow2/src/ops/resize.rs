@@ -1,6 +1,7 @@
 //! Another length for the virtual disk.
 
 use crate::chain::Chain;
+use crate::control::Control;
 use crate::edit::{Done, Edit, Editor, Plan};
 use crate::error::Result;
 use crate::make::Preallocation;
@@ -21,33 +22,36 @@ pub fn resize(editor: &mut Editor, bytes: u64, below: Option<&Chain>) -> Result<
     editor.apply(|edit| edit.resize(bytes, below))
 }
 
-/// As [`resize`], with room for what is added: the clusters behind the one that the disk ended in, which read as zeros.
+/// As [`resize`], with room for what is added: the clusters behind the one that the disk ended in, which read as zeros;
+/// watched.
 ///
 /// # Durability
 /// As [`Editor::apply`].
 ///
 /// # Errors
-/// As [`resize`].
+/// As [`resize`]; [`crate::Error::Cancelled`].
 pub fn resize_reserving(
     editor: &mut Editor,
     bytes: u64,
     below: Option<&Chain>,
     mode: Preallocation,
+    control: &Control<'_>,
 ) -> Result<Done<()>> {
-    editor.apply(|edit| change(edit, bytes, below, mode))
+    editor.apply_with(control, |edit| change(edit, bytes, below, mode))
 }
 
 /// How much room [`resize_reserving`] needs; nothing is written.
 ///
 /// # Errors
-/// As [`resize`].
+/// As [`resize`]; [`crate::Error::Cancelled`].
 pub fn plan(
     editor: &Editor,
     bytes: u64,
     below: Option<&Chain>,
     mode: Preallocation,
+    control: &Control<'_>,
 ) -> Result<Plan> {
-    editor.plan(|edit| change(edit, bytes, below, mode))
+    editor.plan_with(control, |edit| change(edit, bytes, below, mode))
 }
 
 fn change(edit: &mut Edit, bytes: u64, below: Option<&Chain>, mode: Preallocation) -> Result<()> {

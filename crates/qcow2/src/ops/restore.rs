@@ -7,6 +7,7 @@
 //! known to differ.
 
 use crate::consistency::Note;
+use crate::control::Control;
 use crate::edit::{Done, Edit, Editor, Mapping, Plan, View};
 use crate::error::{Error, Result};
 
@@ -22,17 +23,32 @@ const OPERATION: &str = "restore an internal snapshot from the active disk";
 /// [`Error::Refused`] when there is no such snapshot, it has lost nothing, or what both have differs; else as
 /// [`Editor::apply`].
 pub fn restore_from_active(editor: &mut Editor, called: &[u8]) -> Result<Done<u64>> {
+    restore_from_active_with(editor, called, &Control::default())
+}
+
+/// As [`restore_from_active`], watched.
+///
+/// # Durability
+/// As [`Editor::apply`].
+///
+/// # Errors
+/// As [`restore_from_active`]; [`Error::Cancelled`].
+pub fn restore_from_active_with(
+    editor: &mut Editor,
+    called: &[u8],
+    control: &Control<'_>,
+) -> Result<Done<u64>> {
     require_restorable(editor, called)?;
-    editor.apply(|edit| restore_called(edit, called))
+    editor.apply_with(control, |edit| restore_called(edit, called))
 }
 
 /// How much room [`restore_from_active`] needs; nothing is written.
 ///
 /// # Errors
 /// As [`restore_from_active`].
-pub fn plan(editor: &Editor, called: &[u8]) -> Result<Plan> {
+pub fn plan(editor: &Editor, called: &[u8], control: &Control<'_>) -> Result<Plan> {
     require_restorable(editor, called)?;
-    editor.plan(|edit| restore_called(edit, called))
+    editor.plan_with(control, |edit| restore_called(edit, called))
 }
 
 fn restore_called(edit: &mut Edit, called: &[u8]) -> Result<u64> {
@@ -83,6 +99,7 @@ fn restore(edit: &mut Edit, snapshot: usize) -> Result<u64> {
     let (mut restored, mut next) = (0, edit.next_table(View::Active, 0)?);
     while let Some(table) = next {
         next = edit.next_table(View::Active, table + 1)?;
+        edit.go_on()?;
         let end = clusters.min((table + 1) * entries);
         for cluster in (table * entries).min(end)..end {
             restored += restore_cluster(edit, view, cluster)?;

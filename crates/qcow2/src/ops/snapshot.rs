@@ -1,5 +1,6 @@
 //! Internal snapshots: create, apply, delete.
 
+use crate::control::Control;
 use crate::edit::{Done, Edit, Editor, SnapshotName, SnapshotRecord};
 use crate::error::{Error, Result};
 
@@ -11,7 +12,22 @@ use crate::error::{Error, Result};
 /// # Errors
 /// [`Error::RefcountOverflow`] where refcounts are too narrow for one more snapshot; else as [`Editor::apply`].
 pub fn create(editor: &mut Editor, called: &SnapshotName) -> Result<Done<Vec<u8>>> {
-    editor.apply(|edit| edit.create_snapshot(called))
+    create_with(editor, called, &Control::default())
+}
+
+/// As [`create`], watched.
+///
+/// # Durability
+/// As [`Editor::apply`].
+///
+/// # Errors
+/// As [`create`]; [`Error::Cancelled`].
+pub fn create_with(
+    editor: &mut Editor,
+    called: &SnapshotName,
+    control: &Control<'_>,
+) -> Result<Done<Vec<u8>>> {
+    editor.apply_with(control, |edit| edit.create_snapshot(called))
 }
 
 /// Makes the active disk what it was in the snapshot with this identifier or, else, this name. The disk gets
@@ -23,7 +39,18 @@ pub fn create(editor: &mut Editor, called: &SnapshotName) -> Result<Done<Vec<u8>
 /// # Errors
 /// [`Error::Refused`] when there is no such snapshot; else as [`Editor::apply`].
 pub fn apply(editor: &mut Editor, called: &[u8]) -> Result<Done<()>> {
-    editor.apply(|edit| {
+    apply_with(editor, called, &Control::default())
+}
+
+/// As [`apply`], watched.
+///
+/// # Durability
+/// As [`Editor::apply`].
+///
+/// # Errors
+/// As [`apply`]; [`Error::Cancelled`].
+pub fn apply_with(editor: &mut Editor, called: &[u8], control: &Control<'_>) -> Result<Done<()>> {
+    editor.apply_with(control, |edit| {
         let index = find(edit, "apply an internal snapshot", called)?;
         edit.apply_snapshot(index)
     })
@@ -37,7 +64,18 @@ pub fn apply(editor: &mut Editor, called: &[u8]) -> Result<Done<()>> {
 /// # Errors
 /// [`Error::Refused`] when there is no such snapshot; else as [`Editor::apply`].
 pub fn delete(editor: &mut Editor, called: &[u8]) -> Result<Done<()>> {
-    editor.apply(|edit| {
+    delete_with(editor, called, &Control::default())
+}
+
+/// As [`delete`], watched.
+///
+/// # Durability
+/// As [`Editor::apply`].
+///
+/// # Errors
+/// As [`delete`]; [`Error::Cancelled`].
+pub fn delete_with(editor: &mut Editor, called: &[u8], control: &Control<'_>) -> Result<Done<()>> {
+    editor.apply_with(control, |edit| {
         let index = find(edit, "delete an internal snapshot", called)?;
         edit.delete_snapshot(index)
     })

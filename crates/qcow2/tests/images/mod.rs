@@ -7,7 +7,8 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use stead_qcow2::{Chain, LayerFile, LayerFormat};
+use stead_qcow2::edit::{EditOptions, Editor};
+use stead_qcow2::{Chain, Layer, LayerFile, LayerFormat, Result, check};
 
 /// How long a server may take to listen.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -28,6 +29,31 @@ pub fn run(program: &str, args: &[String]) -> String {
 pub fn sh(line: &str) -> String {
     let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
     run(&words[0], &words[1..])
+}
+
+/// A path as it stands on a command line.
+pub fn text(path: &Path) -> &str {
+    path.to_str().expect("temp paths are text")
+}
+
+/// An image open for changes, with a small cache, so that tables are written and read again while they are worked on.
+pub fn editor(path: &Path) -> Result<Editor> {
+    let options = EditOptions {
+        cache_bytes: 1 << 16,
+        allow_dirty: true,
+    };
+    Editor::open(path, options)
+}
+
+/// Neither we nor qemu-img find anything wrong in the image.
+pub fn require_whole(path: &Path, story: &str) {
+    let report = check(&Layer::open(path).expect("whole")).expect("readable");
+    assert!(report.is_clean(), "{:?}\n{story}", report.findings);
+    let args = ["check", "-q", "-f", "qcow2", text(path)];
+    let output = Command::new("qemu-img").args(args).output();
+    let output = output.expect("qemu-img is installed");
+    let found = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{found}\n{story}");
 }
 
 /// Numbers from a seed (xorshift64*), the same in every run.

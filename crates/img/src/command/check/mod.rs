@@ -3,17 +3,18 @@
 mod repair;
 mod told;
 
-use stead_qcow2::{CheckReport, Control, Error, check, check_backing};
-use stead_sys::signal;
+use stead_qcow2::{CheckReport, Error, check_backing, check_with};
 
 use crate::command::Command;
-use crate::common::{self, FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, Output, QUIET};
+use crate::common::{
+    self, FORCE_SHARE, FORMAT, IMAGE_OPTS, LONG_PROGRESS, OBJECT, OUTPUT, Output, QUIET,
+};
 use crate::console::Console;
 use crate::failure::{Failure, Outcome};
 use crate::format::Format;
 use crate::getopt::{Opt, Parsed};
 use crate::opened::{self, Sharing};
-use crate::progress::Progress;
+use crate::progress::watched;
 use crate::reference::Reference;
 use crate::report::DRY_RUN;
 
@@ -37,7 +38,7 @@ pub(crate) const COMMAND: Command = Command {
            \x20     --output FORMAT   human or json\n\
            \x20     --backing         open the images below, too, and compare what they show with what was recorded of it\n\
            \x20                       (create and rebase --record-backing); reads all of it\n\
-           \x20     --progress        show how far that is\n\
+           \x20     --progress        show how far it is\n\
            \x20     --notes           all that is no damage but worth knowing (as JSON always)\n\
            \x20 -q, --quiet           only what is wrong\n\
            \x20 -U, --force-share     also while another process writes the image\n\
@@ -54,7 +55,7 @@ pub(crate) const COMMAND: Command = Command {
         QUIET,
         Opt::flag("notes", "", &["notes"]),
         BACKING,
-        Opt::flag("progress", "", &["progress"]),
+        LONG_PROGRESS,
         Opt::value("repair", "r", &["repair"]),
         Opt::value("restore", "", &["restore-snapshot"]),
         Opt::flag("same", "", &["active-was-same"]),
@@ -100,7 +101,7 @@ fn look(
 ) -> Outcome<u8> {
     let _lock = opened::lock(image, Sharing::of(parsed))?;
     let layer = opened::inspect(image)?;
-    let mut report = check(&layer).map_err(failed)?;
+    let mut report = watched(parsed, |control| check_with(&layer, control)).map_err(failed)?;
     if parsed.has(BACKING.id) {
         compare_backing(parsed, image, &mut report, console)?;
     }
@@ -121,7 +122,7 @@ fn look(
 }
 
 fn failed(error: Error) -> Failure {
-    Failure::new(format!("Check failed: {error}"))
+    Failure::new(format!("Check failed: {error}")).because_of(&error)
 }
 
 /// Holds what lies below each image against what was recorded of it.
@@ -132,15 +133,10 @@ fn compare_backing(
     console: &mut Console,
 ) -> Outcome<()> {
     let opened = opened::chain(image, Sharing::of(parsed), common::follow_all())?;
-    let progress = Progress::start(parsed.has("progress") && !parsed.has("quiet"));
-    let tell = |fraction| progress.tell(fraction);
-    let control = Control {
-        cancel: signal::note_stop().ok(),
-        progress: Some(&tell),
-    };
-    check_backing(&opened.chain, report, &control).map_err(failed)?;
-    progress.done();
-    drop(progress);
+    let done = watched(parsed, |control| {
+        check_backing(&opened.chain, report, control)
+    });
+    done.map_err(failed)?;
     if report.backing_compared == 0 {
         console.error_line(
             "Note: no image recorded what lies below it (see create and rebase --record-backing), so nothing \

@@ -4,7 +4,6 @@ use stead_qcow2::edit::Plan;
 use stead_qcow2::ops::repair::{self, PlannedRepair, RepairMode};
 use stead_qcow2::ops::restore;
 use stead_qcow2::{Control, Error};
-use stead_sys::signal;
 
 use crate::common::{FORCE_SHARE, Output};
 use crate::console::Console;
@@ -12,6 +11,7 @@ use crate::editing;
 use crate::failure::{Failure, Outcome};
 use crate::getopt::Parsed;
 use crate::opened;
+use crate::progress::{self, watched};
 use crate::reference::Reference;
 use crate::report::DRY_RUN;
 
@@ -78,12 +78,8 @@ impl Wanted {
         }
         let mut repaired = Repaired::default();
         if let Some(mode) = self.mode {
-            let control = Control {
-                cancel: signal::note_stop().ok(),
-                progress: None,
-            };
             let layer = opened::inspect(image)?;
-            match repaired_image(image, mode, &control)? {
+            match watched(parsed, |control| repaired_image(image, mode, control))? {
                 Ok(done) => {
                     told::findings(&layer, &done.before, console)?;
                     repaired = Repaired::of(&done);
@@ -95,7 +91,7 @@ impl Wanted {
             }
         }
         for name in &self.snapshots {
-            let bytes = restored(image, name)?;
+            let bytes = restored(parsed, image, name)?;
             repaired.restored.push((name.clone(), bytes));
         }
         finish(parsed, image, output, &repaired, console)
@@ -123,8 +119,8 @@ impl Wanted {
         }
         for name in &self.snapshots {
             let editor = editing::editor(image)?;
-            let plan = restore::plan(&editor, name.as_bytes());
-            rooms.push(Some(plan.map_err(|error| Failure::new(error.to_string()))?));
+            let control = progress::stoppable();
+            rooms.push(Some(restore::plan(&editor, name.as_bytes(), &control)?));
         }
         console.print(&told::plan(output, &rooms)?)?;
         Ok(0)
@@ -147,7 +143,7 @@ fn repaired_image(
 
 /// As [`repaired_image`], of the plan.
 fn planned(image: &Reference, mode: RepairMode) -> Outcome<Result<PlannedRepair, Error>> {
-    let control = Control::default();
+    let control = progress::stoppable();
     let Some(window) = image.window else {
         return Ok(repair::plan(&image.path, mode, &control));
     };
@@ -158,16 +154,17 @@ fn planned(image: &Reference, mode: RepairMode) -> Outcome<Result<PlannedRepair,
 
 fn failed(image: &Reference, error: &Error) -> Failure {
     if let Error::Switch { .. } | Error::NoRoom { .. } | Error::Cancelled { .. } = error {
-        return Failure::new(format!("Check failed: {error}"));
+        return Failure::new(format!("Check failed: {error}")).because_of(error);
     }
     Failure::open(&image.given, error)
 }
 
 /// How many bytes the internal snapshot got back.
-fn restored(image: &Reference, name: &str) -> Outcome<u64> {
+fn restored(parsed: &Parsed, image: &Reference, name: &str) -> Outcome<u64> {
     let mut editor = editing::editor(image)?;
-    let done = restore::restore_from_active(&mut editor, name.as_bytes());
-    let done = done.map_err(|error| Failure::new(error.to_string()))?;
+    let done = watched(parsed, |control| {
+        restore::restore_from_active_with(&mut editor, name.as_bytes(), control)
+    })?;
     Ok(done.value)
 }
 

@@ -13,7 +13,7 @@ use crate::units::HostOffset;
 
 use super::put::Put;
 
-impl Put<'_> {
+impl Put<'_, '_> {
     /// Whether a cluster of the base that is defined whole needs more than new data at its place.
     pub fn is_in_place_elsewhere(&mut self, cluster: u64) -> Result<bool> {
         if !self.edit.is_elsewhere() {

@@ -353,7 +353,7 @@ pub fn measure(
         }
     };
     if let Some(top) = files.top.as_ref().filter(|_| options.empty_top) {
-        report.top = Some(larger(report.top, top.plan(Edit::empty)?));
+        report.top = Some(larger(report.top, top.plan(|edit| edit.empty())?));
     }
     Ok(report)
 }
@@ -428,7 +428,9 @@ pub fn commit(
     forget_records(files, options, control)?;
     let mut files = Files::open(files, options)?;
     let emptying = files.top.as_ref().filter(|_| options.empty_top);
-    let emptying = emptying.map(|top| top.plan(Edit::empty)).transpose()?;
+    let emptying = emptying
+        .map(|top| top.plan(|edit| edit.empty()))
+        .transpose()?;
     let left = emptying.map_or(0, |plan| plan.new_bytes);
     let mut report = match files.base.format {
         LayerFormat::Qcow2 => {
@@ -447,7 +449,7 @@ pub fn commit(
         }
     };
     if let Some(top) = files.top.as_mut().filter(|_| options.empty_top) {
-        let done = top.apply(Edit::empty)?;
+        let done = top.apply(|edit| edit.empty())?;
         report.top = Some(larger(report.top, done.room));
     }
     Ok(report)
@@ -501,6 +503,7 @@ pub fn commit_into(
     let leaving = Leaving {
         free_bytes: left,
         moving: Some(&ready.views.moving),
+        control: control.quiet(),
         ..Leaving::default()
     };
     let done = editor.apply_leaving(leaving, |edit| ready.run(edit))?;

@@ -56,8 +56,8 @@ struct Part {
     ranges: Vec<Range<u64>>,
 }
 
-pub(super) struct Put<'a> {
-    pub edit: &'a mut Edit,
+pub(super) struct Put<'a, 'w> {
+    pub edit: &'a mut Edit<'w>,
     views: &'a Views<'a>,
     pub size: ClusterSize,
     pub extended: bool,
@@ -74,7 +74,7 @@ pub(super) struct Put<'a> {
     part: Option<Part>,
 }
 
-impl Put<'_> {
+impl Put<'_, '_> {
     fn range(&mut self, range: Range<u64>) -> Result<()> {
         let mut at = range.start;
         while at < range.end {

@@ -283,6 +283,7 @@ pub fn commit_into_raw(
     let leaving = Leaving {
         free_bytes: plan.new_bytes,
         moving: Some(&ready.views.moving),
+        control: control.quiet(),
         ..Leaving::default()
     };
     let done = top.apply_leaving(leaving, |edit| ready.run(edit))?;
