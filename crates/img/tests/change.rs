@@ -179,15 +179,7 @@ fn a_dry_run_changes_nothing_and_the_report_says_what_was_needed() {
 #[test]
 fn an_image_in_use_is_not_changed_and_its_user_is_named() {
     let bench = image();
-    let socket = bench.path("socket").display().to_string();
-    let mut server = std::process::Command::new("qemu-nbd")
-        .args(["-f", "qcow2", "-k", &socket, "--persistent"])
-        .arg(bench.path("a.qcow2"))
-        .spawn()
-        .expect("qemu-nbd");
-    while !bench.path("socket").exists() {
-        std::thread::sleep(std::time::Duration::from_millis(10));
-    }
+    let server = bench.serve("a.qcow2");
     let lines = [
         "snapshot -c x a.qcow2",
         "resize a.qcow2 1G",
@@ -197,8 +189,7 @@ fn an_image_in_use_is_not_changed_and_its_user_is_named() {
         "recover a.qcow2",
     ];
     let refused = lines.map(|line| (bench.ours(line), bench.theirs(line)));
-    server.kill().expect("killed");
-    server.wait().expect("ended");
+    drop(server);
     for (line, (ours, theirs)) in lines.iter().zip(refused) {
         let [ours_text, theirs_text] =
             [&ours, &theirs].map(|output| String::from_utf8_lossy(&output.stderr).into_owned());

@@ -142,20 +142,10 @@ fn a_chain_that_comes_back_to_itself_ends_in_an_error() {
 fn an_image_in_use_is_refused_and_its_user_named_unless_sharing_is_asked_for() {
     let bench = Bench::new();
     bench.sh("qemu-img create -q -f qcow2 a.qcow2 1M");
-    let socket = bench.path("socket");
-    let socket = socket.display();
-    let mut server = std::process::Command::new("qemu-nbd")
-        .args(["-f", "qcow2", "-k", &socket.to_string(), "--persistent"])
-        .arg(bench.path("a.qcow2"))
-        .spawn()
-        .expect("qemu-nbd");
-    while !bench.path("socket").exists() {
-        std::thread::sleep(std::time::Duration::from_millis(10));
-    }
+    let server = bench.serve("a.qcow2");
     let (ours, theirs) = (bench.ours("info a.qcow2"), bench.theirs("info a.qcow2"));
     let shared = bench.ours("info -U a.qcow2");
-    server.kill().expect("killed");
-    server.wait().expect("ended");
+    drop(server);
     let text = String::from_utf8_lossy(&ours.stderr).into_owned();
     let expected = String::from_utf8_lossy(&theirs.stderr).into_owned();
     assert!(text.starts_with(&expected), "{text:?} and {expected:?}");

@@ -336,21 +336,12 @@ fn a_new_image_never_takes_the_place_of_one_in_use_and_a_failed_copy_leaves_what
     let failed = bench.ours("convert -O qcow2 lost.qcow2 a.qcow2");
     assert_eq!(failed.status.code(), Some(1));
     bench.sh("cmp a.qcow2 before.qcow2");
-    let socket = bench.path("socket").display().to_string();
-    let mut server = std::process::Command::new("qemu-nbd")
-        .args(["-f", "qcow2", "-k", &socket, "--persistent"])
-        .arg(bench.path("a.qcow2"))
-        .spawn()
-        .expect("qemu-nbd");
-    while !bench.path("socket").exists() {
-        std::thread::sleep(std::time::Duration::from_millis(10));
-    }
+    let server = bench.serve("a.qcow2");
     let refused = [
         bench.ours("create -f qcow2 a.qcow2 2M"),
         bench.ours("convert -O qcow2 before.qcow2 a.qcow2"),
     ];
-    server.kill().expect("killed");
-    server.wait().expect("ended");
+    drop(server);
     for refused in refused {
         let text = String::from_utf8_lossy(&refused.stderr).into_owned();
         assert_eq!(refused.status.code(), Some(1), "{text}");

@@ -4,8 +4,6 @@ mod both;
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::process::{Child, Command};
-use std::time::{Duration, Instant};
 
 use both::{Bench, put};
 
@@ -149,39 +147,10 @@ fn an_image_that_is_refused_is_left_as_it_was() {
             assert_ne!(status, Some(0), "{line}: {text}");
         }
     }
-    let _user = User::of(&bench, "good");
+    let _user = bench.serve("good");
     for line in CHANGES {
         let (status, text) = untouched(&bench, &line.replace("IMAGE", "good"));
         assert_ne!(status, Some(0), "{line}: {text}");
-    }
-}
-
-/// Another program that has an image open for writing, until it is dropped.
-struct User(Child);
-
-impl User {
-    fn of(bench: &Bench, name: &str) -> Self {
-        let socket = bench.path("../socket");
-        let mut command = Command::new("qemu-nbd");
-        command.args(["-f", "qcow2", "-t", "-k"]);
-        command.args([&socket, &bench.path(name)]);
-        let user = Self(command.spawn().expect("qemu-nbd is installed"));
-        let start = Instant::now();
-        while !socket.exists() {
-            assert!(
-                start.elapsed() < Duration::from_secs(20),
-                "it does not listen"
-            );
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        user
-    }
-}
-
-impl Drop for User {
-    fn drop(&mut self) {
-        drop(self.0.kill());
-        drop(self.0.wait());
     }
 }
 

@@ -1,7 +1,7 @@
 //! QEMU's programs and we respect each other's locks on an image.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
@@ -132,12 +132,17 @@ fn an_exported_image_is_in_use() {
         .arg(&path)
         .spawn();
     let user = User(child.expect("qemu-nbd is installed"));
-    // The socket is there only after the image was opened.
+    // It listens before it opens the image, and greets when it has.
     let begun = std::time::Instant::now();
-    while !socket.exists() {
-        assert!(begun.elapsed().as_secs() < 60, "qemu-nbd does not listen");
-        std::thread::sleep(std::time::Duration::from_millis(1));
-    }
+    let mut stream = loop {
+        match std::os::unix::net::UnixStream::connect(&socket) {
+            Ok(stream) => break stream,
+            Err(error) => assert!(begun.elapsed().as_secs() < 60, "qemu-nbd: {error}"),
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    };
+    let mut greeting = [0; 8];
+    stream.read_exact(&mut greeting).expect("it greets");
     let holders = attempt(&path, Access::Write).expect_err("in use");
     assert_eq!(holders[0].pid, user.0.id());
 }

@@ -8,15 +8,31 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, OpenOptions};
+use std::io::Read;
 use std::os::unix::fs::{FileExt, symlink};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
+
+/// How long qemu-nbd may take to open an image.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A folder with images, the two programs, and what they said.
 pub struct Bench {
     dir: tempfile::TempDir,
+}
+
+/// A qemu-nbd that has an image open for writing, until it is dropped.
+pub struct Served(Child);
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
 }
 
 /// What a program printed, in the form in which it is compared.
@@ -62,6 +78,28 @@ impl Bench {
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(output.status.success(), "{command}: {output:?}");
         text
+    }
+
+    /// Has qemu-nbd open an image. It listens before it opens, and greets when it has.
+    pub fn serve(&self, name: &str) -> Served {
+        let socket = self.dir.path().join("socket");
+        let mut command = Command::new("qemu-nbd");
+        command.args(["-f", "qcow2", "--persistent", "-k"]);
+        command.args([&socket, &self.path(name)]);
+        let server = Served(command.spawn().expect("qemu-nbd is installed"));
+        let begun = Instant::now();
+        let mut stream = loop {
+            match UnixStream::connect(&socket) {
+                Ok(stream) => break stream,
+                Err(error) => assert!(begun.elapsed() < PATIENCE, "qemu-nbd: {error}"),
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        stream.set_read_timeout(Some(PATIENCE)).expect("a limit");
+        let mut greeting = [0; 8];
+        stream.read_exact(&mut greeting).expect("qemu-nbd greets");
+        assert_eq!(&greeting, b"NBDMAGIC");
+        server
     }
 
     /// Runs `line` by ours.
