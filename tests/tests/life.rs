@@ -651,9 +651,10 @@ fn a_vm_outlives_every_command_and_a_dead_vm_is_noticed_and_can_be_started() {
         "--force",
         "--force",
     ]);
-    until(Duration::from_secs(30), || worker.qemus().is_empty());
+    until(Duration::from_secs(30), || worker.state("web") != "running");
     let state = worker.state("web");
     assert!(state == "crashed" || state == "stopped", "{state}");
+    assert!(worker.qemus().is_empty());
     worker.ok(&["rm", "web"]);
     assert!(memory_folders_of(&worker.data).is_empty());
 }
