@@ -315,7 +315,7 @@ impl Header {
     /// Decodes the first cluster of an image. `first` may be shorter where the file is.
     ///
     /// # Errors
-    /// When it is no qcow2 image, needs something that is not known ([`Error::UnknownFeature`], an
+    /// When it is no qcow2 image, needs something that is not known ([`crate::Error::UnknownFeature`], an
     /// encryption method without a name), or a field is not valid. `path` is only for the text.
     pub fn decode(first: &[u8], path: &Path) -> Result<Self> {
         let (raw, cluster_size) = decode::read_raw(first, path)?;
