@@ -125,20 +125,8 @@ fn pass_on(watch: &Watch, event: stead_merge::Event) {
 
 /// The same error in the engine's words, which have the exit status.
 fn told(error: MergeError) -> EngineError {
-    let kind = match error.kind() {
-        stead_merge::Kind::Internal => Kind::Internal,
-        stead_merge::Kind::Usage => Kind::Usage,
-        stead_merge::Kind::NotFound => Kind::NotFound,
-        stead_merge::Kind::Conflict => Kind::Conflict,
-        stead_merge::Kind::Damaged => Kind::Damaged,
-        stead_merge::Kind::Incompatible => Kind::Incompatible,
-        stead_merge::Kind::NoSpace => Kind::NoSpace,
-        stead_merge::Kind::Vm => Kind::Vm,
-        stead_merge::Kind::Cancelled => Kind::Cancelled,
-    };
-    EngineError::new(kind, error.attempt(), error.found())
-        .left(error.what_is_left())
-        .next(error.next_step())
+    let left = error.what_is_left().to_owned();
+    EngineError::from(error).left(left)
 }
 
 fn print_plan(plan: &MergePlan) {

@@ -268,7 +268,7 @@ impl Engine {
         let mut needed = 0;
         for group in groups {
             let (files, count) = self.files_of(group);
-            needed += stead_merge::fuse_needs_bytes(&files, count).map_err(told)?;
+            needed += stead_merge::fuse_needs_bytes(&files, count).map_err(EngineError::from)?;
         }
         let folder = self.dir.layers();
         let available = space::available_bytes(&folder).at("ask for room on", &folder)?;
@@ -349,7 +349,7 @@ impl Engine {
                 tell: &tell,
                 cancel: Some(watch.wish_to_stop()),
             };
-            stead_merge::fuse(&files, count, (&path, 0o600), watching).map_err(told)
+            stead_merge::fuse(&files, count, (&path, 0o600), watching).map_err(EngineError::from)
         })
         .await
         .map_err(|error| error.left("the sandbox's disks are as they were"))?;
@@ -545,20 +545,22 @@ fn tell(watch: &Watch, event: stead_merge::Event) {
     }
 }
 
-/// The same error in our words.
-fn told(error: MergeError) -> EngineError {
-    let kind = match error.kind() {
-        stead_merge::Kind::Internal => Kind::Internal,
-        stead_merge::Kind::Usage => Kind::Usage,
-        stead_merge::Kind::NotFound => Kind::NotFound,
-        stead_merge::Kind::Conflict => Kind::Conflict,
-        stead_merge::Kind::Damaged => Kind::Damaged,
-        stead_merge::Kind::Incompatible => Kind::Incompatible,
-        stead_merge::Kind::NoSpace => Kind::NoSpace,
-        stead_merge::Kind::Vm => Kind::Vm,
-        stead_merge::Kind::Cancelled => Kind::Cancelled,
-    };
-    EngineError::new(kind, error.attempt(), error.found()).next(error.next_step())
+/// The same error in our words. What stands now is for the caller to say: he may undo more than the merge.
+impl From<MergeError> for EngineError {
+    fn from(error: MergeError) -> Self {
+        let kind = match error.kind() {
+            stead_merge::Kind::Internal => Kind::Internal,
+            stead_merge::Kind::Usage => Kind::Usage,
+            stead_merge::Kind::NotFound => Kind::NotFound,
+            stead_merge::Kind::Conflict => Kind::Conflict,
+            stead_merge::Kind::Damaged => Kind::Damaged,
+            stead_merge::Kind::Incompatible => Kind::Incompatible,
+            stead_merge::Kind::NoSpace => Kind::NoSpace,
+            stead_merge::Kind::Vm => Kind::Vm,
+            stead_merge::Kind::Cancelled => Kind::Cancelled,
+        };
+        EngineError::new(kind, error.attempt(), error.found()).next(error.next_step())
+    }
 }
 
 #[cfg(test)]
