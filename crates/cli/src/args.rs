@@ -451,7 +451,9 @@ pub enum SaveCommand {
     #[command(after_help = "Example:\n  stead save dump-xml web.save > web.xml")]
     DumpXml(SaveFile),
     /// Replace the domain's XML; the old image stands until the new one is durable
-    #[command(after_help = "Example:\n  stead save edit-xml web.save --xml web.xml")]
+    #[command(
+        after_help = "Without --xml the editor named by VISUAL or EDITOR is started, else vi.\n\nExample:\n  stead save edit-xml web.save --xml web.xml"
+    )]
     EditXml(SaveEditArgs),
     /// Write a save image with another compression, verified before it appears
     #[command(after_help = "Example:\n  stead save convert web.save web.zst.save --format zstd")]
@@ -493,9 +495,9 @@ pub struct SaveEditArgs {
     /// The save image
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
-    /// The new XML; - for standard input
+    /// The new XML; - for standard input. Without it, an editor is started
     #[arg(long, value_name = "FILE")]
-    pub xml: PathBuf,
+    pub xml: Option<PathBuf>,
 }
 
 /// How a payload is stored.

@@ -119,6 +119,7 @@ pub fn settings(global: &Global) -> Result<Settings> {
 fn on_interrupt(command: &Command) -> Option<&'static str> {
     match command {
         Command::Exec(_) | Command::Img { .. } => None,
+        Command::Save(command) if save::starts_editor(command) => None,
         Command::Ls
         | Command::Show(_)
         | Command::Logs(_)
@@ -149,7 +150,7 @@ fn on_interrupt(command: &Command) -> Option<&'static str> {
 }
 
 /// The first Ctrl-C asks the operation to undo itself; the second one ends the program.
-fn cancel_on_interrupt(watch: Watch, say: &'static str) {
+pub fn cancel_on_interrupt(watch: Watch, say: &'static str) {
     tokio::spawn(async move {
         if tokio::signal::ctrl_c().await.is_err() {
             return;

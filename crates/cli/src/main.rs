@@ -5,6 +5,7 @@ mod args;
 mod backup;
 mod commands;
 mod demo;
+mod editor;
 mod exec;
 mod img_manual;
 mod logs;

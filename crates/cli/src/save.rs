@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use stead_engine::{Engine, EngineError, Kind, Result, SaveRequest, Settings, Watch};
 use stead_save_image::{
@@ -10,11 +10,14 @@ use stead_save_image::{
     extract_to,
 };
 use stead_sys::durable::Existing;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::{
     SaveCommand, SaveConvertArgs, SaveEditArgs, SaveExtractArgs, SaveFormat, SaveRestoreArgs,
     SaveVerifyArgs, SaveWriteArgs,
 };
+use crate::commands::cancel_on_interrupt;
+use crate::editor::Draft;
 use crate::print;
 use crate::size::human;
 
@@ -36,16 +39,33 @@ pub async fn run(
     };
     let control = control(&watch, what);
     let wish = control.clone();
+    let hand = watch.clone();
     let listener = tokio::spawn(async move {
         watch.cancelled().await;
         wish.cancel();
     });
-    let work = tokio::task::spawn_blocking(move || dispatch(command, &control, json));
-    let outcome = work.await;
+    let outcome = match command {
+        SaveCommand::EditXml(args) if args.xml.is_none() => {
+            let edited = edit_by_hand(args, &hand, json).await?;
+            on_a_thread(move || edited.save(&control)).await
+        }
+        command => on_a_thread(move || dispatch(command, &control, json)).await,
+    };
     listener.abort();
-    outcome.map_err(|source| {
+    outcome
+}
+
+async fn on_a_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|source| {
         EngineError::new(Kind::Internal, "work on a save image", "").because(source)
     })?
+}
+
+/// Whether an editor is started, which interrupts are for.
+pub fn starts_editor(command: &SaveCommand) -> bool {
+    matches!(command, SaveCommand::EditXml(args) if args.xml.is_none())
 }
 
 fn control(watch: &Watch, what: &'static str) -> Control {
@@ -58,7 +78,10 @@ fn dispatch(command: SaveCommand, control: &Control, json: bool) -> Result<u8> {
         SaveCommand::Info(one) => Ok(info(&open(&one.file)?.info(), json)),
         SaveCommand::DumpXml(one) => dump_xml(&open(&one.file)?, json),
         SaveCommand::Verify(args) => verify(&args, control, json),
-        SaveCommand::EditXml(args) => edit(&args, control, json),
+        SaveCommand::EditXml(args) => match &args.xml {
+            Some(xml) => edit(&args, xml, control, json),
+            None => unreachable!("handled with an editor"),
+        },
         SaveCommand::Convert(args) => change_format(&args, control, json),
         SaveCommand::Extract(args) => take_stream(&args, control, json),
         SaveCommand::Write(_) | SaveCommand::Restore(_) => {
@@ -230,10 +253,80 @@ fn unreadable(path: &Path, source: std::io::Error) -> EngineError {
         .next("name a file that is there and can be read")
 }
 
-fn edit(args: &SaveEditArgs, control: &Control, json: bool) -> Result<u8> {
-    let xml = read_text(&args.xml).map_err(|source| unreadable(&args.xml, source))?;
-    let change = edit_xml(&args.file, &xml, control).map_err(told)?;
+fn edit(args: &SaveEditArgs, xml: &Path, control: &Control, json: bool) -> Result<u8> {
+    let text = read_text(xml).map_err(|source| unreadable(xml, source))?;
+    let change = edit_xml(&args.file, &text, control).map_err(told)?;
     Ok(changed(&args.file, &change, json))
+}
+
+/// Lets the user change the XML. Until the editor has ended, interrupts are for it.
+async fn edit_by_hand(args: SaveEditArgs, watch: &Watch, json: bool) -> Result<Edited> {
+    if json {
+        let attempt = format!("edit the XML of {}", args.file.display());
+        let found = "an editor and a program cannot share standard output";
+        return Err(EngineError::new(Kind::Usage, attempt, found)
+            .left("nothing was changed")
+            .next("give the new XML with --xml"));
+    }
+    let interrupts = signal(SignalKind::interrupt()).map_err(|source| {
+        EngineError::new(Kind::Internal, "leave interrupts to the editor", "").because(source)
+    })?;
+    let work = move || {
+        let before = open(&args.file)?.xml().to_owned();
+        let draft = Draft::new(&before)?;
+        let after = draft.edit()?;
+        Ok(Edited {
+            file: args.file,
+            before,
+            after,
+            draft,
+        })
+    };
+    let edited = on_a_thread(work).await;
+    drop(interrupts);
+    cancel_on_interrupt(watch.clone(), "interrupted; nothing is changed");
+    edited
+}
+
+/// A text that came back from the editor.
+struct Edited {
+    file: PathBuf,
+    before: String,
+    after: String,
+    draft: Draft,
+}
+
+impl Edited {
+    /// Puts it into the image, unless it is what was there; where that fails, the user's work is kept.
+    fn save(self, control: &Control) -> Result<u8> {
+        if self.after == self.before {
+            return Ok(print::line(&format!(
+                "{}  not changed",
+                self.file.display()
+            )));
+        }
+        match self.put(control) {
+            Ok(change) => Ok(changed(&self.file, &change, false)),
+            Err(error) => {
+                let kept = self.draft.keep();
+                let (file, kept) = (self.file.display(), kept.display());
+                Err(error
+                    .left(format!("the edited XML is in {kept}"))
+                    .next(format!(
+                        "stead save edit-xml {file} --xml {kept}, once it is right"
+                    )))
+            }
+        }
+    }
+
+    fn put(&self, control: &Control) -> Result<Change> {
+        if open(&self.file)?.xml() == self.before {
+            return edit_xml(&self.file, &self.after, control).map_err(told);
+        }
+        let attempt = format!("edit the XML of {}", self.file.display());
+        let found = "somebody else changed it since the editor was started";
+        Err(EngineError::new(Kind::Conflict, attempt, found))
+    }
 }
 
 fn read_text(path: &Path) -> std::io::Result<String> {

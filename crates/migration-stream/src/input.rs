@@ -1,6 +1,6 @@
 //! The bytes of a stream, taken from the front, with their place for error texts.
 
-use std::io::{self, Read};
+use std::io::{self, BufReader, Read, Seek};
 
 use crate::error::{Error, Result};
 
@@ -11,6 +11,17 @@ pub(crate) struct Input<R> {
     at: u64,
     section: String,
     kept: Option<Kept>,
+    /// How the reader steps over bytes without reading them, if it can.
+    seek: Option<fn(&mut R, i64) -> io::Result<()>>,
+}
+
+impl<R: Read + Seek> Input<BufReader<R>> {
+    /// As [`Input::new`], and steps over long ranges without reading them.
+    pub fn seeking(reader: BufReader<R>) -> Self {
+        let mut input = Self::new(reader);
+        input.seek = Some(BufReader::seek_relative);
+        input
+    }
 }
 
 /// A copy of what was read, for [`crate::split_ram`].
@@ -27,6 +38,7 @@ impl<R: Read> Input<R> {
             at: 0,
             section: "the header".into(),
             kept: None,
+            seek: None,
         }
     }
 
@@ -197,6 +209,40 @@ impl<R: Read> Input<R> {
             left -= step;
         }
         Ok(())
+    }
+
+    /// Goes on behind the next `length` bytes; where they lie behind the end, the next read says so.
+    pub fn step_over(&mut self, length: u64) -> Result<()> {
+        let Some(seek) = self.seek else {
+            return self.skip(length);
+        };
+        let Ok(by) = i64::try_from(length) else {
+            return Err(self.damaged(self.at, format!("{length} bytes are to follow")));
+        };
+        seek(&mut self.reader, by).map_err(|source| Error::Io {
+            at: self.at,
+            source,
+        })?;
+        self.at += length;
+        Ok(())
+    }
+
+    /// Reads `length` bytes, a multiple of 8, and counts the bits that are 1.
+    pub fn ones(&mut self, length: u64) -> Result<u64> {
+        assert!(length.is_multiple_of(8), "bits come in words");
+        let mut buffer = [0; 8192];
+        let (mut left, mut count) = (length, 0);
+        while left > 0 {
+            let step = left.min(buffer.len() as u64);
+            let bytes = &mut buffer[..step as usize];
+            self.read(bytes)?;
+            let (words, _) = bytes.as_chunks();
+            for word in words {
+                count += u64::from(u64::from_ne_bytes(*word).count_ones());
+            }
+            left -= step;
+        }
+        Ok(count)
     }
 
     /// Reads all that follows.

@@ -15,6 +15,7 @@
 //! 00                                                    end mark
 //! 06  be32 length  JSON                                 description of the device sections
 //! ```
+//! With the capability `mapped-ram` the list of RAM blocks has a bitmap and the pages of each ([`walk_mapped`]); else
 //! RAM data is records of `be64 address | flags`; the other sections have no length of their own, and
 //! only the description at the end of the file says how many bytes each field has.
 //!
@@ -38,6 +39,7 @@ mod description;
 mod error;
 mod input;
 mod join;
+mod mapped;
 mod ram;
 mod split;
 mod walk;
@@ -46,4 +48,4 @@ pub use error::{Error, Result};
 pub use join::Join;
 pub use ram::{PAGE_BYTES, Page, RamBlock, RamCount};
 pub use split::{MAX_DEVICE_STATE_BYTES, Split, split_ram};
-pub use walk::{Options, Section, StreamReport, walk, walk_bytes};
+pub use walk::{Options, Section, StreamReport, walk, walk_bytes, walk_mapped};

@@ -12,6 +12,7 @@ use std::io::Read;
 
 use crate::error::Result;
 use crate::input::Input;
+use crate::mapped;
 use crate::walk::mark;
 
 /// The size of a page, in bytes. Others are refused.
@@ -66,6 +67,8 @@ pub(crate) struct Ram {
     /// The block of the record before.
     last: Option<usize>,
     ignore_shared: bool,
+    /// Pages lie at places of the file, in which the stream starts at this byte.
+    mapped_at: Option<u64>,
 }
 
 /// Takes a record; says whether to leave it in what the input keeps.
@@ -81,9 +84,10 @@ pub(crate) enum Keep {
 }
 
 impl Ram {
-    pub fn new(ignore_shared: bool) -> Self {
+    pub fn new(ignore_shared: bool, mapped_at: Option<u64>) -> Self {
         Self {
             ignore_shared,
+            mapped_at,
             ..Self::default()
         }
     }
@@ -96,6 +100,11 @@ impl Ram {
             format!("the RAM section starts with {word:#x}, expected the list of blocks")
         })?;
         let mut left = word - flag::MEM_SIZE;
+        let bounded = self.mapped_at.is_none() || left <= mapped::MAX_RAM_BYTES;
+        input.require(bounded, at, || {
+            let most = mapped::MAX_RAM_BYTES;
+            format!("{left} bytes of RAM, expected at most {most}")
+        })?;
         while left > 0 {
             let at = input.at();
             let block = self.read_block(input)?;
@@ -109,6 +118,9 @@ impl Ram {
                 )
             })?;
             self.check_new(input, at, &block)?;
+            if let Some(file_offset) = self.mapped_at {
+                self.count.data_pages += mapped::read_block(input, file_offset, block.length)?;
+            }
             self.blocks.push(block);
         }
         self.read_end(input)
@@ -156,6 +168,9 @@ impl Ram {
             }
             let flags = word % PAGE;
             refuse_unsupported(input, at, flags)?;
+            input.require(self.mapped_at.is_none(), at, || {
+                format!("{word:#x} in a part that has no pages with mapped-ram")
+            })?;
             let block = self.block_of_record(input, at, flags)?;
             let offset = word - flags;
             let RamBlock { name, length, .. } = &self.blocks[block];

@@ -22,6 +22,8 @@ pub(crate) mod mark {
     pub const FOOTER: u8 = 0x7e;
 }
 
+/// The capability of pages that have their place in the file.
+const MAPPED_RAM: &str = "mapped-ram";
 /// The most sections in a stream.
 const MAX_SECTIONS: usize = 16_384;
 /// Commands in the stream that carry no state of their own, with the length of their data in bytes.
@@ -78,14 +80,54 @@ pub struct StreamReport {
 /// # Errors
 /// When it is not whole, not valid, not of a kind that is known, or has something behind its end. The
 /// error says at which byte and in which section. See the crate for what a walk cannot find.
-pub fn walk<R: Read + Seek>(mut stream: R, options: Options) -> Result<StreamReport> {
+pub fn walk<R: Read + Seek>(stream: R, options: Options) -> Result<StreamReport> {
+    walk_kind(stream, options.into())
+}
+
+/// As [`walk`], for a stream with the capability `mapped-ram`, which starts at byte `file_offset` of its file.
+///
+/// Proven besides is that each block's header, bitmap and pages lie where they must, and `data_pages` is how many
+/// pages the bitmaps name. Pages are stepped over: nothing in the file says what they hold.
+///
+/// # Errors
+/// As [`walk`].
+///
+/// # Panics
+/// When `file_offset` is larger than a file can be.
+pub fn walk_mapped<R: Read + Seek>(stream: R, file_offset: u64) -> Result<StreamReport> {
+    assert!(file_offset < 1 << 62, "no file is that long");
+    let kind = StreamKind {
+        ignore_shared: false,
+        mapped_at: Some(file_offset),
+    };
+    walk_kind(stream, kind)
+}
+
+/// What a stream is to be.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StreamKind {
+    ignore_shared: bool,
+    /// With `mapped-ram`: where the stream starts in its file.
+    mapped_at: Option<u64>,
+}
+
+impl From<Options> for StreamKind {
+    fn from(options: Options) -> Self {
+        Self {
+            ignore_shared: options.ignore_shared,
+            mapped_at: None,
+        }
+    }
+}
+
+fn walk_kind<R: Read + Seek>(mut stream: R, kind: StreamKind) -> Result<StreamReport> {
     let found = Description::find(&mut stream);
-    let mut input = Input::new(BufReader::with_capacity(64 << 10, stream));
+    let mut input = Input::seeking(BufReader::with_capacity(64 << 10, stream));
     let description = match found {
         Ok(description) => description,
-        Err(missing) => return Err(earliest_error(&mut input, options, missing)),
+        Err(missing) => return Err(earliest_error(&mut input, kind, missing)),
     };
-    let mut walker = begin(&mut input, options)?;
+    let mut walker = begin(&mut input, kind)?;
     walker.check_page_size(&input, &description)?;
     let mut fields = Fields::new();
     let mut seen = vec![false; description.devices.len()];
@@ -110,9 +152,9 @@ pub fn walk<R: Read + Seek>(mut stream: R, options: Options) -> Result<StreamRep
 }
 
 /// Without a description, devices cannot be read; what breaks before them is the better answer.
-fn earliest_error<R: Read>(input: &mut Input<R>, options: Options, missing: Error) -> Error {
+fn earliest_error<R: Read>(input: &mut Input<R>, kind: StreamKind, missing: Error) -> Error {
     let mut to_first_device = || -> Result<()> {
-        let mut walker = begin(input, options)?;
+        let mut walker = begin(input, kind)?;
         while walker.mark != mark::FULL && walker.mark != mark::EOF {
             walker.step(input, &mut Skipped)?;
             walker.next_mark(input)?;
@@ -159,7 +201,8 @@ pub(crate) struct Walker {
 }
 
 /// Reads the header and the configuration, up to the first mark behind them.
-pub(crate) fn begin<R: Read>(input: &mut Input<R>, options: Options) -> Result<Walker> {
+pub(crate) fn begin<R: Read>(input: &mut Input<R>, kind: impl Into<StreamKind>) -> Result<Walker> {
+    let kind = kind.into();
     let magic = input.u32()?;
     input.require(magic == MAGIC, 0, || {
         format!("it starts with {magic:#010x}, not with \"QEVM\"")
@@ -173,21 +216,24 @@ pub(crate) fn begin<R: Read>(input: &mut Input<R>, options: Options) -> Result<W
         return Err(input.damaged(8, format!("{mark:#x} instead of the configuration")));
     }
     let (configuration, mark) = configuration::read(input)?;
-    if let Some(feature) = ["mapped-ram", "multifd"]
-        .iter()
-        .find(|f| configuration.has(f))
-    {
-        return Err(input.unsupported(configuration.at, format!("capability {feature}")));
+    let at = configuration.at;
+    let mapped = configuration.has(MAPPED_RAM);
+    input.require(mapped || kind.mapped_at.is_none(), at, || {
+        format!("capability {MAPPED_RAM} is not named")
+    })?;
+    for (feature, known) in [(MAPPED_RAM, kind.mapped_at.is_some()), ("multifd", false)] {
+        if configuration.has(feature) && !known {
+            return Err(input.unsupported(at, format!("capability {feature}")));
+        }
     }
     let found = configuration.has("x-ignore-shared");
-    if found != options.ignore_shared {
-        let at = configuration.at;
+    if found != kind.ignore_shared {
         return Err(Error::IgnoreShared { at, found });
     }
     Ok(Walker {
         configuration,
         sections: Vec::new(),
-        ram: Ram::new(found),
+        ram: Ram::new(found, kind.mapped_at),
         mark,
     })
 }

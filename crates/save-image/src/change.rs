@@ -5,10 +5,12 @@
 //! blocks, the payload of an edited image is not copied.
 
 use std::fs;
+use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 use std::path::Path;
 
 use stead_sys::durable::{Existing, Partial};
+use stead_sys::share::{self, Shared};
 use stead_sys::storage::{FileStorage, Storage};
 
 use crate::control::Control;
@@ -18,7 +20,11 @@ use crate::head::{self, Layout, TEXT_BYTES_MAX};
 use crate::header::{HEADER_BYTES, Header};
 use crate::image::{Recorded, SaveImage};
 use crate::record::{Record, hex};
+use crate::room;
 use crate::writer::{Appears, NewImage, Writer};
+
+/// How many bytes of a payload are copied before the wish to stop is looked at.
+const COPY_STEP_BYTES: u64 = 16 << 20;
 
 /// What changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,6 +66,11 @@ pub fn convert(
         payload_bytes: report.stream.as_ref().map_or(0, |stream| stream.bytes),
         mode: mode_of(&source)?,
     };
+    if format == Format::Raw {
+        // How small another one becomes is only known when it is written.
+        let head = Layout::new(&image.xml, image.cookie.as_deref(), image.payload_bytes);
+        room::require(to, head.length as u64 + image.payload_bytes, "write")?;
+    }
     let mut writer = Writer::create(to, &image, Appears::WhenComplete(existing), control.clone())?;
     writer.set_disks(source.disks().to_vec())?;
     writer.copy_from(stream)?;
@@ -108,16 +119,18 @@ pub fn edit_xml(path: &Path, xml: &str, control: &Control) -> Result<Change> {
     keep_owner(&source, partial.file())?;
     let file = partial.file().try_clone().map_err(failed)?;
     let storage = FileStorage::new(file).map_err(failed)?;
-    storage.write_all_at(&head, 0).map_err(failed)?;
     let (from, length) = (source.header().payload_at(), source.payload_bytes());
     let at = head.len() as u64;
-    storage
-        .copy_from(source.file(), from, at, length)
-        .map_err(failed)?;
-    if control.is_cancelled() {
-        let attempt = source.attempt("edit the XML of");
-        return Err(SaveImageError::new(Kind::Cancelled, attempt, "cancelled"));
+    let payload = Shared {
+        from,
+        to: at,
+        length,
+    };
+    if !share::clone_range(source.file(), storage.file(), payload).map_err(failed)? {
+        room::require(&path, at + length, "edit the XML of")?;
+        copy_payload(source.file(), &storage, payload, control).map_err(failed)?;
     }
+    storage.write_all_at(&head, 0).map_err(failed)?;
     prove(&partial, &source, xml)?;
     partial.publish(Existing::Replace).map_err(failed)?;
     Ok(Change {
@@ -125,6 +138,24 @@ pub fn edit_xml(path: &Path, xml: &str, control: &Control) -> Result<Change> {
         bytes_after: at + length,
         recorded: record.is_some(),
     })
+}
+
+/// Copies a payload where its blocks cannot be shared.
+fn copy_payload(
+    source: &fs::File,
+    storage: &FileStorage,
+    payload: Shared,
+    control: &Control,
+) -> io::Result<()> {
+    let mut done = 0;
+    while done < payload.length {
+        control.check()?;
+        let step = COPY_STEP_BYTES.min(payload.length - done);
+        storage.copy_from(source, payload.from + done, payload.to + done, step)?;
+        done += step;
+        control.tell(done, payload.length);
+    }
+    control.check()
 }
 
 fn usable_record(source: &SaveImage) -> Result<Option<&Record>> {

@@ -4,6 +4,8 @@ use std::fmt;
 use std::io;
 use std::path::Path;
 
+use crate::control::is_cancelled;
+
 /// The result of everything in this crate.
 pub type Result<T> = std::result::Result<T, SaveImageError>;
 
@@ -84,8 +86,13 @@ impl SaveImageError {
         self
     }
 
-    /// Tells no room, a missing file and one in the way apart from other failures of the system.
+    /// Tells the caller's own wish, no room, a missing file and one in the way apart from other failures of the
+    /// system.
     pub(crate) fn io(attempt: &str, path: &Path, source: io::Error) -> Self {
+        if is_cancelled(&source) {
+            let attempt = format!("{attempt} {}", path.display());
+            return Self::new(Kind::Cancelled, attempt, "cancelled");
+        }
         let is = |kinds: &[io::ErrorKind]| kinds.contains(&source.kind());
         let kind = if is(&[io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded]) {
             Kind::NoSpace

@@ -5,10 +5,11 @@ use std::path::Path;
 
 use stead_sys::durable::{Existing, Partial};
 
-use crate::control::{Control, is_cancelled};
+use crate::control::Control;
 use crate::error::{Kind, Result, SaveImageError};
 use crate::image::SaveImage;
 use crate::record::hex;
+use crate::room;
 
 const STEP_BYTES: usize = 1 << 20;
 
@@ -21,7 +22,8 @@ const STEP_BYTES: usize = 1 << 20;
 /// When the image is not whole, the file is in the way or cannot be written; nothing is left then.
 pub fn extract(image: &SaveImage, to: &Path, existing: Existing, control: &Control) -> Result<u64> {
     let failed = |source| SaveImageError::io("write", to, source);
-    let expected = verified(image, control)?;
+    let (expected, length) = verified(image, control)?;
+    room::require(to, length, "write")?;
     let partial = Partial::create(to, 0o600).map_err(failed)?;
     let bytes = copy(image, &mut partial.file(), &expected, control)?;
     partial.publish(existing).map_err(failed)?;
@@ -33,16 +35,18 @@ pub fn extract(image: &SaveImage, to: &Path, existing: Existing, control: &Contr
 /// # Errors
 /// When the image is not whole, or writing fails; a part may have been written then.
 pub fn extract_to(image: &SaveImage, to: &mut dyn Write, control: &Control) -> Result<u64> {
-    let expected = verified(image, control)?;
+    let (expected, _length) = verified(image, control)?;
     copy(image, to, &expected, control)
 }
 
-/// The stream's hash.
-fn verified(image: &SaveImage, control: &Control) -> Result<String> {
+/// The stream's hash and, where it is known, its bytes.
+fn verified(image: &SaveImage, control: &Control) -> Result<(String, u64)> {
     let report = image.verify(control)?.require_whole()?;
     // A sparse payload is whole and no stream; the error that says so comes from here.
     drop(image.stream()?);
-    report.stream_hash.ok_or_else(|| changed(image))
+    let length = report.stream.map_or(0, |stream| stream.bytes);
+    let hash = report.stream_hash.ok_or_else(|| changed(image))?;
+    Ok((hash, length))
 }
 
 fn changed(image: &SaveImage) -> SaveImageError {
@@ -52,12 +56,8 @@ fn changed(image: &SaveImage) -> SaveImageError {
 
 fn copy(image: &SaveImage, to: &mut dyn Write, expected: &str, control: &Control) -> Result<u64> {
     let mut hasher = blake3::Hasher::new();
-    let bytes = copy_hashed(&mut image.stream()?, to, &mut hasher, control).map_err(|source| {
-        if is_cancelled(&source) {
-            return SaveImageError::new(Kind::Cancelled, image.attempt("extract"), "cancelled");
-        }
-        SaveImageError::io("extract", image.path(), source)
-    })?;
+    let bytes = copy_hashed(&mut image.stream()?, to, &mut hasher, control)
+        .map_err(|source| SaveImageError::io("extract", image.path(), source))?;
     if hex(hasher.finalize().as_bytes()) != expected {
         return Err(changed(image));
     }

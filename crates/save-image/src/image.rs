@@ -183,7 +183,7 @@ impl SaveImage {
         })
     }
 
-    fn check_compression(&self) -> Result<()> {
+    pub(crate) fn check_compression(&self) -> Result<()> {
         let mut start = Vec::new();
         let payload = self.payload();
         payload

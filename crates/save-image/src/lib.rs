@@ -31,6 +31,7 @@ mod image;
 mod output;
 mod record;
 mod replay;
+mod room;
 mod tree;
 mod verify;
 mod writer;

@@ -1,8 +1,13 @@
 //! Where an image is written: past the page cache where that is possible, hashed on the way.
+//!
+//! Hashing and writing overlap: a thread writes one piece while the next one is filled and hashed. It writes them
+//! in their order, one at a time, and has ended before anything is synced.
 
 use std::fs::File;
 use std::io::{self, Write};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
 
 use stead_sys::direct::{self, ALIGNMENT, AlignedBuffer};
 use stead_sys::storage::{FileStorage, Storage};
@@ -12,6 +17,8 @@ use crate::tree::{Leaves, Tree};
 
 /// How many bytes are hashed and written at a time.
 const STEP_BYTES: usize = 2 << 20;
+/// How many pieces may wait to be written, besides the one that is being filled.
+const WAITING: usize = 2;
 
 /// A file whose aligned writes go past the page cache; the others, through a descriptor of their own, do not.
 #[derive(Debug)]
@@ -87,10 +94,89 @@ fn write_blocks(storage: &dyn Storage, bytes: &[u8], at: u64) -> io::Result<()> 
     Ok(())
 }
 
+/// A piece of the payload that is to be written.
+#[derive(Debug)]
+struct Piece {
+    buffer: AlignedBuffer,
+    filled: usize,
+    at: u64,
+}
+
+/// The thread that writes. It ends at its first failure, or when nothing more can come.
+#[derive(Debug)]
+struct Background {
+    /// `None`: nothing more will come.
+    pieces: Option<SyncSender<Piece>>,
+    /// Buffers that were written and may be filled again.
+    empty: Receiver<AlignedBuffer>,
+    thread: Option<JoinHandle<io::Result<()>>>,
+}
+
+impl Background {
+    fn start(storage: Arc<dyn Storage>) -> io::Result<Self> {
+        let (pieces, from_sink) = sync_channel::<Piece>(WAITING);
+        let (to_sink, empty) = sync_channel(WAITING + 1);
+        for _ in 0..WAITING {
+            to_sink
+                .send(AlignedBuffer::new(STEP_BYTES))
+                .map_err(io::Error::other)?;
+        }
+        let work = move || {
+            for piece in from_sink {
+                write_blocks(&*storage, &piece.buffer.bytes()[..piece.filled], piece.at)?;
+                // The last pieces come back to nobody.
+                drop(to_sink.send(piece.buffer));
+            }
+            Ok(())
+        };
+        let named = std::thread::Builder::new().name("save-image-write".to_owned());
+        Ok(Self {
+            pieces: Some(pieces),
+            empty,
+            thread: Some(named.spawn(work)?),
+        })
+    }
+
+    /// Hands a piece over and gives a buffer for the next one.
+    fn swap(&mut self, piece: Piece) -> io::Result<AlignedBuffer> {
+        let sent = self.pieces.as_ref().map(|pieces| pieces.send(piece));
+        if let Some(Ok(())) = sent
+            && let Ok(buffer) = self.empty.recv()
+        {
+            return Ok(buffer);
+        }
+        self.end()?;
+        Err(io::Error::other("the thread that writes is gone"))
+    }
+
+    /// Waits until everything that was handed over is written, or says why it is not.
+    fn end(&mut self) -> io::Result<()> {
+        self.pieces = None;
+        let Some(thread) = self.thread.take() else {
+            return Err(io::Error::other("an earlier write failed"));
+        };
+        match thread.join() {
+            Ok(outcome) => outcome,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    }
+}
+
+impl Drop for Background {
+    /// Nothing is written any more once the file is removed.
+    fn drop(&mut self) {
+        self.pieces = None;
+        if let Some(thread) = self.thread.take() {
+            // Whoever drops this has an error already, or wants none.
+            drop(thread.join());
+        }
+    }
+}
+
 /// Takes the payload as it is to be stored, hashes it and writes it.
 #[derive(Debug)]
 pub(crate) struct PayloadSink {
-    storage: Arc<dyn Storage>,
+    background: Background,
     /// Where the buffer's first byte belongs.
     at: u64,
     buffer: AlignedBuffer,
@@ -102,16 +188,21 @@ pub(crate) struct PayloadSink {
 }
 
 impl PayloadSink {
-    pub fn new(storage: Arc<dyn Storage>, at: u64, tree: Tree, control: Control) -> Self {
-        Self {
-            storage,
+    pub fn new(
+        storage: Arc<dyn Storage>,
+        at: u64,
+        tree: Tree,
+        control: Control,
+    ) -> io::Result<Self> {
+        Ok(Self {
+            background: Background::start(storage)?,
             at,
             buffer: AlignedBuffer::new(STEP_BYTES),
             filled: 0,
             tree,
             control,
             expected: 0,
-        }
+        })
     }
 
     pub fn expect(mut self, bytes: u64) -> Self {
@@ -119,13 +210,18 @@ impl PayloadSink {
         self
     }
 
+    /// Hashes what was filled and hands it over.
     fn write_out(&mut self) -> io::Result<()> {
         self.control.check()?;
-        let bytes = &self.buffer.bytes()[..self.filled];
-        self.tree.update(bytes);
-        write_blocks(&*self.storage, bytes, self.at)?;
+        self.tree.update(&self.buffer.bytes()[..self.filled]);
+        let piece = Piece {
+            buffer: std::mem::replace(&mut self.buffer, AlignedBuffer::new(0)),
+            filled: self.filled,
+            at: self.at,
+        };
         self.at += self.filled as u64;
         self.filled = 0;
+        self.buffer = self.background.swap(piece)?;
         self.control.tell(self.tree.total(), self.expected);
         Ok(())
     }
@@ -135,6 +231,7 @@ impl PayloadSink {
         if self.filled > 0 {
             self.write_out()?;
         }
+        self.background.end()?;
         Ok(self.tree.finish())
     }
 }
@@ -143,6 +240,10 @@ impl Write for PayloadSink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.filled == STEP_BYTES {
             self.write_out()?;
+        }
+        if self.buffer.bytes().is_empty() {
+            // Compressors write what they have left when they are dropped.
+            return Err(io::Error::other("an earlier write failed"));
         }
         let count = bytes.len().min(STEP_BYTES - self.filled);
         self.buffer.bytes_mut()[self.filled..self.filled + count].copy_from_slice(&bytes[..count]);

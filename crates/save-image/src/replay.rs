@@ -19,6 +19,7 @@ pub(crate) struct Replay<F> {
     length: u64,
     hash: [u8; 32],
     tail: Vec<u8>,
+    control: Control,
     at: u64,
     /// The stream, and how much of it was read.
     pass: Option<(Stream, u64)>,
@@ -40,6 +41,7 @@ impl<F: FnMut() -> io::Result<Stream>> Replay<F> {
             hasher.update(&buffer[..count]);
             tail.extend_from_slice(&buffer[..count]);
             length += count as u64;
+            control.tell(length, 0);
             if tail.len() >= 2 * TAIL_BYTES {
                 tail.drain(..tail.len() - TAIL_BYTES);
             }
@@ -49,6 +51,7 @@ impl<F: FnMut() -> io::Result<Stream>> Replay<F> {
             length,
             hash: *hasher.finalize().as_bytes(),
             tail,
+            control: control.clone(),
             at: 0,
             pass: None,
         })
@@ -79,6 +82,7 @@ impl<F: FnMut() -> io::Result<Stream>> Read for Replay<F> {
         if let Some(count) = self.read_tail(bytes) {
             return Ok(count);
         }
+        self.control.check()?;
         let (mut stream, from) = match self.pass.take() {
             Some(pass) if pass.1 <= self.at => pass,
             Some(_) | None => ((self.open)()?, 0),

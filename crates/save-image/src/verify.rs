@@ -1,20 +1,20 @@
 //! Proving an image: every byte against its record, and the migration stream to its end mark.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use serde::Serialize;
-use stead_migration_stream::{Error as StreamError, Options, StreamReport, walk};
+use stead_migration_stream::{Error as StreamError, Options, StreamReport, walk, walk_mapped};
 
 use crate::control::{Control, is_cancelled};
 use crate::error::{Kind, Result, SaveImageError};
 use crate::format::Format;
 use crate::head::BLOCK_BYTES;
-use crate::image::{Recorded, SaveImage};
+use crate::image::{Payload, Recorded, SaveImage};
 use crate::record::{DiskContent, Record, hex, is_marked};
 use crate::replay::Replay;
-use crate::tree::{Leaves, Tree};
+use crate::tree::{LEAF_LOG2_MAX, Leaves, Tree};
 
 /// How far a record is looked for that is not where the header says, in bytes; all heads of ours are shorter.
 const SEARCH_BYTES: u64 = 32 << 20;
@@ -190,10 +190,6 @@ struct Verification<'a> {
 
 impl Verification<'_> {
     fn failed(&self, source: io::Error) -> SaveImageError {
-        if is_cancelled(&source) {
-            let attempt = self.image.attempt("verify");
-            return SaveImageError::new(Kind::Cancelled, attempt, "cancelled");
-        }
         SaveImageError::io("verify", self.image.path(), source)
     }
 
@@ -257,7 +253,7 @@ impl Verification<'_> {
     /// Every byte of the payload against the hashes of its parts.
     fn payload(&mut self, record: &Record) -> Result<()> {
         let found = self
-            .hash_payload(record)
+            .hash_payload(record.leaf_log2, record.payload_bytes)
             .map_err(|source| self.failed(source))?;
         let start = record.payload_at;
         let expected = (record.payload_bytes, &record.leaves);
@@ -292,8 +288,8 @@ impl Verification<'_> {
         Ok(())
     }
 
-    fn hash_payload(&self, record: &Record) -> io::Result<Leaves> {
-        let mut tree = Tree::with_leaves(record.leaf_log2);
+    fn hash_payload(&self, leaf_log2: u32, expected: u64) -> io::Result<Leaves> {
+        let mut tree = Tree::with_leaves(leaf_log2);
         let mut payload = self.image.payload();
         let mut bytes = vec![0; STEP_BYTES];
         loop {
@@ -303,19 +299,19 @@ impl Verification<'_> {
                 return Ok(tree.finish());
             }
             tree.update(&bytes[..count]);
-            self.control.tell(tree.total(), record.payload_bytes);
+            self.control.tell(tree.total(), expected);
         }
     }
 
     /// What the payload means.
     fn stream(&mut self) -> Result<()> {
-        if !self.image.format().is_stream() {
-            self.report
-                .doubt("the payload is sparse, which is no stream: its structure was not read");
-            return Ok(());
-        }
         // Tells another compression from damage.
-        drop(self.image.stream()?);
+        self.image.check_compression()?;
+        match self.image.format() {
+            Format::Sparse => return self.sparse(),
+            Format::Raw => return self.raw_stream(),
+            Format::Gzip | Format::Bzip2 | Format::Xz | Format::Lzop | Format::Zstd => {}
+        }
         let open = || self.image.stream().map_err(io::Error::other);
         let mut replay = match Replay::new(open, self.control) {
             Ok(replay) => replay,
@@ -332,32 +328,86 @@ impl Verification<'_> {
             return Ok(());
         }
         self.report.stream_hash = Some(hex(&replay.hash()));
-        if self.image.format() != Format::Raw {
-            self.report.prove("the payload decompresses to its end");
-        }
-        self.walked(walk(&mut replay, Options::default()));
-        Ok(())
+        self.report.prove("the payload decompresses to its end");
+        self.walked(walk(&mut replay, Options::default()))
     }
 
-    fn walked(&mut self, outcome: std::result::Result<StreamReport, StreamError>) {
+    /// The payload is the stream: where there is a record, its bytes were hashed already.
+    fn raw_stream(&mut self) -> Result<()> {
+        let hash = match &self.image.recorded {
+            Recorded::Whole(record) => {
+                let payload = (record.payload_bytes, record.payload_hash);
+                if payload != (record.stream_bytes, record.stream_hash) {
+                    self.stream_damaged("it is not the stream that was written".to_owned());
+                    return Ok(());
+                }
+                record.payload_hash
+            }
+            Recorded::Not | Recorded::Newer(_) | Recorded::Damaged(_) => {
+                let leaves = self.hash_payload(LEAF_LOG2_MAX, self.image.payload_bytes());
+                leaves.map_err(|source| self.failed(source))?.root
+            }
+        };
+        self.report.stream_hash = Some(hex(&hash));
+        self.walked(walk(self.heard(), Options::default()))
+    }
+
+    /// Pages lie at fixed places, and nothing says what they hold.
+    fn sparse(&mut self) -> Result<()> {
+        self.report.doubt(
+            "the payload is sparse: its sections, bitmaps and the places of its pages are checked, its pages are not",
+        );
+        let start = self.image.header().payload_at();
+        self.walked(walk_mapped(self.heard(), start))
+    }
+
+    fn heard(&self) -> Heard {
+        Heard {
+            payload: self.image.payload(),
+            control: self.control.clone(),
+        }
+    }
+
+    fn walked(&mut self, outcome: std::result::Result<StreamReport, StreamError>) -> Result<()> {
         match outcome {
             Ok(stream) => {
                 self.report
                     .prove("the migration stream is whole, section by section to its end mark");
                 self.report.stream = Some(facts(&stream));
             }
+            Err(StreamError::Io { source, .. }) => return Err(self.failed(source)),
             Err(error @ (StreamError::Unsupported { .. } | StreamError::IgnoreShared { .. })) => {
                 self.report
                     .doubt(format!("the structure of the stream: {error}"));
             }
             Err(error) => self.stream_damaged(error.to_string()),
         }
+        Ok(())
     }
 
     fn stream_damaged(&mut self, what: String) {
         let start = self.image.header().payload_at();
         let end = start + self.image.payload_bytes();
         self.report.damaged("stream", start, end, what);
+    }
+}
+
+/// A payload that is walked, with an ear for the wish to stop.
+struct Heard {
+    payload: Payload,
+    control: Control,
+}
+
+impl Read for Heard {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.control.check()?;
+        self.payload.read(bytes)
+    }
+}
+
+impl Seek for Heard {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.payload.seek(to)
     }
 }
 

@@ -315,7 +315,7 @@ impl Assembly {
         write_aligned(&*storage, &head, 0)?;
         storage.sync()?;
         let tree = Tree::new(layout.leaf_room);
-        let sink = PayloadSink::new(storage.clone(), layout.length as u64, tree, control.clone())
+        let sink = PayloadSink::new(storage.clone(), layout.length as u64, tree, control.clone())?
             .expect(image.payload_bytes);
         let Some(encoder) = Encoder::new(image.format, sink)? else {
             unreachable!("formats that are no streams were refused")

@@ -5,6 +5,8 @@
     reason = "tests make files that nobody needs after them"
 )]
 
+pub mod streams;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -17,11 +19,7 @@ pub const COOKIE: &str = "<qemusavecookie/>";
 /// A migration stream that QEMU 7.2 wrote: 64 MiB of RAM, a q35.
 pub fn stream() -> &'static [u8] {
     static STREAM: OnceLock<Vec<u8>> = OnceLock::new();
-    STREAM.get_or_init(|| {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("../migration-stream/tests/golden/q35-7.2.bin.zst");
-        zstd::decode_all(fs::File::open(path).expect("golden stream")).expect("golden stream")
-    })
+    STREAM.get_or_init(streams::golden)
 }
 
 pub fn new_image(format: Format) -> NewImage {
@@ -36,11 +34,15 @@ pub fn new_image(format: Format) -> NewImage {
 }
 
 pub fn write(path: &Path, format: Format) {
+    write_stream(path, format, stream());
+}
+
+pub fn write_stream(path: &Path, format: Format, stream: &[u8]) {
     let image = new_image(format);
     let mut writer =
         Writer::create(path, &image, Appears::AtOnce, Control::silent()).expect("create");
-    let copied = writer.copy_from(stream()).expect("copy");
-    assert_eq!(copied, stream().len() as u64);
+    let copied = writer.copy_from(stream).expect("copy");
+    assert_eq!(copied, stream.len() as u64);
     writer.finish().expect("finish");
 }
 
