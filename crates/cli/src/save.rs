@@ -49,7 +49,16 @@ pub async fn run(
             let edited = edit_by_hand(args, &hand, json).await?;
             on_a_thread(move || edited.save(&control)).await
         }
-        command => on_a_thread(move || dispatch(command, &control, json)).await,
+        command @ (SaveCommand::EditXml(_)
+        | SaveCommand::Info(_)
+        | SaveCommand::DumpXml(_)
+        | SaveCommand::Verify(_)
+        | SaveCommand::Convert(_)
+        | SaveCommand::Extract(_)
+        | SaveCommand::Write(_)
+        | SaveCommand::Restore(_)) => {
+            on_a_thread(move || dispatch(command, &control, json)).await
+        }
     };
     listener.abort();
     outcome
