@@ -22,12 +22,12 @@ mod inbox;
 mod init;
 mod launch;
 mod mounts;
-mod outbox;
 mod port;
 mod reaper;
 mod serve;
 mod setup;
 mod shutdown;
+mod standstill;
 
 use std::process::ExitCode;
 
