@@ -157,6 +157,8 @@ pub(crate) struct Driver {
     silence: Silence,
     // The stream whose input was sent last.
     turn: u64,
+    // This session replaces another, and nothing has come of it yet.
+    is_replacement: bool,
     shared: Shared,
 }
 
@@ -182,6 +184,7 @@ impl Driver {
             asked: BTreeMap::new(),
             silence: Silence::new(silence_limit),
             turn: 0,
+            is_replacement: false,
             shared,
         }
     }
@@ -371,6 +374,7 @@ impl Driver {
     }
 
     fn hand_out(&mut self, event: Event) {
+        self.is_replacement = false;
         match event {
             Event::Accepted { id } => self.on_accepted(id),
             Event::Started { id, pid } => self.on_started(id, pid),
@@ -527,7 +531,10 @@ impl Driver {
     async fn replace_session(&mut self, broken: Broken) -> Result<(), Broken> {
         let lost = matches!(broken, Broken::Protocol(ProtocolError::SessionLost(_)));
         let starting = |stream: &Stream| matches!(stream, Stream::Starting(_));
-        let certainly = lost && self.asked.len() <= 1 && self.streams.values().all(starting);
+        let certainly = lost
+            && !self.is_replacement
+            && self.asked.len() <= 1
+            && self.streams.values().all(starting);
         let Some(epoch) = self
             .line
             .session
@@ -552,6 +559,7 @@ impl Driver {
             return Err(broken);
         }
         self.silence.end();
+        self.is_replacement = true;
         for stream in std::mem::take(&mut self.streams).into_values() {
             if let Stream::Starting(mut start) = stream {
                 start.again = Some(start.again.unwrap_or(epoch));
