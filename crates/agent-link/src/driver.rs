@@ -108,6 +108,8 @@ pub(crate) struct Start {
     pub(crate) request: ExecRequest,
     pub(crate) events: Events,
     pub(crate) answer: Answer<(u64, u32)>,
+    // Before that, nothing of it can have run.
+    pub(crate) is_told_to_go: bool,
 }
 
 /// The answer to a request.
@@ -430,8 +432,11 @@ impl Driver {
     }
 
     fn on_accepted(&mut self, id: u64) {
-        let wanted = match self.streams.get(&id) {
-            Some(Stream::Starting(start)) => !start.answer.is_closed(),
+        let wanted = match self.streams.get_mut(&id) {
+            Some(Stream::Starting(start)) => {
+                start.is_told_to_go = !start.answer.is_closed();
+                start.is_told_to_go
+            }
             Some(Stream::Attaching { .. } | Stream::Running { .. }) | None => false,
         };
         self.put_if_open(
@@ -551,11 +556,7 @@ impl Driver {
             limit: self.silence.limit(),
         };
         if let Err(error) = self.line.greet(&greet).await {
-            let all = std::mem::take(&mut self.streams);
-            // The first to ask learns why; the others that it has ended.
-            if let Some(Stream::Starting(first)) = all.into_values().next() {
-                tell(first.answer, Err(error));
-            }
+            self.tell_unstarted(&error);
             return Err(broken);
         }
         self.silence.end();
@@ -570,6 +571,26 @@ impl Driver {
             self.ask(asked.request, asked.name, asked.answer);
         }
         Ok(())
+    }
+
+    /// Tells those of whose commands nothing can have run that the guest lives another life, if that is why.
+    fn tell_unstarted(&mut self, error: &LinkError) {
+        let LinkError::StepFailed { phase, error } = error else {
+            return;
+        };
+        for (id, stream) in std::mem::take(&mut self.streams) {
+            match stream {
+                Stream::Starting(start) if !start.is_told_to_go => {
+                    let (phase, error) = (*phase, error.clone());
+                    tell(start.answer, Err(LinkError::StepFailed { phase, error }));
+                }
+                other @ (Stream::Starting(_)
+                | Stream::Attaching { .. }
+                | Stream::Running { .. }) => {
+                    self.streams.insert(id, other);
+                }
+            }
+        }
     }
 
     fn fail_all(&mut self, broken: &Broken) {

@@ -593,6 +593,63 @@ async fn a_command_in_a_session_that_the_agent_has_lost_is_started_in_another_an
     }
 }
 
+/// The answer to the go is lost with its session: the command may run, and is not begun again to find out.
+#[tokio::test]
+async fn a_command_whose_start_was_lost_on_the_way_is_taken_up_and_not_begun_again() {
+    let (mut link, mut guest) = Guest::pair();
+    let forgetful = tokio::spawn(async move {
+        guest.greet().await;
+        let first = match guest.next().await.unwrap().1 {
+            HostMessage::Exec {
+                id,
+                key,
+                again: None,
+                ..
+            } => {
+                guest.send(&GuestMessage::Accepted { id }).await;
+                key
+            }
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(guest.next().await.unwrap().1, HostMessage::Go { id: 1 });
+        guest.seq = UNKNOWN_SESSION_SEQ;
+        let reason = "lost".into();
+        let wire = guest.frame_numbered(&GuestMessage::SessionBroken { reason });
+        guest.stream.write_all(&wire).await.unwrap();
+        loop {
+            let (nonce, message) = guest.next().await.unwrap();
+            match message {
+                HostMessage::Hello(_) => {
+                    (guest.nonce, guest.seq) = (nonce, 0);
+                    guest.send(&ready()).await;
+                }
+                HostMessage::Exec { id, key, again, .. } => {
+                    assert_eq!((key, again), (first, Some(Epoch([1; 16]))));
+                    let state = CommandState::Running;
+                    guest.send(&GuestMessage::Known { id, state }).await;
+                }
+                HostMessage::Attach { id, key, from } => {
+                    assert_eq!((key, from), (first, [0, 0]));
+                    let at = Attachment {
+                        pid: Some(7),
+                        first: from,
+                        stdin: None,
+                    };
+                    guest.send(&GuestMessage::Attached { id, at }).await;
+                    let status = ExitStatus::Code(6);
+                    guest.send(&GuestMessage::Exit { id, status }).await;
+                    return guest;
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    });
+    in_time(link.handshake(&greeting(), LIMIT)).await.unwrap();
+    let output = in_time(link.exec_capture(request(), b"")).await.unwrap();
+    assert_eq!(output.status, ExitStatus::Code(6));
+    forgetful.await.unwrap();
+}
+
 /// QEMU may drop what the guest has not read when the connection ends.
 #[tokio::test]
 async fn a_command_that_is_said_to_be_killed_was_killed() {
