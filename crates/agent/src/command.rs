@@ -50,11 +50,9 @@ pub(crate) fn spawn(
         .name("command".to_owned())
         .stack_size(STACK_BYTES)
         .spawn(move || match start(&core, key, &request, &inbox) {
-            Ok(running) => running.run(),
-            Err(reason) => {
-                core.tell(|agent| agent.rejected(key, reason));
-                core.with(|state| state.forget(key));
-            }
+            Ok(Some(running)) => running.run(),
+            Ok(None) => {}
+            Err(reason) => core.refuse(key, reason),
         })
         .map(drop)
         .map_err(|error| format!("start a thread for the command: {error}"))
@@ -68,12 +66,13 @@ fn rejection(error: &AgentError) -> Rejection {
     }
 }
 
+/// The command, running; nothing when it might not run any more and was refused.
 fn start(
     core: &Arc<Core>,
     key: ExecKey,
     request: &ExecRequest,
     inbox: &Arc<Inbox>,
-) -> Result<Running, Rejection> {
+) -> Result<Option<Running>, Rejection> {
     if request.pty.is_some() || !request.limits.is_empty() {
         let why = "this agent gives commands neither terminals nor limits";
         return Err(Rejection::Invalid(why.to_owned()));
@@ -84,21 +83,18 @@ fn start(
     let (streams, ends) = pipes(request.stdin).map_err(|error| rejection(&error))?;
     let mut launcher = Launcher::prepare(request, &account).map_err(|error| rejection(&error))?;
     // The point of no return, under the lock: after another epoch has begun it cannot be passed.
-    let released = core.with(|state| {
-        state
-            .agent
-            .may_start(key)
-            .then(|| launcher.release(&streams))
-    });
+    let released = core.release(key, || launcher.release(&streams));
     drop(streams);
-    let failure = match released {
-        Some(Ok(())) => None,
-        Some(Err(error)) => Some(rejection(&error)),
-        None => Some(Rejection::Invalid("the session has ended".to_owned())),
-    };
-    if let Some(reason) = failure {
-        give_up(&mut launcher);
-        return Err(reason);
+    match released {
+        Some(Ok(())) => {}
+        Some(Err(error)) => {
+            give_up(&mut launcher);
+            return Err(rejection(&error));
+        }
+        None => {
+            give_up(&mut launcher);
+            return Ok(None);
+        }
     }
     let deadline = (request.timeout_ms > 0)
         .then(|| Instant::now() + Duration::from_millis(request.timeout_ms));
@@ -120,7 +116,7 @@ fn start(
     };
     let number = u32::try_from(pid.as_raw_nonzero().get()).unwrap_or(0);
     core.tell(|agent| agent.started(key, number, now_ns()));
-    Ok(Running {
+    Ok(Some(Running {
         core: Arc::clone(core),
         key,
         inbox: Arc::clone(inbox),
@@ -138,7 +134,7 @@ fn start(
         timed_out: false,
         status: None,
         buffer: vec![0; MAX_CHUNK_BYTES],
-    })
+    }))
 }
 
 /// The guest's wall clock in nanoseconds since 1970.

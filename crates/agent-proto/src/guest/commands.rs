@@ -42,6 +42,9 @@ pub(super) struct Command {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Progress {
     Starting,
+    // The session that has said go is gone. Nothing will run, unless the key is told to go again before the thread that
+    // prepares the program has asked: it is started for who has said so then.
+    Withdrawn,
     Released,
     Running {
         pid: u32,
@@ -80,6 +83,7 @@ impl Command {
 
     pub(super) fn state(&self) -> CommandState {
         match self.progress {
+            Progress::Withdrawn => CommandState::NotRun,
             Progress::Starting | Progress::Released | Progress::Running { .. } => {
                 CommandState::Running
             }
@@ -89,14 +93,14 @@ impl Command {
 
     fn pid(&self) -> Option<u32> {
         match self.progress {
-            Progress::Starting | Progress::Released => None,
+            Progress::Starting | Progress::Withdrawn | Progress::Released => None,
             Progress::Running { pid, .. } | Progress::Ended { pid, .. } => Some(pid),
         }
     }
 
     fn entry(&self, key: ExecKey) -> CommandEntry {
         let started_ns = match self.progress {
-            Progress::Starting | Progress::Released => 0,
+            Progress::Starting | Progress::Withdrawn | Progress::Released => 0,
             Progress::Running { started_ns, .. } | Progress::Ended { started_ns, .. } => started_ns,
         };
         CommandEntry {
@@ -147,11 +151,11 @@ impl Commands {
         let Some(command) = self.table.get_mut(&attached.key) else {
             return;
         };
+        command.owner = None;
         if command.progress == Progress::Starting {
-            self.table.remove(&attached.key);
+            command.progress = Progress::Withdrawn;
             return;
         }
-        command.owner = None;
         if let (Some(input), Stdin::Open(window)) = (&mut command.input, &attached.stdin) {
             input.orphaned += usize::try_from(window.kept_bytes()).unwrap_or(usize::MAX);
         }
@@ -220,7 +224,12 @@ impl Commands {
         let running = self
             .table
             .iter()
-            .filter(|(_, command)| !matches!(command.progress, Progress::Ended { .. }))
+            .filter(|(_, command)| {
+                !matches!(
+                    command.progress,
+                    Progress::Ended { .. } | Progress::Withdrawn
+                )
+            })
             .map(|(key, _)| key);
         ended
             .chain(running)
@@ -241,8 +250,8 @@ impl Agent {
         }
     }
 
-    /// Whether the command may be started now. True at most once for a command; the caller starts it before
-    /// it hands the machine to anyone else.
+    /// Whether the command may be started now. True at most once for a command; the caller starts it, or reports
+    /// [`Agent::rejected`] and [`Agent::command_gone`], before it hands the machine to anyone else.
     pub fn may_start(&mut self, key: ExecKey) -> bool {
         if self.find_hindrance().is_some() {
             return false;
@@ -299,7 +308,7 @@ impl Agent {
             return Vec::new();
         };
         let reason = match command.progress {
-            Progress::Starting => hindrance.unwrap_or(reason),
+            Progress::Starting | Progress::Withdrawn => hindrance.unwrap_or(reason),
             Progress::Released => reason,
             Progress::Running { .. } | Progress::Ended { .. } => return Vec::new(),
         };
@@ -499,10 +508,9 @@ impl Agent {
             self.reply(at, GuestMessage::Known { id: at.id, state }, actions);
             return Ok(());
         }
-        let limit = self.config.max_commands;
-        let live = self.commands.live.len();
-        let full = u32::try_from(live).map_or(true, |count| count >= limit);
-        let excess = full.then_some(Rejection::TooManyCommands { limit });
+        // One thread prepares a key's program, whoever has said go: with two, the one that is refused would speak for the other.
+        let is_prepared = self.commands.get(key).is_some();
+        let excess = (!is_prepared).then(|| self.find_command_excess()).flatten();
         if let Some(reason) = self.find_hindrance().or(excess) {
             self.reply(at, GuestMessage::Rejected { id: at.id, reason }, actions);
             return Ok(());
@@ -517,8 +525,17 @@ impl Agent {
         let mut attached = Attached::new(key, [0; 2]);
         attached.awaits_start = true;
         self.open_stream(at, Stream::Command(Box::new(attached)));
-        actions.push(Action::Start { key, request });
+        if !is_prepared {
+            actions.push(Action::Start { key, request });
+        }
         Ok(())
+    }
+
+    fn find_command_excess(&self) -> Option<Rejection> {
+        let limit = self.config.max_commands;
+        let live = self.commands.live.len();
+        let full = u32::try_from(live).map_or(true, |count| count >= limit);
+        full.then_some(Rejection::TooManyCommands { limit })
     }
 
     pub(super) fn on_attach(
@@ -571,9 +588,9 @@ impl Agent {
             let known = self.epoch().unwrap_or(Epoch([0; 16]));
             return Some(Rejection::Unknown(self.command_state(key, known)));
         };
-        if command.progress == Progress::Starting {
+        if matches!(command.progress, Progress::Starting | Progress::Withdrawn) {
             // Who has said go is still to be told of it.
-            return Some(Rejection::Unknown(CommandState::Running));
+            return Some(Rejection::Unknown(command.state()));
         }
         let kept = command.kept();
         let beyond = [0, 1].iter().any(|&place| from[place] > kept[place].end);
