@@ -422,7 +422,7 @@ impl Job<'_> {
             ..ConvertOptions::default()
         };
         let total = disk.chain.len();
-        let progress = |fraction: f64| self.watch.progress(part_of(total, fraction), total);
+        let progress = |fraction: f64| self.watch.progress_of(fraction, total);
         let made = convert(
             &disk.chain,
             &target,
@@ -606,16 +606,6 @@ fn qcow2_file(path: PathBuf) -> stead_qcow2::LayerFile {
         path,
         format: LayerFormat::Qcow2,
     }
-}
-
-#[allow(
-    clippy::cast_precision_loss,
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "a fraction of a length to look at"
-)]
-pub(crate) fn part_of(total: u64, fraction: f64) -> u64 {
-    (total as f64 * fraction) as u64
 }
 
 pub(crate) fn text(name: &[u8]) -> String {

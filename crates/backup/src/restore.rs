@@ -13,7 +13,7 @@ use crate::content::{Hashes, chunk_range};
 use crate::error::{BackupError, Kind, Result};
 use crate::event::{Step, Watch};
 use crate::folder::Folder;
-use crate::make::{hash_file, part_of};
+use crate::make::hash_file;
 use crate::prove::{End, find_damage};
 use crate::record::Record;
 
@@ -92,6 +92,7 @@ pub fn restore(request: &RestoreRequest, watch: Watch<'_>) -> Result<RestoreRepo
         | Kind::Conflict
         | Kind::Incompatible
         | Kind::NoSpace
+        | Kind::Vm
         | Kind::Cancelled => error,
     })?;
     if let Some(found) = damage {
@@ -169,7 +170,7 @@ fn make(
         ..ConvertOptions::default()
     };
     let total = backup.len();
-    let progress = |fraction: f64| watch.progress(part_of(total, fraction), total);
+    let progress = |fraction: f64| watch.progress_of(fraction, total);
     convert(&backup, &target, &options, &watch.control(&progress)).map_err(engine)?;
     watch.step(Step::Prove);
     let outcome = damage(

@@ -233,19 +233,8 @@ fn pass_on(watch: &Watch, step: &Mutex<String>, event: stead_backup::Event) {
 
 /// The same error in the engine's words, which have the exit status.
 fn told(error: BackupError) -> EngineError {
-    let kind = match error.kind() {
-        stead_backup::Kind::Internal => Kind::Internal,
-        stead_backup::Kind::Usage => Kind::Usage,
-        stead_backup::Kind::NotFound => Kind::NotFound,
-        stead_backup::Kind::Conflict => Kind::Conflict,
-        stead_backup::Kind::Damaged => Kind::Damaged,
-        stead_backup::Kind::Incompatible => Kind::Incompatible,
-        stead_backup::Kind::NoSpace => Kind::NoSpace,
-        stead_backup::Kind::Cancelled => Kind::Cancelled,
-    };
-    EngineError::new(kind, error.attempt(), error.found())
-        .left(error.what_is_left())
-        .next(error.next_step())
+    let left = error.what_is_left().to_owned();
+    EngineError::from(error).left(left)
 }
 
 fn short(id: &str) -> String {

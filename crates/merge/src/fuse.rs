@@ -62,7 +62,7 @@ pub fn fuse(
     let file_bytes = space::allocated_bytes(partial.temp_path())
         .map_err(|source| MergeError::io("measure", partial.temp_path(), source))?;
     let defined_bytes = prove(files, count, partial.temp_path(), watch)?;
-    watch.go_on()?;
+    watch.go_on("merge")?;
     partial
         .publish(Existing::Keep)
         .map_err(|source| MergeError::io("publish", target, source))?;
@@ -128,10 +128,10 @@ fn build(
         .iter()
         .map(|file| lock(&file.path, Access::Read))
         .collect::<Result<Vec<_>>>()?;
-    watch.go_on()?;
+    watch.go_on("merge")?;
     watch.step(Step::Copy);
     let partial = copy_of(&lowest.path, target, mode)?;
-    watch.go_on()?;
+    watch.go_on("merge")?;
     watch.step(Step::Commit);
     let engine = |error| MergeError::engine(ATTEMPT, error);
     let mut editor = Editor::open(partial.temp_path(), EditOptions::default()).map_err(engine)?;
@@ -181,7 +181,7 @@ fn prove(files: &[LayerFile], count: usize, made: &Path, watch: Watch<'_>) -> Re
     let mut defined_bytes = 0;
     for (chain, layers) in [(&old, count), (&new, 1)] {
         for range in chain.allocated(layers) {
-            watch.go_on()?;
+            watch.go_on("merge")?;
             let range = range.map_err(engine)?;
             if layers == 1 {
                 defined_bytes += range.end - range.start;

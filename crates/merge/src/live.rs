@@ -31,7 +31,7 @@ use stead_vmm::Qmp;
 use stead_vmm::block_jobs::{self, BitmapChange, Commit, Job, JobState, Node, Order};
 
 use crate::bitmaps::{Becomes, text};
-use crate::error::{Kind, MergeError, Result};
+use crate::error::{Kind, MergeError, Result, vm};
 use crate::event::{Event, Step, Watch};
 use crate::layers::identity;
 use crate::plan::{MergePlan, MergeRequest, think};
@@ -93,7 +93,7 @@ pub fn run_live(request: &MergeRequest, qmp: &Path, watch: Watch<'_>) -> Result<
         thought = think(&request)?;
     }
     thought.plan.require_allowed()?;
-    watch.go_on()?;
+    watch.go_on("merge")?;
     let base = thought.layers.base_file().path.clone();
     let mut record = Record::of(&thought.layers, &thought.plan, request.keep_layers)?;
     record.live = true;
@@ -262,7 +262,7 @@ impl<'a> Live<'a> {
                 JobState::Concluded => return Ok(Waited::Ended(job.error)),
                 JobState::Null => return Ok(Waited::Ended(None)),
                 JobState::Running | JobState::Paused | JobState::Standby | JobState::Ready => {
-                    if let Err(wish) = self.going.watch.go_on() {
+                    if let Err(wish) = self.going.watch.go_on("merge") {
                         return self.cancel(qmp, wish);
                     }
                     room.look(qmp, &job)?;
@@ -464,10 +464,6 @@ fn named(lost: &[String]) -> String {
 }
 
 const ATTEMPT: &str = "merge under the running VM";
-
-fn vm(attempt: &str, source: stead_vmm::Error) -> MergeError {
-    MergeError::vm(attempt, source)
-}
 
 /// The node that reads and writes a layer's format.
 fn node_of<'a>(all: &'a [Node], layer: &RecordedLayer) -> Result<&'a Node> {

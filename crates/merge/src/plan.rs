@@ -10,7 +10,7 @@ use stead_qcow2::ops::commit::{self, CommitOptions, CommitReport, Incomplete, Lo
 use stead_qcow2::{Control, LayerFormat};
 
 use crate::bitmaps::{Becomes, BitmapInLayer, Bitmaps, Verdict, text};
-use crate::error::{Kind, MergeError, Result, kind_of, next_of};
+use crate::error::{Kind, MergeError, Result};
 use crate::layers::{Layers, Role};
 use crate::open;
 use crate::record::record_path;
@@ -309,9 +309,9 @@ impl Thinking<'_> {
 
     fn refuse_error(&mut self, error: &stead_qcow2::Error) {
         let refusal = Refusal {
-            kind: kind_of(error),
+            kind: Kind::of(error),
             reason: error.to_string(),
-            next: next_of(error),
+            next: stead_qcow2::next_step_after(error),
         };
         if !self.plan.refused.contains(&refusal) {
             self.plan.refused.push(refusal);
