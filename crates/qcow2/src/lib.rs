@@ -45,6 +45,7 @@ mod map;
 pub mod ops;
 mod raw;
 mod refcounts;
+mod spread;
 mod units;
 mod watch;
 

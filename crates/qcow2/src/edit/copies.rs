@@ -1,27 +1,22 @@
 //! Guest data that goes into new clusters, moved by several threads in large pieces.
 
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::chain::Chain;
 use crate::control::Control;
 use crate::error::Result;
 use crate::header::to_usize;
+use crate::spread::spread;
 use crate::units::{GuestOffset, HostOffset};
 
 use super::transaction::Edit;
 
 /// The most bytes that one thread moves at a time.
 const PIECE_BYTES: u64 = 32 << 20;
-/// Below this many bytes, one thread is faster.
-const ALONE_BYTES: u64 = 8 << 20;
 /// When as much is waiting, it is moved.
 const BATCH_BYTES: u64 = 1 << 30;
 /// When as many pieces are waiting, they are moved.
 const BATCH_PIECES: usize = 1 << 16;
-/// The most threads.
-const MAX_THREADS: usize = 4;
 
 /// Where the bytes of new clusters come from.
 #[derive(Debug, Clone, Copy)]
@@ -132,29 +127,7 @@ impl<'a> Copies<'a> {
                 .step_by(step)
                 .map(|start| copy.piece(start))
         });
-        let queue = Mutex::new(pieces);
-        let work = || {
-            loop {
-                let next = queue.lock().unwrap_or_else(PoisonError::into_inner).next();
-                let Some(piece) = next else { return Ok(()) };
-                self.make(&piece, edit)?;
-            }
-        };
-        if bytes < ALONE_BYTES {
-            return work();
-        }
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        std::thread::scope(|scope| {
-            let others: Vec<_> = (1..threads.clamp(2, MAX_THREADS))
-                .map(|_| scope.spawn(work))
-                .collect();
-            let mut result = work();
-            for other in others {
-                let ended = other.join();
-                result = result.and(ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-            }
-            result
-        })
+        spread(bytes, pieces, || (), |(), piece| self.make(&piece, edit))
     }
 
     fn make(&self, copy: &Copy, edit: &Edit) -> Result<()> {

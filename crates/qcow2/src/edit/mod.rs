@@ -38,6 +38,7 @@ mod in_place;
 mod length;
 mod rebuild;
 mod records;
+mod redo;
 mod refcounts;
 mod repair;
 mod reserve;
