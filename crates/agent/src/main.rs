@@ -30,6 +30,11 @@ mod launch;
 mod limits;
 mod mounts;
 mod outbox;
+#[allow(
+    dead_code,
+    reason = "called by the handshake, which is built beside it"
+)]
+mod persona;
 mod port;
 #[allow(dead_code, reason = "called by commands, which is built beside it")]
 mod pty;
@@ -37,6 +42,11 @@ mod reaper;
 mod serve;
 mod setup;
 mod shutdown;
+#[allow(
+    dead_code,
+    reason = "called by the handshake, which is built beside it"
+)]
+mod tool;
 #[allow(
     dead_code,
     reason = "called by the handshake, which is built beside it"
