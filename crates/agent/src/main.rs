@@ -12,6 +12,11 @@
 #![forbid(unsafe_code)]
 
 mod account;
+#[allow(
+    dead_code,
+    reason = "called by the handshake, which is built beside it"
+)]
+mod cgroup;
 mod chores;
 mod command;
 mod core;
@@ -21,13 +26,32 @@ mod freeze;
 mod inbox;
 mod init;
 mod launch;
+#[allow(dead_code, reason = "called by commands, which is built beside it")]
+mod limits;
 mod mounts;
 mod outbox;
+#[allow(
+    dead_code,
+    reason = "called by the handshake, which is built beside it"
+)]
+mod persona;
 mod port;
+#[allow(dead_code, reason = "called by commands, which is built beside it")]
+mod pty;
 mod reaper;
 mod serve;
 mod setup;
 mod shutdown;
+#[allow(
+    dead_code,
+    reason = "called by the handshake, which is built beside it"
+)]
+mod tool;
+#[allow(
+    dead_code,
+    reason = "called by the handshake, which is built beside it"
+)]
+mod workload;
 
 use std::process::ExitCode;
 
