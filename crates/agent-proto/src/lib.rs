@@ -17,6 +17,7 @@
 //! come out.
 #![forbid(unsafe_code)]
 
+pub mod files;
 pub mod flow;
 pub mod frame;
 pub mod guest;
