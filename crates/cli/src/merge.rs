@@ -43,7 +43,7 @@ fn request(args: MergeArgs, global: &Global) -> Result<MergeRequest> {
         siblings: args.siblings,
         extend_cmd: args.extend_cmd,
         records: records(global)?,
-        live: args.qmp.is_some(),
+        qmp: args.qmp,
         bytes_per_second: args.speed.unwrap_or(0),
     })
 }
@@ -69,15 +69,14 @@ fn plan(args: MergeArgs, global: &Global) -> Result<u8> {
 }
 
 fn merge(args: MergeArgs, global: &Global, watch: &Watch) -> Result<u8> {
-    let qmp = args.qmp.clone();
     let request = request(args, global)?;
     let tell = |event| pass_on(watch, event);
     let watching = stead_merge::Watch {
         tell: &tell,
         cancel: Some(watch.wish_to_stop()),
     };
-    if let Some(qmp) = qmp {
-        let report = stead_merge::run_live(&request, &qmp, watching).map_err(told)?;
+    if request.qmp.is_some() {
+        let report = stead_merge::run_live(&request, watching).map_err(told)?;
         return Ok(if global.json {
             print::json(&report)
         } else {
@@ -238,6 +237,12 @@ fn print_live(report: &stead_merge::LiveReport) -> u8 {
     }
     if !report.kept.is_empty() {
         print::line(&format!("kept: {}", names(&report.kept)));
+    }
+    if !report.held.is_empty() {
+        print::line(&format!(
+            "in QEMU's memory until it ends in order: bitmaps {}",
+            report.held.join(", ")
+        ));
     }
     print::line(&format!("merged, and removed: {}", names(&report.removed)))
 }

@@ -6,6 +6,7 @@ use stead_qcow2::{Result, StoredBitmap};
 
 use crate::layers::Layers;
 use crate::plan::StalePolicy;
+use crate::running::Running;
 
 /// The state of a bitmap in a layer; see `docs/merge.md`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -122,16 +123,20 @@ pub struct Verdict {
 /// The bitmaps of all layers, the active one's first.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Bitmaps {
-    layers: Vec<Vec<StoredBitmap>>,
-    top: usize,
-    base: usize,
+    pub layers: Vec<Vec<StoredBitmap>>,
+    pub top: usize,
+    pub base: usize,
 }
 
 impl Bitmaps {
-    pub fn read(layers: &Layers) -> Result<Self> {
-        let all = (0..layers.files.len()).map(|index| match layers.chain.layer(index) {
-            Some(layer) => layer.stored_bitmaps(),
-            None => Ok(Vec::new()),
+    /// Those of the files; of a VM's active layer those that QEMU has.
+    pub fn read(layers: &Layers, running: Option<&Running>) -> Result<Self> {
+        let all = (0..layers.files.len()).map(|index| {
+            match (running.filter(|_| index == 0), layers.chain.layer(index)) {
+                (Some(running), _) => Ok(running.stored()),
+                (None, Some(layer)) => layer.stored_bitmaps(),
+                (None, None) => Ok(Vec::new()),
+            }
         });
         Ok(Self {
             layers: all.collect::<Result<_>>()?,
@@ -144,11 +149,11 @@ impl Bitmaps {
         &self.layers[index]
     }
 
-    fn find(&self, index: usize, name: &[u8]) -> Option<&StoredBitmap> {
+    pub fn find(&self, index: usize, name: &[u8]) -> Option<&StoredBitmap> {
         self.layers[index].iter().find(|stored| stored.name == name)
     }
 
-    fn any(&self, range: std::ops::Range<usize>, name: &[u8]) -> bool {
+    pub fn any(&self, range: std::ops::Range<usize>, name: &[u8]) -> bool {
         range
             .into_iter()
             .any(|index| self.find(index, name).is_some())
@@ -208,7 +213,26 @@ impl Bitmaps {
     pub fn verdict(&self, outcome: &BitmapOutcome, chosen: &[(Vec<u8>, Chosen)]) -> Verdict {
         let name = &outcome.name;
         let choice = chosen.iter().find(|(other, _)| other == name);
-        let (becomes, why) = self.say(outcome, choice.map(|(_, choice)| *choice));
+        let said = self.say(outcome, choice.map(|(_, choice)| *choice));
+        let unnamed_bytes = match outcome.fate {
+            BitmapFate::Merged { unnamed_bytes } | BitmapFate::Carried { unnamed_bytes } => {
+                unnamed_bytes
+            }
+            BitmapFate::Marked
+            | BitmapFate::Kept
+            | BitmapFate::MarkedInstead { .. }
+            | BitmapFate::Dropped { .. } => 0,
+        };
+        self.decided(name, said, unnamed_bytes)
+    }
+
+    /// What becomes of a bitmap and why, with what that means for others.
+    pub fn decided(
+        &self,
+        name: &[u8],
+        (becomes, why): (Becomes, String),
+        unnamed_bytes: u64,
+    ) -> Verdict {
         let gone = becomes == Becomes::Dropped;
         let topmost =
             (self.top..=self.base).find_map(|index| Some((index, self.find(index, name)?)));
@@ -217,20 +241,12 @@ impl Bitmaps {
         let goes_on = self.find(self.top, name).is_some() && self.any(0..self.top, name);
         Verdict {
             name: text(name),
-            name_bytes: name.clone(),
+            name_bytes: name.to_vec(),
             becomes,
             why,
             lost: gone && said,
             void_above: gone && goes_on,
-            unnamed_bytes: match outcome.fate {
-                BitmapFate::Merged { unnamed_bytes } | BitmapFate::Carried { unnamed_bytes } => {
-                    unnamed_bytes
-                }
-                BitmapFate::Marked
-                | BitmapFate::Kept
-                | BitmapFate::MarkedInstead { .. }
-                | BitmapFate::Dropped { .. } => 0,
-            },
+            unnamed_bytes,
         }
     }
 
@@ -277,7 +293,7 @@ impl Bitmaps {
         }
     }
 
-    fn why_left(&self, name: &[u8]) -> String {
+    pub fn why_left(&self, name: &[u8]) -> String {
         let own = self.find(self.base, name);
         if own.is_some_and(|own| own.in_use) {
             "it was not saved when the base was last used and says nothing; it stays so that the ones above are not taken for whole. Make a full backup and remove it in all layers".into()

@@ -27,6 +27,7 @@ mod prove;
 mod record;
 mod recover;
 mod run;
+mod running;
 mod siblings;
 mod space;
 

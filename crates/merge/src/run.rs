@@ -43,9 +43,9 @@ pub struct MergeReport {
 /// [`recover`](crate::recover()) finishes or undoes what was begun.
 pub fn run(request: &MergeRequest, watch: Watch<'_>) -> Result<MergeReport> {
     watch.step(Step::Plan);
-    let mut thought = think(request)?;
+    let mut thought = think(request, None)?;
     if extend(request, &thought.plan, watch)? {
-        thought = think(request)?;
+        thought = think(request, None)?;
     }
     thought.plan.require_allowed()?;
     for (path, why) in &thought.plan.searched.unreadable {
@@ -246,7 +246,7 @@ impl Going<'_> {
         child: Option<Editor>,
         above: Vec<Editor>,
     ) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
-        if self.record.phase == Phase::Begun {
+        if self.record.phase != Phase::Proven {
             self.record.phase = Phase::Proven;
             self.record.write(&self.path, Existing::Replace)?;
         }
