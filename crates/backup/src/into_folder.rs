@@ -13,11 +13,11 @@ use stead_qcow2::{
 use stead_sys::durable::{self, Existing};
 use stead_sys::space;
 
-use crate::content::{CHUNK_BYTES, Hashes, chunks_of};
+use crate::content::{CHUNK_BYTES, Hashes, chunk_range, chunks_of};
 use crate::error::{BackupError, Kind, Result};
 use crate::event::{Step, Watch};
 use crate::folder::{Folder, hash_file};
-use crate::prove::{self, Outcome};
+use crate::prove::{self, End, Outcome};
 use crate::record::{Facts, Record};
 use crate::vault::{Ground, Told, Vault};
 
@@ -28,7 +28,7 @@ const STEP_BYTES: u64 = 16 << 20;
 
 /// A folder, locked, and the backup that is being made in it.
 #[derive(Debug)]
-pub(crate) struct FolderVault {
+pub struct FolderVault {
     folder: Folder,
     compress: bool,
     id: String,
@@ -37,14 +37,17 @@ pub(crate) struct FolderVault {
 
 /// An earlier backup in the folder.
 #[derive(Debug)]
-pub(crate) struct Known {
+pub struct KnownImages {
     parent: Record,
     files: Vec<LayerFile>,
     hashes: Hashes,
 }
 
 impl FolderVault {
-    /// Opens and locks a folder; it is made if it is not there.
+    /// Opens and locks a folder; it is made if it is not there. What interrupted backups left in it is removed.
+    ///
+    /// # Errors
+    /// When another program backs up into it, or it cannot be read and written.
     pub fn open(path: &Path, compress: bool) -> Result<Self> {
         Ok(Self {
             folder: Folder::open_for_writing(path)?,
@@ -54,13 +57,13 @@ impl FolderVault {
         })
     }
 
-    fn known(&self, id: &str) -> Told<Known> {
+    fn known(&self, id: &str) -> Told<KnownImages> {
         let chain = self.folder.chain(id)?;
         let parent = chain[0].clone();
         let hashes = self.folder.hashes(&parent)?;
         let files = self.folder.images(&chain);
         Chain::open(&files).map_err(|error| error.to_string())?;
-        Ok(Known {
+        Ok(KnownImages {
             parent,
             files,
             hashes,
@@ -91,7 +94,7 @@ impl FolderVault {
     fn write_changed(
         &self,
         disk: &Chain,
-        known: &Known,
+        known: &KnownImages,
         changed: &Bitmap,
         watch: Watch<'_>,
     ) -> Result<()> {
@@ -163,7 +166,7 @@ impl FolderVault {
 }
 
 impl Vault for FolderVault {
-    type Known = Known;
+    type Known = KnownImages;
 
     fn place(&self) -> String {
         self.folder.path.display().to_string()
@@ -178,12 +181,44 @@ impl Vault for FolderVault {
         Some(record.time.clone())
     }
 
-    fn ground(&self, id: &str) -> Result<Told<Ground<Known>>> {
+    fn ground(&self, id: &str) -> Result<Told<Ground<KnownImages>>> {
         let known = self.known(id);
         Ok(known.map(|known| Ground {
             disk_bytes: known.parent.disk_bytes,
             known,
         }))
+    }
+
+    fn files(&self, known: &KnownImages) -> Vec<LayerFile> {
+        known.files.clone()
+    }
+
+    fn is_sound(
+        &self,
+        known: &KnownImages,
+        changed: &Bitmap,
+        watch: Watch<'_>,
+    ) -> Result<Told<()>> {
+        let engine = |error| BackupError::engine("read the earlier backup", error);
+        let chunks: BTreeSet<usize> = changed
+            .dirty_ranges()
+            .flat_map(|range| chunks_of(&range))
+            .collect();
+        let chunks: Vec<usize> = chunks.into_iter().collect();
+        let earlier = Chain::open(&known.files).map_err(engine)?;
+        let found = prove::find_damage(&earlier, &chunks, &known.hashes, watch);
+        Ok(match found {
+            Ok(End::All) => Ok(()),
+            Ok(End::Stopped) => return Err(interrupted()),
+            Ok(End::At(chunk)) => {
+                let (id, at) = (&known.parent.id, chunk_range(chunk, earlier.len()));
+                let (start, end) = (at.start, at.end);
+                Err(format!(
+                    "the backup {id} is damaged from {start:#x} to {end:#x}"
+                ))
+            }
+            Err(error) => Err(error.to_string()),
+        })
     }
 
     fn begin(&mut self, id: &str) -> Result<()> {
@@ -223,7 +258,7 @@ impl Vault for FolderVault {
     fn copy_changed(
         &mut self,
         disk: &Arc<Chain>,
-        since: &Ground<Known>,
+        since: &Ground<KnownImages>,
         changed: &Bitmap,
         watch: Watch<'_>,
     ) -> Result<Told<()>> {
@@ -319,12 +354,12 @@ fn prove(
     match prove::compare(disk, &backup, chunks, known, watch).map_err(engine)? {
         Outcome::Alike(hashes) => Ok(Ok(hashes)),
         Outcome::Differs(at) => Ok(Err(at)),
-        Outcome::Stopped => Err(BackupError::new(
-            Kind::Cancelled,
-            "make a backup",
-            "interrupted",
-        )),
+        Outcome::Stopped => Err(interrupted()),
     }
+}
+
+fn interrupted() -> BackupError {
+    BackupError::new(Kind::Cancelled, "make a backup", "interrupted")
 }
 
 /// How many of the changed bytes may be other than zeros.

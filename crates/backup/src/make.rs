@@ -132,7 +132,7 @@ pub fn run_into<V: Vault>(
     job.run(disk)
 }
 
-fn require_name(name: &str) -> Result<()> {
+pub(crate) fn require_name(name: &str) -> Result<()> {
     if !name.is_empty() && name.len() <= MAX_NAME_BYTES {
         return Ok(());
     }
@@ -149,6 +149,18 @@ fn required_id(id: &str) -> Result<String> {
     }
     let found = format!("{id:?} is not an id of 32 hex digits");
     Err(BackupError::new(Kind::Internal, "make a backup", found))
+}
+
+/// The reason, where a full backup may be made for it.
+pub(crate) fn refused(wanted: Wanted, why: String, watch: Watch<'_>) -> Result<String> {
+    if wanted == Wanted::IncrementalOnly {
+        return Err(
+            BackupError::new(Kind::Conflict, "make an incremental backup", why)
+                .next("make a full one (`stead backup full`)"),
+        );
+    }
+    watch.notice(format!("a full backup is made: {why}"));
+    Ok(why)
 }
 
 /// A fresh id of a backup: 32 random hex digits.
@@ -236,20 +248,10 @@ impl<V: Vault> Job<'_, V> {
         }
         match self.find_base(disk)? {
             Ok(stand) => Ok(Ok(Box::new(stand))),
-            Err(why) => self.refused(why).map(Some).map(Err),
+            Err(why) => refused(self.order.wanted, why, self.watch)
+                .map(Some)
+                .map(Err),
         }
-    }
-
-    /// The reason, where a full backup may be made for it.
-    fn refused(&self, why: String) -> Result<String> {
-        if self.order.wanted == Wanted::IncrementalOnly {
-            return Err(
-                BackupError::new(Kind::Conflict, "make an incremental backup", why)
-                    .next("make a full one (`stead backup full`)"),
-            );
-        }
-        self.watch.notice(format!("a full backup is made: {why}"));
-        Ok(why)
     }
 
     fn find_base(&self, disk: &Disk) -> Result<Told<Stand<V::Known>>> {
@@ -368,7 +370,9 @@ impl<V: Vault> Job<'_, V> {
                 .copy_changed(&disk.chain, &stand.ground, &stand.changed, self.watch)?;
         match copied {
             Ok(()) => Ok(Ok((stand.parent, stand.changed.dirty_bytes()))),
-            Err(why) => self.refused(why).map(Some).map(Err),
+            Err(why) => refused(self.order.wanted, why, self.watch)
+                .map(Some)
+                .map(Err),
         }
     }
 }

@@ -10,7 +10,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use stead_qcow2::{Bitmap, Chain};
+use stead_qcow2::{Bitmap, Chain, LayerFile};
 
 use crate::error::Result;
 use crate::event::Watch;
@@ -47,6 +47,16 @@ pub trait Vault {
     /// # Errors
     /// When the place cannot be read at all.
     fn ground(&self, id: &str) -> Result<Told<Ground<Self::Known>>>;
+
+    /// The images that show an earlier backup, the topmost first, where they are files.
+    fn files(&self, known: &Self::Known) -> Vec<LayerFile>;
+
+    /// Whether an earlier backup is whole around what changed since, as far as a backup of that takes over from it.
+    ///
+    /// # Errors
+    /// When it cannot be read at all, or the caller wants it to end.
+    fn is_sound(&self, known: &Self::Known, changed: &Bitmap, watch: Watch<'_>)
+    -> Result<Told<()>>;
 
     /// Begins a backup of that id.
     ///
