@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod backup;
+mod backup_store;
 mod cli;
 mod commit;
 mod compact;

@@ -7,6 +7,8 @@ use std::fmt;
 pub enum Step {
     /// The disk and its bitmaps are read and everything decided.
     Plan,
+    /// QEMU copies a running disk.
+    Stage,
     /// The content is written.
     Copy,
     /// What was written is read back.
@@ -25,6 +27,7 @@ impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Plan => "plan",
+            Self::Stage => "let QEMU copy",
             Self::Copy => "copy",
             Self::Prove => "read back",
             Self::Hashes => "write the hashes",

@@ -697,7 +697,7 @@ pub enum BackupCommand {
         after_help = "An image must not be in use. All disks of a running sandbox are taken at one instant, its file systems frozen; it runs on.\n\nExample:\n  stead backup full disk.qcow2 --bitmap daily --to /backups/web\n  stead backup full web --bitmap daily --to /backups/web"
     )]
     Full(BackupFullArgs),
-    /// Back up what changed since the last backup in the folder
+    /// Back up what changed since the last backup in the folder or store
     #[command(
         after_help = "Where a disk's bitmap or the backup that it began with cannot be relied on,\na full backup of that disk is made and the reason is said.\n\nExample:\n  stead backup incremental disk.qcow2 --bitmap daily --to /backups/web --no-fallback"
     )]
@@ -712,7 +712,7 @@ pub enum BackupCommand {
         after_help = "The exit status is 5 when something is damaged.\n\nExample:\n  stead backup verify /backups/web\n  stead backup verify /backups/web 3f2a"
     )]
     Verify(BackupVerifyArgs),
-    /// List the backups in a folder
+    /// List the backups in a folder or a store
     #[command(after_help = "Example:\n  stead backup ls /backups/web --json | jq '.[].id'")]
     Ls(BackupLsArgs),
 }
@@ -726,8 +726,8 @@ pub struct BackupArgs {
     /// Name of the bitmaps; each gets the id of the backup that it begins with behind it (NAME@ID)
     #[arg(long, value_name = "NAME")]
     pub bitmap: String,
-    /// Folder of backups; it is made if it is not there
-    #[arg(long, value_name = "DIR")]
+    /// Folder of backups, which is made if it is not there; or a store: its URL, or a folder that is one
+    #[arg(long, value_name = "DIR|STORE")]
     pub to: PathBuf,
     /// Do not compress a full backup
     #[arg(long)]
@@ -760,8 +760,8 @@ pub enum DiskFormat {
 
 #[derive(Debug, Args)]
 pub struct BackupRestoreArgs {
-    /// Folder of backups
-    #[arg(value_name = "DIR")]
+    /// Folder of backups, or a store
+    #[arg(value_name = "DIR|STORE")]
     pub from: PathBuf,
     /// The beginning of a backup's id, or `latest`
     #[arg(value_name = "BACKUP")]
@@ -779,8 +779,8 @@ pub struct BackupRestoreArgs {
 
 #[derive(Debug, Args)]
 pub struct BackupVerifyArgs {
-    /// Folder of backups
-    #[arg(value_name = "DIR")]
+    /// Folder of backups, or a store
+    #[arg(value_name = "DIR|STORE")]
     pub folder: PathBuf,
     /// The beginning of a backup's id, or `latest`; those that it stands on are read, too [default: all]
     #[arg(value_name = "BACKUP")]
@@ -789,7 +789,7 @@ pub struct BackupVerifyArgs {
 
 #[derive(Debug, Args)]
 pub struct BackupLsArgs {
-    /// Folder of backups
-    #[arg(value_name = "DIR")]
+    /// Folder of backups, or a store
+    #[arg(value_name = "DIR|STORE")]
     pub folder: PathBuf,
 }

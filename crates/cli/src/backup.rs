@@ -1,13 +1,17 @@
 //! `stead backup`: from the command line to the backup and back to what is printed.
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use stead_backup::{
-    BackupError, BackupReport, BackupRequest, DiskSource, Listed, RestoreFormat, RestoreReport,
-    RestoreRequest, State, Verdict, Wanted,
+    BackupError, BackupReport, BackupRequest, DiskSource, Listed, Order, RestoreFormat,
+    RestoreReport, RestoreRequest, State, Verdict, Wanted,
 };
-use stead_engine::{BackupDisk, BackupInstant, Engine, EngineError, Event, Kind, Result, Watch};
+use stead_engine::{
+    Access, BackupDisk, BackupInstant, Engine, EngineError, Event, Kind, Result, StoreBackups,
+    StoreVault, Watch, names_a_store,
+};
 
 use crate::args::{
     BackupArgs, BackupCommand, BackupLsArgs, BackupRestoreArgs, BackupVerifyArgs, DiskFormat,
@@ -30,9 +34,9 @@ pub async fn run(command: BackupCommand, global: Global, watch: Watch) -> Result
             };
             backup(args.common, wanted, global, watch).await
         }
-        BackupCommand::Restore(args) => blocking(move || restore(args, &global, &watch)).await,
-        BackupCommand::Verify(args) => blocking(move || verify(&args, &global, &watch)).await,
-        BackupCommand::Ls(args) => blocking(move || list(&args, &global)).await,
+        BackupCommand::Restore(args) => restore(args, global, watch).await,
+        BackupCommand::Verify(args) => verify(args, global, watch).await,
+        BackupCommand::Ls(args) => list(args, global, watch).await,
     }
 }
 
@@ -61,11 +65,32 @@ fn watched<T>(
     work(watching).map_err(told)
 }
 
+/// Opens the engine, for a place that is a store or a disk that is a sandbox's.
+async fn engine(global: &Global, watch: &Watch) -> Result<Engine> {
+    Engine::open(commands::settings(global)?, watch.clone()).await
+}
+
+/// The backups in the store that `place` names; none where it is a folder.
+async fn store(place: &Path, global: &Global, watch: &Watch) -> Result<Option<StoreBackups>> {
+    if !names_a_store(place) {
+        return Ok(None);
+    }
+    let engine = engine(global, watch).await?;
+    let url = place.to_string_lossy();
+    engine.backups(&url, Access::ReadOnly).await.map(Some)
+}
+
 /// An image's backup, or those of a sandbox's disks.
 async fn backup(args: BackupArgs, wanted: Wanted, global: Global, watch: Watch) -> Result<u8> {
     if args.disk.exists() {
         let source = DiskSource::Image(args.disk.clone());
-        let report = blocking(move || make(&args, source, wanted, &watch)).await?;
+        let engine = match names_a_store(&args.to) {
+            true => Some(engine(&global, &watch).await?),
+            false => None,
+        };
+        let one = vec![(source, vault(engine.as_ref(), &args, false).await?)];
+        let mut reports = blocking(move || make_all(&args, one, wanted, &watch)).await?;
+        let report = reports.remove(0);
         return Ok(match global.json {
             true => print::json(&report),
             false => print_report(&report),
@@ -81,20 +106,52 @@ async fn backup(args: BackupArgs, wanted: Wanted, global: Global, watch: Watch) 
     Ok(0)
 }
 
-fn make(
+/// Where a disk's backup goes, if that is a store.
+async fn vault(
+    engine: Option<&Engine>,
     args: &BackupArgs,
-    disk: DiskSource,
+    crash_consistent: bool,
+) -> Result<Option<StoreVault>> {
+    let Some(engine) = engine.filter(|_| names_a_store(&args.to)) else {
+        return Ok(None);
+    };
+    let url = args.to.to_string_lossy();
+    let vault = engine.backup_vault(&url, crash_consistent).await?;
+    Ok(Some(vault))
+}
+
+/// Backs up disks one after the other, each into its vault or the folder.
+fn make_all(
+    args: &BackupArgs,
+    disks: Vec<(DiskSource, Option<StoreVault>)>,
     wanted: Wanted,
     watch: &Watch,
-) -> Result<BackupReport> {
-    let request = BackupRequest {
+) -> Result<Vec<BackupReport>> {
+    let made = disks.into_iter().map(|(disk, vault)| {
+        watched(watch, |watch| match vault {
+            Some(vault) => {
+                let bitmap = args.bitmap.clone();
+                let order = Order {
+                    disk,
+                    bitmap,
+                    wanted,
+                };
+                stead_backup::run_into(&order, || Ok(vault), watch)
+            }
+            None => stead_backup::run(&request(args, disk, wanted), watch),
+        })
+    });
+    made.collect()
+}
+
+fn request(args: &BackupArgs, disk: DiskSource, wanted: Wanted) -> BackupRequest {
+    BackupRequest {
         disk,
         bitmap: args.bitmap.clone(),
         to: args.to.clone(),
         wanted,
         compress: !args.no_compress,
-    };
-    watched(watch, |watch| stead_backup::run(&request, watch))
+    }
 }
 
 /// Takes one instant of all disks of a sandbox, and backs them up one after the other.
@@ -109,19 +166,23 @@ async fn sandbox(
         Some((name, disk)) => (name.to_owned(), Some(disk.to_owned())),
         None => (named, None),
     };
-    let engine = Engine::open(commands::settings(global)?, watch.clone()).await?;
+    let engine = engine(global, &watch).await?;
+    // A store that cannot be written is found out before the instant is taken.
+    vault(Some(&engine), &args, false).await?;
     let ids = Ids::default();
     let begin = |disk: &str| {
         let wanted = only.as_deref().is_none_or(|only| only == disk);
         wanted.then(|| stead_backup::next_bitmap(&args.bitmap, &ids.of(disk)))
     };
     let instant = engine.backup_instant(&name, &begin).await?;
-    let disks = instant
-        .disks
-        .iter()
-        .filter(|one| only.as_deref().is_none_or(|only| only == one.disk));
-    let sources: Vec<DiskSource> = disks.map(|disk| source(&instant, disk, &ids)).collect();
-    if sources.is_empty() {
+    let mut disks = Vec::new();
+    for disk in &instant.disks {
+        if only.as_deref().is_none_or(|only| only == disk.disk) {
+            let vault = vault(Some(&engine), &args, instant.crash_consistent).await?;
+            disks.push((source(&instant, disk, &ids), vault));
+        }
+    }
+    if disks.is_empty() {
         let found = format!(
             "the sandbox {name} has no disk {}",
             only.unwrap_or_default()
@@ -130,10 +191,7 @@ async fn sandbox(
     }
     blocking(move || {
         // The sandbox stays ours until the last disk is done.
-        let reports = sources
-            .into_iter()
-            .map(|source| make(&args, source, wanted, &watch));
-        let reports = reports.collect();
+        let reports = make_all(&args, disks, wanted, &watch);
         drop(instant);
         reports
     })
@@ -166,7 +224,8 @@ impl Ids {
     }
 }
 
-fn restore(args: BackupRestoreArgs, global: &Global, watch: &Watch) -> Result<u8> {
+async fn restore(args: BackupRestoreArgs, global: Global, watch: Watch) -> Result<u8> {
+    let store = store(&args.from, &global, &watch).await?;
     let request = RestoreRequest {
         from: args.from,
         backup: args.backup,
@@ -177,18 +236,32 @@ fn restore(args: BackupRestoreArgs, global: &Global, watch: &Watch) -> Result<u8
         },
         replace: args.force,
     };
-    let report = watched(watch, |watch| stead_backup::restore(&request, watch))?;
+    let work = move || {
+        watched(&watch, |watch| match &store {
+            Some(store) => store.restore(&request, watch),
+            None => stead_backup::restore(&request, watch),
+        })
+    };
+    let report = blocking(work).await?;
     Ok(match global.json {
         true => print::json(&report),
         false => print_restored(&report),
     })
 }
 
-fn verify(args: &BackupVerifyArgs, global: &Global, watch: &Watch) -> Result<u8> {
-    let backup = args.backup.as_deref();
-    let verdicts = watched(watch, |watch| {
-        stead_backup::verify(&args.folder, backup, watch)
-    })?;
+async fn verify(args: BackupVerifyArgs, global: Global, watch: Watch) -> Result<u8> {
+    let verdicts = match store(&args.folder, &global, &watch).await? {
+        Some(store) => store.verify(args.backup.as_deref()).await?,
+        None => {
+            let read = move || {
+                let backup = args.backup.as_deref();
+                watched(&watch, |watch| {
+                    stead_backup::verify(&args.folder, backup, watch)
+                })
+            };
+            blocking(read).await?
+        }
+    };
     if global.json {
         print::json(&verdicts);
     } else {
@@ -204,8 +277,11 @@ fn verify(args: &BackupVerifyArgs, global: &Global, watch: &Watch) -> Result<u8>
         .next("make a full backup (`stead backup full`)"))
 }
 
-fn list(args: &BackupLsArgs, global: &Global) -> Result<u8> {
-    let all = stead_backup::list(&args.folder).map_err(told)?;
+async fn list(args: BackupLsArgs, global: Global, watch: Watch) -> Result<u8> {
+    let all = match store(&args.folder, &global, &watch).await? {
+        Some(store) => store.list(),
+        None => blocking(move || stead_backup::list(&args.folder).map_err(told)).await?,
+    };
     Ok(match global.json {
         true => print::json(&all),
         false => print_list(&all),
@@ -248,7 +324,7 @@ fn print_report(report: &BackupReport) -> u8 {
     }
     for bitmap in &report.foreign_bitmaps {
         print::line(&format!(
-            "left alone: the bitmap {bitmap}, whose backup is not in this folder"
+            "left alone: the bitmap {bitmap}, whose backup is not in this place"
         ));
     }
     print::line(&format!(
@@ -256,7 +332,7 @@ fn print_report(report: &BackupReport) -> u8 {
         record.kind.word(),
         record.id,
         human(record.changed_bytes),
-        human(record.image_bytes)
+        human(record.stored_bytes)
     ))
 }
 
@@ -281,7 +357,7 @@ fn print_verdicts(verdicts: &[Verdict]) {
 
 fn print_list(all: &[Listed]) -> u8 {
     let rows = all.iter().map(|one| {
-        let of = |value: &dyn Fn(&stead_backup::Record) -> String| {
+        let of = |value: &dyn Fn(&stead_backup::Facts) -> String| {
             one.record.as_ref().map_or_else(|| "?".to_owned(), value)
         };
         [
@@ -294,7 +370,7 @@ fn print_list(all: &[Listed]) -> u8 {
                     .map_or_else(|| "-".to_owned(), short)
             }),
             of(&|record| record.time.chars().take(19).collect()),
-            of(&|record| human(record.image_bytes)),
+            of(&|record| human(record.stored_bytes)),
             of(&|record| record.bitmap.clone()),
             match &one.state {
                 State::Complete => "complete".to_owned(),

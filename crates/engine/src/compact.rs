@@ -557,6 +557,7 @@ impl From<MergeError> for EngineError {
             stead_merge::Kind::Incompatible => Kind::Incompatible,
             stead_merge::Kind::NoSpace => Kind::NoSpace,
             stead_merge::Kind::Vm => Kind::Vm,
+            stead_merge::Kind::Store => Kind::Store,
             stead_merge::Kind::Cancelled => Kind::Cancelled,
         };
         EngineError::new(kind, error.attempt(), error.found()).next(error.next_step())

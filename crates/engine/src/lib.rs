@@ -23,6 +23,7 @@
 //! | `worker` | who we are to other users of the store |
 #![forbid(unsafe_code)]
 
+mod backups;
 mod blobs;
 mod capture;
 mod compact;
@@ -60,6 +61,7 @@ use stead_sys::lock::FileLock;
 use stead_vmm::Qemu;
 use tokio::sync::OnceCell;
 
+pub use backups::{StoreBackups, StoreVault, names_a_store};
 pub use capture::backup::{BackupDisk, BackupInstant};
 pub use capture::{CaptureReport, CheckpointRequest, PauseReport};
 pub use compact::{CompactReport, CompactedDisk, DEPTH_COMPACTED, MergedLayer};
@@ -74,6 +76,7 @@ pub use records::{RamSharing, SandboxState};
 pub use restore::{RestoreReport, VerifyReport};
 pub use sandbox::{CreateRequest, SandboxInfo};
 pub use save::{SaveReport, SaveRequest};
+pub use stead_store::Access;
 pub use store::{CheckpointInfo, DiskInfo, GcSummary, IndexSummary, ScrubReport};
 pub use template::{BuildRequest, ImportRequest, TemplateInfo, find_agent};
 

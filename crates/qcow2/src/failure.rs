@@ -31,6 +31,8 @@ pub enum FailureKind {
     NoSpace,
     /// QEMU refuses, failed, or is gone.
     Vm,
+    /// A store is missing, refuses, or cannot be reached.
+    Store,
     /// The caller cancelled.
     Cancelled,
 }
@@ -46,6 +48,7 @@ impl FailureKind {
             Self::Incompatible => "use a newer version, or convert the image",
             Self::NoSpace => "make room, or extend the device, and run it again",
             Self::Vm => "see what QEMU says, then run it again",
+            Self::Store => "see that the store is named right and can be reached",
             Self::Cancelled => "run it again when you want it",
         }
     }
