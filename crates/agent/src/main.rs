@@ -29,7 +29,6 @@ mod launch;
 #[allow(dead_code, reason = "called by commands, which is built beside it")]
 mod limits;
 mod mounts;
-mod outbox;
 #[allow(
     dead_code,
     reason = "called by the handshake, which is built beside it"
@@ -42,6 +41,7 @@ mod reaper;
 mod serve;
 mod setup;
 mod shutdown;
+mod standstill;
 #[allow(
     dead_code,
     reason = "called by the handshake, which is built beside it"
