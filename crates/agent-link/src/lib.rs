@@ -28,6 +28,7 @@
 mod capture;
 mod error;
 mod exec;
+pub mod files;
 mod link;
 mod wire;
 

@@ -128,13 +128,9 @@ fn entries(entries: &[Entry]) -> Result<(), Malformed> {
 impl WriteRequest {
     fn check(&self) -> Result<(), Malformed> {
         path(&self.path)?;
-        number("length in bytes", self.length_bytes, 0, MAX_FILE_BYTES)?;
-        number(
-            "resumption in bytes",
-            self.resume_from_bytes,
-            0,
-            self.length_bytes,
-        )?;
+        let most = self.length_bytes.unwrap_or(MAX_FILE_BYTES);
+        number("length in bytes", most, 0, MAX_FILE_BYTES)?;
+        number("resumption in bytes", self.resume_from_bytes, 0, most)?;
         attributes(&self.attributes)
     }
 }

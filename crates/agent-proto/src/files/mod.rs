@@ -190,8 +190,8 @@ pub struct WriteRequest {
     pub path: Bytes,
     /// Names the transfer; the partial file of an interrupted one is found by it.
     pub transfer: TransferId,
-    /// How long the file will be.
-    pub length_bytes: u64,
+    /// How long the file will be; when it is not known, at most [`MAX_FILE_BYTES`].
+    pub length_bytes: Option<u64>,
     /// How much of the partial file is kept: 0 begins anew, more must be there. Checked before with
     /// [`FileRequest::Digest`] on [`partial_name`].
     pub resume_from_bytes: u64,
@@ -305,7 +305,7 @@ pub enum FileRequest {
     },
     /// Digests of a file's blocks.
     Digest(DigestRequest),
-    /// Writes the file system that holds a path to its disk.
+    /// Writes all file systems to their disks, and says whether that of a path could be.
     Sync {
         /// The path.
         path: Bytes,
