@@ -2,9 +2,9 @@
 
 use stead_agent_proto::files::{
     ChunkDigest, Content, DigestRequest, Durability, Entry, FileAttributes, FileInput, FileReply,
-    FileRequest, HashKind, MAX_PAGE_DIGESTS, Metadata, ReadRequest, Replace, WriteRequest,
+    FileRequest, HashKind, MAX_DATA_BYTES, MAX_PAGE_DIGESTS, Metadata, ReadRequest, Replace,
+    WriteRequest,
 };
-use stead_agent_proto::flow::MAX_CHUNK_BYTES;
 use stead_agent_proto::message::Bytes;
 
 use super::channel::FileChannel;
@@ -363,7 +363,7 @@ impl<'a> Guest<'a> {
         super::send::begin(self, doing, request)?;
         let mut digest = ChunkDigest::new(hash);
         let mut at = 0;
-        let mut buffer = vec![0; MAX_CHUNK_BYTES];
+        let mut buffer = vec![0; MAX_DATA_BYTES];
         loop {
             let length = super::send::fill(source, &mut buffer, doing)?;
             if length == 0 {

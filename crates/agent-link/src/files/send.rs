@@ -6,9 +6,8 @@ use std::path::Path;
 
 use stead_agent_proto::files::{
     Chunk, ChunkDigest, Content, Digest, FileErrorKind, FileInput, FileReply, FileRequest,
-    TransferId, WriteRequest, partial_name,
+    MAX_DATA_BYTES, TransferId, WriteRequest, partial_name,
 };
-use stead_agent_proto::flow::MAX_CHUNK_BYTES;
 use stead_agent_proto::message::Bytes;
 use stead_sys::pieces::{Piece, Pieces};
 
@@ -116,7 +115,7 @@ fn content(
     begin(guest, doing, request)?;
     tally.resume(kept);
     let mut digest = ChunkDigest::new(hash);
-    let mut buffer = vec![0; MAX_CHUNK_BYTES];
+    let mut buffer = vec![0; MAX_DATA_BYTES];
     loop {
         let at = pieces.at();
         let content = match pieces.next(&mut buffer, u64::MAX) {

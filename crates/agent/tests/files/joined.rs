@@ -5,7 +5,6 @@ use stead_agent_link::files::{
     ChannelError, Content, FileChannel, FileInput, FileReply, FileRequest,
 };
 use stead_agent_proto::flow::MAX_CHUNK_BYTES;
-use stead_agent_proto::frame::MAX_PAYLOAD_BYTES;
 
 /// A connection to the guest's logic.
 #[derive(Debug, Default)]
@@ -71,9 +70,9 @@ impl Joined {
     }
 
     fn carry(&mut self, reply: FileReply) -> FileReply {
-        let encoded = postcard::to_stdvec(&reply).expect("encodes");
-        assert!(encoded.len() <= MAX_PAYLOAD_BYTES, "it fits into a frame");
-        let mut reply: FileReply = postcard::from_bytes(&encoded).expect("decodes");
+        let encoded = reply.encode();
+        assert!(encoded.len() <= MAX_CHUNK_BYTES, "a stream takes it");
+        let mut reply = FileReply::decode(&encoded).expect("decodes");
         if let FileReply::Chunk(chunk) = &mut reply {
             self.pass(&mut chunk.content);
         }
@@ -84,18 +83,18 @@ impl Joined {
 impl FileChannel for Joined {
     fn request(&mut self, request: FileRequest) -> Result<(), ChannelError> {
         self.call()?;
-        let encoded = postcard::to_stdvec(&request).expect("encodes");
-        assert!(encoded.len() <= MAX_PAYLOAD_BYTES, "it fits into a frame");
-        let request = postcard::from_bytes(&encoded).expect("decodes");
+        let encoded = request.encode();
+        assert!(encoded.len() <= MAX_CHUNK_BYTES, "it fits into a frame");
+        let request = FileRequest::decode(&encoded).expect("decodes");
         self.operation = Some(self.files.open(request));
         Ok(())
     }
 
     fn send(&mut self, input: FileInput) -> Result<(), ChannelError> {
         self.call()?;
-        let encoded = postcard::to_stdvec(&input).expect("encodes");
-        assert!(encoded.len() <= MAX_PAYLOAD_BYTES, "it fits into a frame");
-        let mut input: FileInput = postcard::from_bytes(&encoded).expect("decodes");
+        let encoded = input.encode();
+        assert!(encoded.len() <= MAX_CHUNK_BYTES, "a stream takes it");
+        let mut input = FileInput::decode(&encoded).expect("decodes");
         if let FileInput::Chunk(chunk) = &mut input {
             self.pass(&mut chunk.content);
         }

@@ -445,7 +445,7 @@ fn a_copy_that_is_interrupted_by_its_listener_goes_on_later() {
     let content = tree::noise(6 << 20, 10);
     let (source, target) = (host.path().join("f"), guest.path().join("f"));
     tree::file(&source, &content);
-    let mut stop = |progress: &Progress<'_>| match progress.done_bytes > 5 << 20 {
+    let mut stop = |progress: &Progress<'_>| match progress.done_bytes > (5 << 20) + 65_536 {
         true => ControlFlow::Break(()),
         false => ControlFlow::Continue(()),
     };
