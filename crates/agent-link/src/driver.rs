@@ -294,7 +294,8 @@ impl Driver {
             } => match self.session().attach(key, from) {
                 Ok((id, frame)) => {
                     self.put(frame);
-                    self.streams.insert(id, Stream::Attaching { events, answer });
+                    self.streams
+                        .insert(id, Stream::Attaching { events, answer });
                 }
                 Err(source) => refuse(answer, Stage::Attach, source),
             },
@@ -379,7 +380,9 @@ impl Driver {
             Event::Detached { id, reason } => match self.streams.remove(&id) {
                 Some(Stream::Running { events, input }) => {
                     inform(&events, CommandEvent::Detached { reason });
-                    input.into_iter().for_each(|left| tell(left.answer, Ok(false)));
+                    input
+                        .into_iter()
+                        .for_each(|left| tell(left.answer, Ok(false)));
                 }
                 // Nobody waits for it: that is why it was detached.
                 Some(Stream::Starting(_) | Stream::Attaching { .. }) | None => {}
@@ -391,13 +394,17 @@ impl Driver {
             }
             Event::StdinClosed { id } => {
                 if let Some(Stream::Running { input, .. }) = self.streams.get_mut(&id) {
-                    input.drain(..).for_each(|left| tell(left.answer, Ok(false)));
+                    input
+                        .drain(..)
+                        .for_each(|left| tell(left.answer, Ok(false)));
                 }
             }
             Event::Exit { id, status } => {
                 if let Some(Stream::Running { events, input }) = self.streams.remove(&id) {
                     inform(&events, CommandEvent::Exit(status));
-                    input.into_iter().for_each(|left| tell(left.answer, Ok(false)));
+                    input
+                        .into_iter()
+                        .for_each(|left| tell(left.answer, Ok(false)));
                 }
             }
             Event::Done { id, outcome } => self.on_answer(id, Reply::Done(outcome)),
@@ -423,7 +430,10 @@ impl Driver {
             Some(Stream::Starting(start)) => !start.answer.is_closed(),
             Some(Stream::Attaching { .. } | Stream::Running { .. }) | None => false,
         };
-        self.put_if_open(id, |open| if wanted { open.go(id) } else { open.detach(id) });
+        self.put_if_open(
+            id,
+            |open| if wanted { open.go(id) } else { open.detach(id) },
+        );
     }
 
     fn on_started(&mut self, id: u64, pid: u32) {
@@ -471,7 +481,10 @@ impl Driver {
                 }),
                 Stream::Starting(_) | Stream::Attaching { .. } => false,
             };
-            let next = waiting.filter(|(id, stream)| ready(**id, stream)).map(|(&id, _)| id).next();
+            let next = waiting
+                .filter(|(id, stream)| ready(**id, stream))
+                .map(|(&id, _)| id)
+                .next();
             let Some(id) = next else {
                 return;
             };
@@ -515,7 +528,12 @@ impl Driver {
         let lost = matches!(broken, Broken::Protocol(ProtocolError::SessionLost(_)));
         let starting = |stream: &Stream| matches!(stream, Stream::Starting(_));
         let certainly = lost && self.asked.len() <= 1 && self.streams.values().all(starting);
-        let Some(epoch) = self.line.session.as_ref().map(Session::epoch).filter(|_| certainly)
+        let Some(epoch) = self
+            .line
+            .session
+            .as_ref()
+            .map(Session::epoch)
+            .filter(|_| certainly)
         else {
             return Err(broken);
         };

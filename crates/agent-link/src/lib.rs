@@ -33,15 +33,16 @@ mod command;
 mod driver;
 mod error;
 mod exec;
+pub mod files;
 mod line;
 mod link;
 mod silence;
 mod wire;
 
 pub use capture::{MAX_CAPTURE_BYTES, Output};
-pub use error::{LinkError, Stage};
 pub use command::{Command, CommandControl, CommandInput, CommandOutput, new_key};
 pub use driver::CommandEvent;
+pub use error::{LinkError, Stage};
 pub use exec::ExecIo;
 pub use link::{AgentLink, CommandList, Frozen, Greeting};
 pub use stead_agent_proto::message::{

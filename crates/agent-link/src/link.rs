@@ -361,11 +361,14 @@ impl AgentLink {
     ) -> Result<Reply, LinkError> {
         let stage = Stage::Request(name);
         let (answer, answered) = oneshot::channel();
-        self.give(stage, Order::Request {
-            request,
-            name,
-            answer,
-        })?;
+        self.give(
+            stage,
+            Order::Request {
+                request,
+                name,
+                answer,
+            },
+        )?;
         self.within(stage, limit, answered).await
     }
 

@@ -26,8 +26,8 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open,
     pidfd_send_signal, waitid,
 };
-use stead_agent_proto::flow::MAX_CHUNK_BYTES;
 use stead_agent_proto::ExecKey;
+use stead_agent_proto::flow::MAX_CHUNK_BYTES;
 use stead_agent_proto::message::{ExecRequest, ExitStatus, OutputStream, Rejection};
 
 use crate::account;
@@ -144,7 +144,9 @@ fn start(
 /// The guest's wall clock in nanoseconds since 1970.
 fn now_ns() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
+    since.map_or(0, |since| {
+        u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+    })
 }
 
 /// Ends a launcher and takes its remains.

@@ -253,7 +253,9 @@ impl Core {
             }
             Action::Shutdown { port, kind } => {
                 let core = Arc::clone(self);
-                shutdown::begin(kind, move || core.wait_until_written(port, LAST_ANSWER_LIMIT));
+                shutdown::begin(kind, move || {
+                    core.wait_until_written(port, LAST_ANSWER_LIMIT)
+                });
             }
             Action::FileBegin { stream, op: _ } => {
                 let reason = Rejection::Invalid("this agent has no operations on files".to_owned());

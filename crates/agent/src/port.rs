@@ -75,8 +75,7 @@ pub(crate) fn serve(core: &Arc<Core>, port: u32, mut line: Line) -> Result<(), A
         .attempt(|| format!("start a writer for port {port}"));
     let result = match writer {
         Ok(writer) => {
-            let result =
-                read(core, port, &mut line).attempt(|| format!("read port {port}"));
+            let result = read(core, port, &mut line).attempt(|| format!("read port {port}"));
             core.close_port(port);
             finish(&line, writer);
             result

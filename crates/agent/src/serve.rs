@@ -165,7 +165,9 @@ fn build(options: &Options) -> Result<Arc<Core>, AgentError> {
     let shared = Arc::clone(&core);
     spawn("freezer", move || freezer.run(&shared, &ordered))?;
     let shared = Arc::clone(&core);
-    spawn("standstill", move || standstill::run(&shared, standstill, &told))?;
+    spawn("standstill", move || {
+        standstill::run(&shared, standstill, &told)
+    })?;
     let shared = Arc::clone(&core);
     spawn("chores", move || chores::run(&shared, &due))?;
     let shared = Arc::clone(&core);

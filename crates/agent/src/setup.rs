@@ -111,7 +111,10 @@ impl Setup {
     }
 
     fn become_fork(&self, fork: &ForkIdentity) -> Step {
-        if fork.machine_id || fork.ssh_host_keys || !fork.network.is_empty() || !fork.clear.is_empty()
+        if fork.machine_id
+            || fork.ssh_host_keys
+            || !fork.network.is_empty()
+            || !fork.clear.is_empty()
         {
             return Err("this agent changes nothing of a fork but its host name".to_owned());
         }

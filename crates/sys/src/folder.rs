@@ -10,11 +10,14 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{AtFlags, Gid, Mode, OFlags, RenameFlags, Stat, Timespec, Timestamps, Uid};
 use rustix::io::Errno;
 
 use crate::durable::Existing;
+
+static NEXT_LINK: AtomicU64 = AtomicU64::new(0);
 
 const FOLDER: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)
@@ -105,6 +108,30 @@ impl Folder {
         Ok(fd.into())
     }
 
+    /// The names in it, in no order.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn names(&self) -> io::Result<Vec<OsString>> {
+        let mut names = Vec::new();
+        for entry in rustix::fs::Dir::read_from(&self.fd)? {
+            let entry = entry?;
+            let name = entry.file_name().to_bytes();
+            if !matches!(name, b"." | b"..") {
+                names.push(OsStr::from_bytes(name).to_owned());
+            }
+        }
+        Ok(names)
+    }
+
+    /// Which file system it is on.
+    ///
+    /// # Errors
+    /// When it cannot be examined.
+    pub fn device(&self) -> io::Result<u64> {
+        Ok(rustix::fs::fstat(&self.fd)?.st_dev)
+    }
+
     /// What the link of this name says.
     ///
     /// # Errors
@@ -126,7 +153,9 @@ impl Folder {
         attributes: &Attributes,
         existing: Existing,
     ) -> io::Result<()> {
-        let temp = format!("{}link-{}", crate::durable::TEMP_PREFIX, std::process::id());
+        let number = NEXT_LINK.fetch_add(1, Ordering::Relaxed);
+        let process = std::process::id();
+        let temp = format!("{}{process}-link-{number}", crate::durable::TEMP_PREFIX);
         let temp = OsStr::new(&temp);
         self.remove_file(temp)?;
         rustix::fs::symlinkat(target, &self.fd, temp)?;

@@ -1,18 +1,27 @@
 //! What a message about files must keep to, checked by its receiver before anything is done.
 
-use crate::flow::MAX_CHUNK_BYTES;
 use crate::message::Bytes;
 
 use super::error::MAX_TEXT_BYTES;
 use super::{
     Chunk, Content, DigestRequest, Entry, FileAttributes, FileInput, FileReply, FileRequest,
-    FileTime, MAX_BLOCK_BYTES, MAX_FILE_BYTES, MAX_NAME_BYTES, MAX_PAGE_DIGESTS, MAX_PAGE_ENTRIES,
-    MAX_PAGE_NAME_BYTES, MAX_PATH_BYTES, MIN_BLOCK_BYTES, Metadata, ReadRequest, WriteRequest,
+    FileTime, MAX_BLOCK_BYTES, MAX_DATA_BYTES, MAX_FILE_BYTES, MAX_NAME_BYTES, MAX_PAGE_DIGESTS,
+    MAX_PAGE_ENTRIES, MAX_PAGE_NAME_BYTES, MAX_PATH_BYTES, MIN_BLOCK_BYTES, Metadata, ReadRequest,
+    WriteRequest,
 };
 
 /// What is wrong with a message about files.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Malformed {
+    /// Bytes that hold no message.
+    #[error("bytes that are no message about files: {0}")]
+    Encoding(postcard::Error),
+    /// A message with more behind it.
+    #[error("{bytes} bytes behind a message about files")]
+    Excess {
+        /// How many.
+        bytes: usize,
+    },
     /// A path that is not absolute, has a NUL or is too long.
     #[error("{0:?} is no absolute path of at most {MAX_PATH_BYTES} bytes without NUL")]
     Path(Bytes),
@@ -104,7 +113,7 @@ fn chunk(chunk: &Chunk) -> Result<(), Malformed> {
             "chunk in bytes",
             data.0.len() as u64,
             1,
-            MAX_CHUNK_BYTES as u64,
+            MAX_DATA_BYTES as u64,
         )?,
         Content::Hole(length_bytes) => number("hole in bytes", *length_bytes, 1, MAX_FILE_BYTES)?,
     }
@@ -128,13 +137,9 @@ fn entries(entries: &[Entry]) -> Result<(), Malformed> {
 impl WriteRequest {
     fn check(&self) -> Result<(), Malformed> {
         path(&self.path)?;
-        number("length in bytes", self.length_bytes, 0, MAX_FILE_BYTES)?;
-        number(
-            "resumption in bytes",
-            self.resume_from_bytes,
-            0,
-            self.length_bytes,
-        )?;
+        let most = self.length_bytes.unwrap_or(MAX_FILE_BYTES);
+        number("length in bytes", most, 0, MAX_FILE_BYTES)?;
+        number("resumption in bytes", self.resume_from_bytes, 0, most)?;
         attributes(&self.attributes)
     }
 }
@@ -283,10 +288,10 @@ mod tests {
             .check()
         };
         let data = |length: usize| Content::Data(vec![1; length].into());
-        of(0, data(MAX_CHUNK_BYTES)).expect("a full chunk");
+        of(0, data(MAX_DATA_BYTES)).expect("a full chunk");
         of(0, Content::Hole(MAX_FILE_BYTES)).expect("a file that is one hole");
         assert!(of(0, data(0)).is_err());
-        assert!(of(0, data(MAX_CHUNK_BYTES + 1)).is_err());
+        assert!(of(0, data(MAX_DATA_BYTES + 1)).is_err());
         assert!(of(0, Content::Hole(0)).is_err());
         assert!(of(1, Content::Hole(MAX_FILE_BYTES)).is_err());
         assert!(of(u64::MAX, data(1)).is_err());
@@ -295,28 +300,31 @@ mod tests {
     proptest! {
         #[test]
         fn any_bytes_decode_to_something_that_is_checked_or_to_an_error(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
-            if let Ok(request) = postcard::from_bytes::<FileRequest>(&bytes)
-                && request.check().is_ok()
-            {
-                let again = postcard::to_stdvec(&request).expect("encodes");
-                prop_assert_eq!(postcard::from_bytes::<FileRequest>(&again).expect("decodes"), request);
+            if let Ok(request) = FileRequest::decode(&bytes) {
+                prop_assert_eq!(FileRequest::decode(&request.encode()), Ok(request));
             }
-            if let Ok(FileInput::Chunk(chunk)) = postcard::from_bytes::<FileInput>(&bytes)
-                && FileInput::Chunk(chunk.clone()).check().is_ok()
-            {
+            if let Ok(FileInput::Chunk(chunk)) = FileInput::decode(&bytes) {
                 prop_assert!(chunk.offset_bytes + chunk.length_bytes() <= MAX_FILE_BYTES);
             }
-            if let Ok(reply) = postcard::from_bytes::<FileReply>(&bytes)
-                && reply.check().is_ok()
-            {
-                let again = postcard::to_stdvec(&reply).expect("encodes");
-                prop_assert_eq!(postcard::from_bytes::<FileReply>(&again).expect("decodes"), reply);
+            if let Ok(reply) = FileReply::decode(&bytes) {
+                prop_assert_eq!(FileReply::decode(&reply.encode()), Ok(reply));
             }
         }
     }
 
     #[test]
-    fn the_fullest_page_is_no_larger_than_the_credit_it_takes() {
+    fn a_byte_behind_a_message_is_refused() {
+        let mut bytes = FileReply::Done.encode();
+        FileReply::decode(&bytes).expect("as it was");
+        bytes.push(0);
+        assert_eq!(
+            FileReply::decode(&bytes),
+            Err(Malformed::Excess { bytes: 1 })
+        );
+    }
+
+    #[test]
+    fn the_fullest_message_is_no_longer_than_a_stream_takes() {
         let metadata = Metadata {
             kind: super::super::FileKind::BlockDevice,
             mode: 0o7777,
@@ -344,10 +352,13 @@ mod tests {
             digests: vec![[255; 32]; MAX_PAGE_DIGESTS],
             last: false,
         };
-        for reply in [page, digests] {
-            let encoded_bytes = postcard::to_stdvec(&reply).expect("encodes").len();
-            // Its kind and its count come on top.
-            assert!(encoded_bytes <= reply.credit_bytes() + 8, "{encoded_bytes}");
+        let chunk = Chunk {
+            offset_bytes: MAX_FILE_BYTES,
+            content: Content::Data(vec![1; MAX_DATA_BYTES].into()),
+        };
+        for reply in [page, digests, FileReply::Chunk(chunk)] {
+            assert!(reply.is_data());
+            assert!(reply.encode().len() <= crate::flow::MAX_CHUNK_BYTES);
         }
     }
 }

@@ -1,7 +1,9 @@
 //! What host and guest say to each other about files.
 //!
 //! An operation is one [`FileRequest`] and the [`FileReply`]s to it, each a postcard message in a frame of its
-//! own. Only a write takes more from the host: [`FileInput`]s after [`FileReply::WriteBegins`].
+//! own. Only a write takes more from the host: [`FileInput`]s after [`FileReply::WriteBegins`]. Inputs, and replies that
+//! are data ([`FileReply::is_data`]), take their encoded length of a stream's credit; no one is longer than
+//! [`MAX_CHUNK_BYTES`].
 //!
 //! ```text
 //!  Stat, Mkdir, Remove, Rename, Symlink, ReadLink, SetAttributes, Sync ─▶ one reply
@@ -14,11 +16,12 @@
 //! Invariants that both sides keep and check ([`FileRequest::check`], [`FileInput::check`],
 //! [`FileReply::check`]): paths are absolute, without NUL and at most [`MAX_PATH_BYTES`] long; a name in a list
 //! is one component and neither `.` nor `..`; a chunk begins where the one before ended, is never empty and
-//! carries at most [`MAX_CHUNK_BYTES`]. A transfer ends with the digest of its chunks ([`ChunkDigest`]), and
+//! carries at most [`MAX_DATA_BYTES`]. A transfer ends with the digest of its chunks ([`ChunkDigest`]), and
 //! what it makes is not visible under its name before.
 
 mod check;
 mod digest;
+mod encoding;
 mod error;
 
 use std::fmt;
@@ -39,13 +42,18 @@ pub const MAX_NAME_BYTES: usize = 255;
 /// How many entries one [`FileReply::Entries`] holds at most.
 pub const MAX_PAGE_ENTRIES: usize = 128;
 /// How many bytes of names one [`FileReply::Entries`] holds at most; with what else is said of each
-/// entry it takes no more of a stream's credit than a full chunk.
+/// entry it takes no more of a stream than a full chunk.
 pub const MAX_PAGE_NAME_BYTES: usize = 16 * 1024;
-/// What an entry's metadata takes of a stream's credit.
-const METADATA_CREDIT_BYTES: usize = 64;
+/// What is said of an entry besides its name takes no more than this.
+const METADATA_BYTES: usize = 64;
+/// What a message of a stream has besides its content: kinds, an offset, a length.
+const HEAD_BYTES: usize = 32;
 const _: () = {
-    assert!(MAX_PAGE_NAME_BYTES + MAX_PAGE_ENTRIES * METADATA_CREDIT_BYTES <= MAX_CHUNK_BYTES);
-    assert!(MAX_PAGE_DIGESTS * 32 <= MAX_CHUNK_BYTES);
+    assert!(MAX_DATA_BYTES + HEAD_BYTES <= MAX_CHUNK_BYTES);
+    assert!(
+        MAX_PAGE_NAME_BYTES + MAX_PAGE_ENTRIES * METADATA_BYTES + HEAD_BYTES <= MAX_CHUNK_BYTES
+    );
+    assert!(MAX_PAGE_DIGESTS * 32 + HEAD_BYTES <= MAX_CHUNK_BYTES);
 };
 /// How many digests one [`FileReply::Digests`] holds at most.
 pub const MAX_PAGE_DIGESTS: usize = 256;
@@ -53,6 +61,8 @@ pub const MAX_PAGE_DIGESTS: usize = 256;
 pub const MIN_BLOCK_BYTES: u32 = 4096;
 /// The largest block of a [`FileRequest::Digest`], in bytes.
 pub const MAX_BLOCK_BYTES: u32 = 16 * 1024 * 1024;
+/// What one chunk carries at most: whole pages, and encoded no more than a stream takes at once.
+pub const MAX_DATA_BYTES: usize = MAX_CHUNK_BYTES - 4096;
 /// How large a file may be that does not know its size, such as those of /proc, in bytes.
 pub const MAX_UNSIZED_BYTES: u64 = 64 * 1024 * 1024;
 /// The largest size of a file, in bytes: what a signed offset can say.
@@ -190,8 +200,8 @@ pub struct WriteRequest {
     pub path: Bytes,
     /// Names the transfer; the partial file of an interrupted one is found by it.
     pub transfer: TransferId,
-    /// How long the file will be.
-    pub length_bytes: u64,
+    /// How long the file will be; when it is not known, at most [`MAX_FILE_BYTES`].
+    pub length_bytes: Option<u64>,
     /// How much of the partial file is kept: 0 begins anew, more must be there. Checked before with
     /// [`FileRequest::Digest`] on [`partial_name`].
     pub resume_from_bytes: u64,
@@ -305,7 +315,7 @@ pub enum FileRequest {
     },
     /// Digests of a file's blocks.
     Digest(DigestRequest),
-    /// Writes the file system that holds a path to its disk.
+    /// Writes all file systems to their disks, and says whether that of a path could be.
     Sync {
         /// The path.
         path: Bytes,
@@ -324,7 +334,7 @@ pub struct Chunk {
 /// What a piece of a file holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Content {
-    /// Bytes, 1 to [`MAX_CHUNK_BYTES`].
+    /// Bytes, 1 to [`MAX_DATA_BYTES`].
     Data(Bytes),
     /// This many zeros that take no room on the disk, at least 1.
     Hole(u64),
@@ -337,15 +347,6 @@ impl Chunk {
         match &self.content {
             Content::Data(data) => data.0.len() as u64,
             Content::Hole(length_bytes) => *length_bytes,
-        }
-    }
-
-    /// What it takes of a stream's credit: its bytes; a hole takes one.
-    #[must_use]
-    pub fn credit_bytes(&self) -> usize {
-        match &self.content {
-            Content::Data(data) => data.0.len(),
-            Content::Hole(_) => 1,
         }
     }
 }
@@ -421,24 +422,18 @@ impl FileReply {
         }
     }
 
-    /// What it takes of a stream's credit, at most [`MAX_CHUNK_BYTES`]. What there is one of in an
-    /// operation takes nothing.
+    /// Whether it goes as data of the stream, which takes credit. What there is one of in an operation does not.
     #[must_use]
-    pub fn credit_bytes(&self) -> usize {
+    pub fn is_data(&self) -> bool {
         match self {
-            Self::Chunk(chunk) => chunk.credit_bytes(),
-            Self::Entries { entries, .. } => entries
-                .iter()
-                .map(|entry| entry.name.0.len() + METADATA_CREDIT_BYTES)
-                .sum(),
-            Self::Digests { digests, .. } => size_of_val(digests.as_slice()),
+            Self::Chunk(_) | Self::Entries { .. } | Self::Digests { .. } => true,
             Self::Failed(_)
             | Self::Done
             | Self::Stat(_)
             | Self::Link(_)
             | Self::ReadBegins { .. }
             | Self::ReadEnds { .. }
-            | Self::WriteBegins => 0,
+            | Self::WriteBegins => false,
         }
     }
 

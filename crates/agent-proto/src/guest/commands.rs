@@ -43,8 +43,15 @@ pub(super) struct Command {
 enum Progress {
     Starting,
     Released,
-    Running { pid: u32, started_ns: u64 },
-    Ended { pid: u32, started_ns: u64, status: ExitStatus },
+    Running {
+        pid: u32,
+        started_ns: u64,
+    },
+    Ended {
+        pid: u32,
+        started_ns: u64,
+        status: ExitStatus,
+    },
 }
 
 /// An input that is open.
@@ -125,7 +132,10 @@ impl Commands {
 
     /// How many live commands are listened to, and how many are not.
     pub(super) fn count_live(&self) -> (u32, u32) {
-        let heard = |key: &&ExecKey| self.get(**key).is_some_and(|command| command.owner.is_some());
+        let heard = |key: &&ExecKey| {
+            self.get(**key)
+                .is_some_and(|command| command.owner.is_some())
+        };
         let attached = self.live.iter().filter(heard).count();
         let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
         (count(attached), count(self.live.len() - attached))
@@ -161,7 +171,10 @@ impl Commands {
     }
 
     fn input_window(&self) -> u32 {
-        let open = self.table.values().filter(|command| command.input.is_some());
+        let open = self
+            .table
+            .values()
+            .filter(|command| command.input.is_some());
         if open.count() < LARGE_INPUTS {
             STREAM_WINDOW_BYTES
         } else {
@@ -294,10 +307,13 @@ impl Agent {
         self.commands.table.remove(&key);
         owner.map_or_else(Vec::new, |owner| {
             self.close_stream(owner);
-            self.send(owner, &GuestMessage::Rejected {
-                id: owner.id,
-                reason: bounded(reason),
-            })
+            self.send(
+                owner,
+                &GuestMessage::Rejected {
+                    id: owner.id,
+                    reason: bounded(reason),
+                },
+            )
         })
     }
 
@@ -411,7 +427,14 @@ impl Agent {
     ) -> Result<(), ProtocolError> {
         self.take_id(at)?;
         if let Some(known) = self.find_known(key, again) {
-            self.reply(at, GuestMessage::Known { id: at.id, state: known }, actions);
+            self.reply(
+                at,
+                GuestMessage::Known {
+                    id: at.id,
+                    state: known,
+                },
+                actions,
+            );
             return Ok(());
         }
         let refused = self
@@ -438,7 +461,8 @@ impl Agent {
     }
 
     pub(super) fn find_refusal(&mut self, at: StreamKey) -> Option<Rejection> {
-        self.find_hindrance().or_else(|| self.find_stream_excess(at))
+        self.find_hindrance()
+            .or_else(|| self.find_stream_excess(at))
     }
 
     pub(super) fn find_stream_excess(&mut self, at: StreamKey) -> Option<Rejection> {
@@ -566,7 +590,14 @@ impl Agent {
         }
         self.close_stream(owner);
         let reason = why.to_owned();
-        self.reply(owner, GuestMessage::Detached { id: owner.id, reason }, actions);
+        self.reply(
+            owner,
+            GuestMessage::Detached {
+                id: owner.id,
+                reason,
+            },
+            actions,
+        );
     }
 
     pub(super) fn on_detach(
@@ -616,7 +647,11 @@ impl Agent {
             Stdin::ClosedByCommand(window) => return window.receive(data.len()),
             Stdin::Ended => return Err(unexpected("stdin", "past the end of stdin")),
         }
-        if let Some(input) = self.commands.get_mut(key).and_then(|found| found.input.as_mut()) {
+        if let Some(input) = self
+            .commands
+            .get_mut(key)
+            .and_then(|found| found.input.as_mut())
+        {
             input.received += data.len() as u64;
             actions.push(Action::Stdin { key, data });
         }
@@ -728,7 +763,12 @@ impl Agent {
         }
     }
 
-    pub(super) fn reply(&mut self, at: StreamKey, message: GuestMessage, actions: &mut Vec<Action>) {
+    pub(super) fn reply(
+        &mut self,
+        at: StreamKey,
+        message: GuestMessage,
+        actions: &mut Vec<Action>,
+    ) {
         let sent = self.send(at, &message);
         actions.extend(sent);
     }
@@ -744,7 +784,9 @@ fn flush(owner: Option<StreamKey>) -> Vec<Action> {
 fn request_bytes(request: &ExecRequest) -> usize {
     let words: usize = request.argv.iter().map(|word| word.0.len() + 32).sum();
     let variables = request.env.iter();
-    let env: usize = variables.map(|(name, value)| name.0.len() + value.0.len() + 64).sum();
+    let env: usize = variables
+        .map(|(name, value)| name.0.len() + value.0.len() + 64)
+        .sum();
     words + env + 256
 }
 
@@ -789,7 +831,11 @@ fn find_fault(request: &ExecRequest) -> Option<&'static str> {
     {
         return Some("the folder to start in is empty or has a zero byte");
     }
-    if request.pty.as_ref().is_some_and(|pty| pty.term.contains('\0')) {
+    if request
+        .pty
+        .as_ref()
+        .is_some_and(|pty| pty.term.contains('\0'))
+    {
         return Some("the name of the terminal has a zero byte");
     }
     None

@@ -3,7 +3,6 @@
 use stead_agent_proto::files::{
     BlockDigests, DigestRequest, FileError, FileReply, MAX_PAGE_DIGESTS,
 };
-use stead_agent_proto::flow::MAX_CHUNK_BYTES;
 use stead_agent_proto::message::Bytes;
 use stead_sys::pieces::{Piece, Pieces};
 
@@ -40,11 +39,8 @@ impl Digesting {
         })
     }
 
-    /// The next page, of one digest at least unless it is the last; nothing when there is no room for a full one.
-    pub(super) fn next(&mut self, room_bytes: usize) -> Result<Option<FileReply>, FileError> {
-        if room_bytes < MAX_CHUNK_BYTES {
-            return Ok(None);
-        }
+    /// The next page, of one digest at least unless it is the last.
+    pub(super) fn next(&mut self) -> Result<FileReply, FileError> {
         let mut digests = Vec::new();
         let mut hashed_bytes = 0;
         while digests.len() < MAX_PAGE_DIGESTS
@@ -65,12 +61,12 @@ impl Digesting {
                 None => {
                     digests.extend(self.blocks.last());
                     let last = true;
-                    return Ok(Some(FileReply::Digests { digests, last }));
+                    return Ok(FileReply::Digests { digests, last });
                 }
             };
             digests.extend(full);
         }
         let last = false;
-        Ok(Some(FileReply::Digests { digests, last }))
+        Ok(FileReply::Digests { digests, last })
     }
 }

@@ -9,7 +9,6 @@ use rustix::fs::{Dir, Mode, OFlags};
 use stead_agent_proto::files::{
     Entry, FileError, FileReply, MAX_PAGE_ENTRIES, MAX_PAGE_NAME_BYTES, is_name,
 };
-use stead_agent_proto::flow::MAX_CHUNK_BYTES;
 use stead_agent_proto::message::Bytes;
 use stead_sys::folder::Folder;
 
@@ -56,11 +55,8 @@ impl Listing {
         })
     }
 
-    /// The next page; nothing when there is no room for a full one.
-    pub(super) fn next(&mut self, room_bytes: usize) -> Result<Option<FileReply>, FileError> {
-        if room_bytes < MAX_CHUNK_BYTES {
-            return Ok(None);
-        }
+    /// The next page.
+    pub(super) fn next(&mut self) -> Result<FileReply, FileError> {
         let mut entries = Vec::new();
         let mut name_bytes = 0;
         let last = loop {
@@ -74,7 +70,7 @@ impl Listing {
             }
             entries.push(entry);
         };
-        Ok(Some(FileReply::Entries { entries, last }))
+        Ok(FileReply::Entries { entries, last })
     }
 
     fn next_entry(&mut self) -> io::Result<Option<Entry>> {

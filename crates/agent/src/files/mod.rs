@@ -27,6 +27,7 @@ mod write;
 use std::sync::Arc;
 
 use stead_agent_proto::files::{FileError, FileInput, FileReply, FileRequest};
+use stead_agent_proto::flow::MAX_CHUNK_BYTES;
 
 use self::digest::Digesting;
 use self::list::Listing;
@@ -45,7 +46,7 @@ pub struct Files {
 /// What an operation has for the transport.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Pulled {
-    /// A reply to send; it takes its [`FileReply::credit_bytes`] of the room.
+    /// A reply to send; if it [is data](FileReply::is_data), its encoded length takes room.
     Reply(FileReply),
     /// The next reply needs more room.
     NoRoom,
@@ -85,7 +86,7 @@ impl Files {
 }
 
 impl Operation {
-    /// The next reply, if `room_bytes` of credit are enough for it.
+    /// The next reply, if there is room for it: a full one, [`MAX_CHUNK_BYTES`], is asked for whatever it is.
     pub fn pull(&mut self, room_bytes: usize) -> Pulled {
         if matches!(self.state, State::Asked(_))
             && let State::Asked(request) = std::mem::replace(&mut self.state, State::Ended)
@@ -101,17 +102,20 @@ impl Operation {
     }
 
     fn proceed(&mut self, room_bytes: usize) -> Pulled {
+        let has_room = room_bytes >= MAX_CHUNK_BYTES;
         let step = match &mut self.state {
-            State::Listing(listing) => listing.next(room_bytes),
-            State::Digesting(digesting) => digesting.next(room_bytes),
-            State::Reading(reading) => reading.next(room_bytes),
+            State::Listing(_) | State::Digesting(_) | State::Reading(_) if !has_room => {
+                return Pulled::NoRoom;
+            }
+            State::Listing(listing) => listing.next(),
+            State::Digesting(digesting) => digesting.next(),
+            State::Reading(reading) => reading.next(),
             State::Writing(_) => return Pulled::WantsInput,
-            State::Answered(reply) => Ok(Some(reply.clone())),
+            State::Answered(reply) => Ok(reply.clone()),
             State::Asked(_) | State::Ended => return Pulled::Ended,
         };
         match step {
-            Ok(None) => Pulled::NoRoom,
-            Ok(Some(reply)) => {
+            Ok(reply) => {
                 if reply.is_last() {
                     self.state = State::Ended;
                 }

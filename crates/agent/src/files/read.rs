@@ -7,10 +7,9 @@ use std::os::unix::fs::FileExt;
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 use stead_agent_proto::files::{
-    Chunk, ChunkDigest, Content, FileError, FileErrorKind, FileReply, MAX_UNSIZED_BYTES,
-    ReadRequest,
+    Chunk, ChunkDigest, Content, FileError, FileErrorKind, FileReply, MAX_DATA_BYTES,
+    MAX_UNSIZED_BYTES, ReadRequest,
 };
-use stead_agent_proto::flow::MAX_CHUNK_BYTES;
 use stead_agent_proto::message::Bytes;
 use stead_sys::folder::Folder;
 use stead_sys::pieces::{Piece, Pieces};
@@ -126,12 +125,9 @@ impl Reading {
         Ok((reading, first))
     }
 
-    /// The next chunk, or the end; nothing when there is no room.
-    pub(super) fn next(&mut self, room_bytes: usize) -> Result<Option<FileReply>, FileError> {
-        if room_bytes == 0 {
-            return Ok(None);
-        }
-        let limit = room_bytes.min(MAX_CHUNK_BYTES);
+    /// The next chunk, or the end.
+    pub(super) fn next(&mut self) -> Result<FileReply, FileError> {
+        let limit = MAX_DATA_BYTES;
         let chunk = match &mut self.source {
             Source::Sized(pieces) => next_sized(pieces, limit).tried(ATTEMPTED, &self.path)?,
             Source::Unsized { file, at, end } => {
@@ -141,9 +137,9 @@ impl Reading {
         match chunk {
             Some(chunk) => {
                 self.digest.add(&chunk);
-                Ok(Some(FileReply::Chunk(chunk)))
+                Ok(FileReply::Chunk(chunk))
             }
-            None => self.finish().map(Some),
+            None => self.finish(),
         }
     }
 

@@ -117,7 +117,8 @@ pub(super) fn set_attributes(path: &Bytes, attributes: &FileAttributes) -> Resul
     .tried_leaving(attempted, path, left)
 }
 
-/// Writes the file system that holds a path to its disk.
+/// Writes all file systems to their disks: below the path, others may be mounted. Of a failure it is known for the one that
+/// holds the path.
 pub(super) fn sync(path: &Bytes) -> Result<(), FileError> {
     let attempted = "sync the file system of";
     let left = "what was written may not have reached the disk";
@@ -126,6 +127,7 @@ pub(super) fn sync(path: &Bytes) -> Result<(), FileError> {
         Ok(folder) => folder,
         Err(_no_folder) => place(attempted, path)?.0,
     };
+    rustix::fs::sync();
     folder
         .sync_file_system()
         .tried_leaving(attempted, path, left)

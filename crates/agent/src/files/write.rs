@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use stead_agent_proto::files::{
     Chunk, ChunkDigest, Content, Digest, Durability, FileError, FileErrorKind, FileInput,
-    WriteRequest, partial_name,
+    MAX_FILE_BYTES, WriteRequest, partial_name,
 };
 use stead_sys::incoming::{Incoming, Synced};
 
@@ -70,9 +70,13 @@ impl Writing {
         }
     }
 
+    fn most_bytes(&self) -> u64 {
+        self.request.length_bytes.unwrap_or(MAX_FILE_BYTES)
+    }
+
     fn add(&mut self, chunk: &Chunk) -> Result<(), FileError> {
         let end = chunk.offset_bytes.saturating_add(chunk.length_bytes());
-        if chunk.offset_bytes != self.at || end > self.request.length_bytes {
+        if chunk.offset_bytes != self.at || end > self.most_bytes() {
             let attempted = "take a chunk that does not follow the one before, for";
             return Err(self.refused(FileErrorKind::Invalid, attempted));
         }
@@ -88,7 +92,7 @@ impl Writing {
     }
 
     fn check_whole(&self, digest: Digest) -> Result<(), FileError> {
-        if self.at != self.request.length_bytes {
+        if self.request.length_bytes.is_some_and(|due| due != self.at) {
             return Err(self.refused(FileErrorKind::Invalid, "end too early"));
         }
         match digest == self.digest.digest() {
@@ -109,7 +113,7 @@ impl Writing {
         };
         self.incoming
             .publish(
-                request.length_bytes,
+                self.at,
                 &as_attributes(&request.attributes),
                 existing(request.replace),
                 synced,

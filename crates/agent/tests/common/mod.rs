@@ -73,7 +73,9 @@ impl Agent {
 
     pub async fn attached(&self, life: u8) -> AgentLink {
         let mut link = self.link().await;
-        link.reattach(Epoch([life; 16]), LIMIT).await.expect("attach");
+        link.reattach(Epoch([life; 16]), LIMIT)
+            .await
+            .expect("attach");
         link
     }
 
@@ -216,7 +218,10 @@ impl RawHost {
         let request = Request::Release;
         self.send(&HostMessage::Request { id: 1, request });
         let answer = self.next();
-        assert!(matches!(answer, Some(GuestMessage::Done { .. })), "{answer:?}");
+        assert!(
+            matches!(answer, Some(GuestMessage::Done { .. })),
+            "{answer:?}"
+        );
     }
 
     /// The next message of any session; nothing at the end of the connection.
