@@ -25,6 +25,7 @@ use stead_agent_proto::message::{Bytes, ExecRequest};
 
 use crate::account::Account;
 use crate::error::{AgentError, Attempt};
+use crate::limits;
 use crate::reaper::{self, Owned};
 
 /// A request fits into a frame; the account adds a little.
@@ -248,6 +249,9 @@ fn prepare(order: &Order, streams: Streams) -> Result<Command, Failure> {
     })?;
     failing(leave_protection(), || {
         "leave the agent's out-of-memory protection".to_owned()
+    })?;
+    failing(limits::restore_usual(), || {
+        "give the command the usual limit of descriptors".to_owned()
     })?;
     process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     if let Some((uid, gid, groups)) = &order.identity {
