@@ -15,10 +15,6 @@
 
 mod account;
 mod adopt;
-#[allow(
-    dead_code,
-    reason = "called by the handshake, which is built beside it"
-)]
 mod cgroup;
 mod chores;
 mod command;
@@ -31,28 +27,18 @@ mod handover;
 mod inbox;
 mod init;
 mod launch;
-#[allow(dead_code, reason = "called by commands, which is built beside it")]
 mod limits;
 mod mounts;
-mod outbox;
-#[allow(
-    dead_code,
-    reason = "called by the handshake, which is built beside it"
-)]
 mod persona;
 mod port;
-#[allow(dead_code, reason = "called by commands, which is built beside it")]
 mod pty;
 mod reaper;
 mod serve;
 mod setup;
 mod shutdown;
+mod standstill;
 mod tool;
 mod upgrade;
-#[allow(
-    dead_code,
-    reason = "called by the handshake, which is built beside it"
-)]
 mod workload;
 
 use std::ffi::OsString;
