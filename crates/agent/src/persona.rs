@@ -16,6 +16,7 @@ mod clear;
 mod network;
 mod ssh;
 
+use std::fmt;
 use std::fs;
 use std::io;
 use std::net::IpAddr;
@@ -79,6 +80,18 @@ pub(crate) struct Applied {
     pub(crate) outcome: Outcome,
     /// How long it took, in nanoseconds.
     pub(crate) duration_ns: u64,
+}
+
+impl fmt::Display for Applied {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ms = self.duration_ns / 1_000_000;
+        match &self.outcome {
+            Outcome::Done(note) if note.is_empty() => write!(formatter, "{} ({ms} ms)", self.what),
+            Outcome::Done(note) => write!(formatter, "{} ({ms} ms): {note}", self.what),
+            Outcome::Skipped(why) => write!(formatter, "{}: left alone: {why}", self.what),
+            Outcome::Failed(why) => write!(formatter, "{}: failed: {why}", self.what),
+        }
+    }
 }
 
 /// Where a persona is applied.

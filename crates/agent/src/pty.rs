@@ -3,7 +3,7 @@
 //! ```text
 //!   open ──▶ streams to the launcher ──▶ the command's controlling terminal
 //!    │ own side                             │ nobody has it open any more
-//!    └── read: bytes … bytes, then End ◀────┘        (the kernel gives what was written first, then EIO)
+//!    └── read: bytes … bytes, then EIO ◀────┘        (the kernel gives what was written first)
 //!    └── dropped: the command's session gets SIGHUP
 //! ```
 //! Until the own copies of the other side are closed (see [`Streams`]), the end cannot be seen: drop them once the launcher has
@@ -13,7 +13,7 @@
 //! pty(7), tty_ioctl(4), termios(3).
 
 use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use rustix::fs::{Mode, OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
@@ -28,7 +28,7 @@ use crate::error::{AgentError, Attempt};
 use crate::launch::Streams;
 
 /// What a terminal is called unless the host says otherwise.
-pub(crate) const DEFAULT_KIND: &str = "xterm-256color";
+const DEFAULT_KIND: &str = "xterm-256color";
 /// The longest name of a kind of terminal, in bytes.
 const MAX_KIND_BYTES: usize = 64;
 
@@ -49,17 +49,6 @@ impl fmt::Display for TerminalSize {
 #[derive(Debug)]
 pub(crate) struct Terminal {
     master: OwnedFd,
-}
-
-/// What came of a read.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Heard {
-    /// So many bytes.
-    Bytes(usize),
-    /// Nothing now.
-    Nothing,
-    /// Nobody has the terminal open, and everything that was written has been read.
-    End,
 }
 
 impl Terminal {
@@ -101,29 +90,14 @@ impl Terminal {
         tcsetwinsize(&self.master, winsize(size)).attempt(|| format!("make a terminal of {size}"))
     }
 
-    /// Reads what the command has written.
+    /// The own side once more, to read or to type at. A read gives EIO when nobody has the terminal open any more and
+    /// everything that was written has been read. The terminal is hung up when all are closed.
     ///
     /// # Errors
-    /// When the kernel fails.
-    pub(crate) fn read(&self, buffer: &mut [u8]) -> Result<Heard, AgentError> {
-        match rustix::io::read(&self.master, buffer) {
-            Ok(0) | Err(Errno::IO) => Ok(Heard::End),
-            Ok(count) => Ok(Heard::Bytes(count)),
-            Err(Errno::AGAIN | Errno::INTR) => Ok(Heard::Nothing),
-            Err(error) => Err(error).attempt(|| "read from a terminal".to_owned()),
-        }
-    }
-
-    /// Types; gives how many bytes the terminal has taken, 0 when it takes none now.
-    ///
-    /// # Errors
-    /// When nobody has the terminal open any more, or the kernel fails.
-    pub(crate) fn write(&self, bytes: &[u8]) -> Result<usize, AgentError> {
-        match rustix::io::write(&self.master, bytes) {
-            Ok(count) => Ok(count),
-            Err(Errno::AGAIN | Errno::INTR) => Ok(0),
-            Err(error) => Err(error).attempt(|| "type at a terminal".to_owned()),
-        }
+    /// When there is no descriptor left.
+    pub(crate) fn side(&self) -> Result<OwnedFd, AgentError> {
+        rustix::io::fcntl_dupfd_cloexec(&self.master, 3)
+            .attempt(|| "have a terminal once more".to_owned())
     }
 
     /// The byte to type for the end of input, where the command reads whole lines. One that reads byte by byte knows no end
@@ -140,14 +114,17 @@ impl Terminal {
     }
 }
 
-impl AsFd for Terminal {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.master.as_fd()
+/// What `TERM` says for a terminal that the host calls `name`.
+pub(crate) fn kind(name: &str) -> &str {
+    if is_kind(name.as_bytes()) {
+        name
+    } else {
+        DEFAULT_KIND
     }
 }
 
 /// Whether it can be a kind of terminal: the name becomes part of a path in some programs.
-pub(crate) fn is_kind(name: &[u8]) -> bool {
+fn is_kind(name: &[u8]) -> bool {
     let is_allowed = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_+.".contains(byte);
     !name.is_empty()
         && name.len() <= MAX_KIND_BYTES
@@ -203,14 +180,15 @@ mod tests {
         };
         let own = rustix::process::geteuid().as_raw();
         let (terminal, streams) = Terminal::open(size, own).expect("opened");
+        let own = terminal.side().expect("open");
         let mut buffer = [0; 64];
-        assert_eq!(terminal.read(&mut buffer).expect("read"), Heard::Nothing);
+        let mut read = || rustix::io::read(&own, &mut buffer).map(|count| buffer[..count].to_vec());
+        assert_eq!(read(), Err(Errno::AGAIN));
         assert_eq!(terminal.end_of_input().expect("read"), Some(4));
         rustix::io::write(&streams.stderr, b"last words\n").expect("written");
         drop(streams);
-        assert_eq!(terminal.read(&mut buffer).expect("read"), Heard::Bytes(12));
-        assert_eq!(&buffer[..12], b"last words\r\n");
-        assert_eq!(terminal.read(&mut buffer).expect("read"), Heard::End);
-        assert_eq!(terminal.read(&mut buffer).expect("read"), Heard::End);
+        assert_eq!(read(), Ok(b"last words\r\n".to_vec()));
+        assert_eq!(read(), Err(Errno::IO));
+        assert_eq!(read(), Err(Errno::IO));
     }
 }

@@ -29,15 +29,16 @@ pub(crate) fn find(name: &str) -> Option<PathBuf> {
         .find(|path| path.is_file())
 }
 
-/// Runs it; gives what is wrong if it does not succeed within the limit. One that is too slow is killed.
-pub(crate) fn run(command: &mut Command, limit: Duration) -> Result<(), String> {
+/// Runs it; gives what it says, or what is wrong if it does not succeed within the limit. One that is too slow is killed;
+/// so is one that says more than a pipe holds (64 KiB), since nobody listens before its end.
+pub(crate) fn run(command: &mut Command, limit: Duration) -> Result<String, String> {
     let name = command.get_program().to_string_lossy().into_owned();
     command
         .env_clear()
         .env("PATH", FOLDERS.join(":"))
         .env("LC_ALL", "C")
         .stdin(Stdio::null())
-        .stdout(Stdio::null())
+        .stdout(Stdio::piped())
         .stderr(Stdio::piped());
     let (mut child, owned) =
         reaper::own(|| command.spawn()).map_err(|error| format!("run {name}: {error}"))?;
@@ -52,7 +53,9 @@ pub(crate) fn run(command: &mut Command, limit: Duration) -> Result<(), String> 
     drop(owned);
     let output = output.map_err(|error| format!("wait for {name}: {error}"))?;
     match in_time {
-        Ok(true) if output.status.success() => Ok(()),
+        Ok(true) if output.status.success() => {
+            Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        }
         Ok(true) => Err(format!(
             "{name}: {} ({})",
             complaint(&output.stderr),
@@ -90,7 +93,7 @@ mod tests {
             command
         };
         let second = Duration::from_secs(60);
-        assert_eq!(run(&mut sh("exit 0"), second), Ok(()));
+        assert_eq!(run(&mut sh("echo yes"), second), Ok("yes\n".to_owned()));
         let error = run(&mut sh("echo no >&2; exit 3"), second).expect_err("3");
         assert_eq!(error, "/bin/sh: no (exit status: 3)");
         let error = run(&mut sh("exec sleep 100"), Duration::from_millis(20)).expect_err("slow");

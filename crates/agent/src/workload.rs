@@ -27,15 +27,19 @@ use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
 
+use stead_agent_proto::guest::WorkloadFailure;
+
 use crate::cgroup::{Events, Group};
 use crate::error::{AgentError, Attempt, chain};
 use crate::mounts;
+use crate::standstill::Standstill;
 
 const OWN_GROUP: &str = "agent";
 const COMMANDS: &str = "commands";
@@ -45,6 +49,9 @@ const MOUNT_POINT: &str = "/sys/fs/cgroup";
 const THAW_LIMIT: Duration = Duration::from_secs(10);
 /// How many of those that did not freeze an error names.
 const MAX_NAMED: usize = 8;
+
+/// Where commands of this machine are born, once it is known.
+static BIRTHPLACE: OnceLock<Group> = OnceLock::new();
 
 /// The workload of this machine.
 #[derive(Debug)]
@@ -138,7 +145,9 @@ impl Workload {
             found: "no group of the unified hierarchy".to_owned(),
         })?;
         let pid = i32::try_from(std::process::id()).unwrap_or(i32::MAX);
-        Self::settle(&root, &root.join(path.trim_start_matches('/')), pid)
+        let workload = Self::settle(&root, &root.join(path.trim_start_matches('/')), pid)?;
+        BIRTHPLACE.get_or_init(|| workload.commands.clone());
+        Ok(workload)
     }
 
     /// Gives the process `pid`, the agent, a group of its own below `place`, where it is now. Whatever else is there was
@@ -164,19 +173,6 @@ impl Workload {
         };
         workload.move_strays()?;
         Ok(workload)
-    }
-
-    /// Where commands are born: the folder of their control group.
-    pub(crate) fn commands(&self) -> &Path {
-        self.commands.path()
-    }
-
-    /// Puts a process among the commands, before it becomes one. While the workload is frozen it stops at once.
-    ///
-    /// # Errors
-    /// When the kernel refuses.
-    pub(crate) fn admit(&self, pid: i32) -> Result<(), AgentError> {
-        self.commands.admit(pid).map(drop)
     }
 
     /// Freezes everything and proves it, within `limit`. What is frozen already stays so.
@@ -368,6 +364,41 @@ impl Workload {
             .unwrap_or(path)
             .display()
             .to_string()
+    }
+}
+
+impl Standstill for Workload {
+    fn freeze(&mut self, limit: Duration) -> Result<(), WorkloadFailure> {
+        match Self::freeze(self, limit) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(WorkloadFailure {
+                error: error.to_string(),
+                still_frozen: self.is_frozen(),
+            }),
+        }
+    }
+
+    fn thaw(&mut self) -> Result<(), String> {
+        Self::thaw(self)
+            .map(drop)
+            .map_err(|error| error.to_string())
+    }
+
+    /// What cannot be read counts as frozen: a thaw then says why.
+    fn is_frozen(&self) -> bool {
+        !matches!(self.state(), Ok(WorkloadState::Running))
+    }
+}
+
+/// Puts a process among the commands, before it becomes one, where the agent serves a machine. While the workload is frozen
+/// it stops at once.
+///
+/// # Errors
+/// When the kernel refuses.
+pub(crate) fn admit_command(pid: i32) -> Result<(), AgentError> {
+    match BIRTHPLACE.get() {
+        Some(commands) => commands.admit(pid).map(drop),
+        None => Ok(()),
     }
 }
 

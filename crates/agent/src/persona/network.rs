@@ -74,7 +74,7 @@ struct Ip {
 
 impl Ip {
     fn run(&self, words: &[&str]) -> Result<(), String> {
-        tool::run(Command::new(&self.program).args(words), ONE_STEP_LIMIT)
+        tool::run(Command::new(&self.program).args(words), ONE_STEP_LIMIT).map(drop)
     }
 
     /// Some drivers change the address only while the interface is down.

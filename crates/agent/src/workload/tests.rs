@@ -122,7 +122,7 @@ fn everything_but_the_agent_stands_still_until_the_thaw() {
     );
     let workload = machine.agent("stead-agent.service");
     let others = [machine.run(&service), machine.run(&nested)];
-    let command = machine.run(&Group::at(workload.commands()));
+    let command = machine.run(&workload.commands);
     // Where no group can hold it without the agent.
     let stray = machine.run(&Group::at(machine.root.join("stead-agent.service")));
     let agent = Group::at(&workload.agent).processes().expect("read")[0];
@@ -210,7 +210,7 @@ fn a_command_that_is_admitted_to_a_frozen_workload_does_not_run_before_the_thaw(
     };
     let workload = machine.agent("agent.service");
     workload.freeze(LIMIT).expect("frozen");
-    let pid = machine.run(&Group::at(workload.commands()));
+    let pid = machine.run(&workload.commands);
     until("it stops", || stands_still(pid));
     workload.thaw().expect("thawed");
     assert_runs(pid);
