@@ -56,9 +56,7 @@ pub async fn run(
         | SaveCommand::Convert(_)
         | SaveCommand::Extract(_)
         | SaveCommand::Write(_)
-        | SaveCommand::Restore(_)) => {
-            on_a_thread(move || dispatch(command, &control, json)).await
-        }
+        | SaveCommand::Restore(_)) => on_a_thread(move || dispatch(command, &control, json)).await,
     };
     listener.abort();
     outcome
