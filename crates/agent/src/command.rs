@@ -8,15 +8,15 @@
 //! The thread waits level-triggered for everything at once: output (while there is credit and room), the end of
 //! the process, room in its input, the inbox's bell, and its time. Nothing it waits for can be missed.
 //!
-//! When nobody listens any more (the host has gone, another epoch has begun) the command goes on, and its
-//! output is read and thrown away; its input stays open without bytes, because an end would make it
+//! When nobody listens any more (the host has gone, another epoch has begun) the command goes on, and the last of its
+//! output is kept for who attaches; its input stays open without bytes, because an end would make it
 //! take half an input for a whole one.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
@@ -26,8 +26,8 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open,
     pidfd_send_signal, waitid,
 };
+use stead_agent_proto::ExecKey;
 use stead_agent_proto::flow::MAX_CHUNK_BYTES;
-use stead_agent_proto::guest::{CommandKey, Room};
 use stead_agent_proto::message::{ExecRequest, ExitStatus, OutputStream, Rejection};
 
 use crate::account;
@@ -42,12 +42,12 @@ const STACK_BYTES: usize = 256 * 1024;
 /// Begins a command on a thread of its own.
 pub(crate) fn spawn(
     core: Arc<Core>,
-    key: CommandKey,
+    key: ExecKey,
     request: ExecRequest,
     inbox: Arc<Inbox>,
 ) -> Result<(), String> {
     thread::Builder::new()
-        .name(format!("command {}", key.id))
+        .name("command".to_owned())
         .stack_size(STACK_BYTES)
         .spawn(move || match start(&core, key, &request, &inbox) {
             Ok(running) => running.run(),
@@ -70,10 +70,14 @@ fn rejection(error: &AgentError) -> Rejection {
 
 fn start(
     core: &Arc<Core>,
-    key: CommandKey,
+    key: ExecKey,
     request: &ExecRequest,
     inbox: &Arc<Inbox>,
 ) -> Result<Running, Rejection> {
+    if request.pty.is_some() || !request.limits.is_empty() {
+        let why = "this agent gives commands neither terminals nor limits";
+        return Err(Rejection::Invalid(why.to_owned()));
+    }
     let own = rustix::process::getuid().as_raw().to_string();
     let account =
         account::resolve(request.user.as_deref().unwrap_or(&own)).map_err(Rejection::Invalid)?;
@@ -114,7 +118,8 @@ fn start(
             });
         }
     };
-    core.tell(|agent| agent.started(key));
+    let number = u32::try_from(pid.as_raw_nonzero().get()).unwrap_or(0);
+    core.tell(|agent| agent.started(key, number, now_ns()));
     Ok(Running {
         core: Arc::clone(core),
         key,
@@ -133,6 +138,14 @@ fn start(
         timed_out: false,
         status: None,
         buffer: vec![0; MAX_CHUNK_BYTES],
+    })
+}
+
+/// The guest's wall clock in nanoseconds since 1970.
+fn now_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| {
+        u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
     })
 }
 
@@ -255,7 +268,7 @@ impl Output {
 #[derive(Debug)]
 struct Running {
     core: Arc<Core>,
-    key: CommandKey,
+    key: ExecKey,
     inbox: Arc<Inbox>,
     pid: Pid,
     pidfd: OwnedFd,
@@ -318,13 +331,9 @@ impl Running {
         let key = self.key;
         let outputs = &self.outputs;
         self.core.with(|state| {
-            let port_has_room = state.port_has_room(key);
             [0, 1].map(|at| {
                 let open = outputs[at].pipe.is_some() && outputs[at].left_bytes != Some(0);
-                open && match state.agent.room(key, outputs[at].stream) {
-                    Room::Unheard => true,
-                    Room::Bytes(bytes) => bytes > 0 && port_has_room,
-                }
+                open && state.agent.output_room(key, outputs[at].stream) > 0
             })
         })
     }
@@ -406,10 +415,7 @@ impl Running {
                     self.pending.pop_front();
                 }
                 let key = self.key;
-                self.core.with(|state| {
-                    let grant = state.agent.stdin_consumed(key, written);
-                    state.send_action(grant);
-                });
+                self.core.tell(|agent| agent.stdin_consumed(key, written));
                 self.close_finished_stdin();
             }
             Err(Errno::AGAIN | Errno::INTR) => {}
@@ -427,10 +433,7 @@ impl Running {
         self.stdin = None;
         self.pending.clear();
         let key = self.key;
-        self.core.with(|state| {
-            let notice = state.agent.stdin_closed(key);
-            state.send_action(notice);
-        });
+        self.core.tell(|agent| agent.stdin_closed(key));
     }
 
     fn read_output(&mut self, at: usize) {
@@ -439,10 +442,7 @@ impl Running {
         let Some(pipe) = &output.pipe else {
             return;
         };
-        let room = match self.core.with(|state| state.agent.room(key, stream)) {
-            Room::Bytes(bytes) => bytes,
-            Room::Unheard => self.buffer.len(),
-        };
+        let room = self.core.with(|state| state.agent.output_room(key, stream));
         let left = output.left_bytes.map_or(usize::MAX, |left| {
             usize::try_from(left).unwrap_or(usize::MAX)
         });
@@ -457,10 +457,7 @@ impl Running {
                     *left -= count as u64;
                 }
                 let data = &self.buffer[..count];
-                self.core.with(|state| {
-                    let frame = state.agent.output(key, stream, data);
-                    state.send_action(frame);
-                });
+                self.core.tell(|agent| agent.output(key, stream, data));
             }
             Err(Errno::AGAIN | Errno::INTR) => {}
             Err(_) => output.pipe = None,
@@ -515,10 +512,7 @@ impl Running {
             unreachable!("a command is finished when it has ended");
         };
         let key = self.key;
-        self.core.with(|state| {
-            let exit = state.agent.exited(key, status);
-            state.send_action(exit);
-        });
+        self.core.tell(|agent| agent.exited(key, status));
         let pipes = self
             .outputs
             .into_iter()

@@ -17,17 +17,18 @@ mod command;
 mod core;
 mod drain;
 mod error;
+mod file_streams;
 mod freeze;
 mod inbox;
 mod init;
 mod launch;
 mod mounts;
-mod outbox;
 mod port;
 mod reaper;
 mod serve;
 mod setup;
 mod shutdown;
+mod standstill;
 
 use std::process::ExitCode;
 

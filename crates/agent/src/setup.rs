@@ -7,7 +7,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::time::{ClockId, Timespec, clock_settime};
 use stead_agent_proto::guest::StepResult;
-use stead_agent_proto::message::{self, Phase, PhaseOutcome};
+use stead_agent_proto::message::{
+    self, ForkIdentity, Identity, IoctlReport, Phase, PhaseDetail, PhaseOutcome,
+};
+use stead_sys::entropy;
 
 use crate::core::Core;
 use crate::error::{AgentError, Attempt};
@@ -50,31 +53,75 @@ impl Setup {
         core: &Arc<Core>,
     ) -> StepResult {
         let begin = Instant::now();
-        let mut clock_behind_ns = None;
-        let outcome = match phase {
-            Phase::Epoch | Phase::Sessions => Ok(PhaseOutcome::Done),
-            Phase::Thaw => thaw(core),
-            Phase::Clock if !self.clock => skipped("the agent was told to leave the clock alone"),
-            Phase::Clock => set_clock(with.wall_clock_ns, received).map(|behind| {
-                clock_behind_ns = Some(behind);
-                PhaseOutcome::Done
-            }),
-            Phase::Entropy if !self.entropy => {
-                skipped("the agent was told to leave the random number generator alone")
-            }
-            Phase::Entropy => stead_sys::entropy::reseed(&self.random, &with.seed.0)
-                .map(|()| PhaseOutcome::Done)
-                .map_err(|error| format!("seed /dev/urandom: {error}")),
-            Phase::Hostname => self.set_hostname(with.hostname.as_deref()),
-        };
-        StepResult {
-            outcome,
-            clock_behind_ns,
-            duration_ns: u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX),
+        let done = self.perform(phase, with, received, core);
+        let duration_ns = u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        match done {
+            Ok((outcome, detail)) => StepResult {
+                outcome: Ok(outcome),
+                detail,
+                duration_ns,
+            },
+            Err(error) => StepResult {
+                outcome: Err(error),
+                detail: PhaseDetail::None,
+                duration_ns,
+            },
         }
     }
 
-    fn set_hostname(&self, name: Option<&str>) -> Result<PhaseOutcome, String> {
+    fn perform(
+        &self,
+        phase: Phase,
+        with: &message::Setup,
+        received: Instant,
+        core: &Arc<Core>,
+    ) -> Step {
+        match phase {
+            Phase::Epoch | Phase::Sessions => Ok((PhaseOutcome::Done, PhaseDetail::None)),
+            Phase::FileSystems => thaw(core),
+            Phase::Clock if !self.clock => skipped("the agent was told to leave the clock alone"),
+            Phase::Clock => set_clock(with.wall_clock_ns, received),
+            Phase::Entropy if !self.entropy => {
+                skipped("the agent was told to leave the random number generator alone")
+            }
+            Phase::Entropy => self.reseed(&with.seed.0),
+            Phase::Identity => match &with.identity {
+                Identity::Keep => skipped("the guest stays who it is"),
+                Identity::Fork(fork) => self.become_fork(fork),
+            },
+            // Nothing is opened anew: reads and writes of the ports block in the kernel, across every restore.
+            Phase::Ports => Ok((PhaseOutcome::Done, PhaseDetail::Ports(core.open_ports()))),
+        }
+    }
+
+    fn reseed(&self, seed: &[u8; entropy::SEED_BYTES]) -> Step {
+        let calls = [
+            ("RNDADDENTROPY", entropy::credit(&self.random, seed)),
+            ("RNDRESEEDCRNG", entropy::rekey(&self.random)),
+        ];
+        let mut reports = Vec::new();
+        for (name, result) in calls {
+            result.map_err(|error| format!("seed /dev/urandom: {name}: {error}"))?;
+            reports.push(IoctlReport {
+                name: name.to_owned(),
+                errno: 0,
+            });
+        }
+        Ok((PhaseOutcome::Done, PhaseDetail::Entropy(reports)))
+    }
+
+    fn become_fork(&self, fork: &ForkIdentity) -> Step {
+        if fork.machine_id
+            || fork.ssh_host_keys
+            || !fork.network.is_empty()
+            || !fork.clear.is_empty()
+        {
+            return Err("this agent changes nothing of a fork but its host name".to_owned());
+        }
+        self.set_hostname(fork.hostname.as_deref())
+    }
+
+    fn set_hostname(&self, name: Option<&str>) -> Step {
         let Some(name) = name else {
             return skipped("no name was given");
         };
@@ -88,17 +135,21 @@ impl Setup {
             return skipped("the agent was told to leave the host name alone");
         }
         rustix::system::sethostname(name.as_bytes())
-            .map(|()| PhaseOutcome::Done)
-            .map_err(|error| format!("set the host name: {error}"))
+            .map_err(|error| format!("set the host name: {error}"))?;
+        let changed = vec![format!("host name {name}")];
+        Ok((PhaseOutcome::Done, PhaseDetail::Identity(changed)))
     }
 }
 
-fn skipped(why: &str) -> Result<PhaseOutcome, String> {
-    Ok(PhaseOutcome::Skipped(why.to_owned()))
+/// What a step came to, and what it has found and changed.
+type Step = Result<(PhaseOutcome, PhaseDetail), String>;
+
+fn skipped(why: &str) -> Step {
+    Ok((PhaseOutcome::Skipped(why.to_owned()), PhaseDetail::None))
 }
 
 /// Waits until nothing is frozen any more; the thaw itself was ordered when its owner's session ended.
-fn thaw(core: &Arc<Core>) -> Result<PhaseOutcome, String> {
+fn thaw(core: &Arc<Core>) -> Step {
     let is_frozen = || core.with(|state| state.agent.is_frozen());
     if !is_frozen() {
         return skipped("nothing was frozen");
@@ -108,14 +159,14 @@ fn thaw(core: &Arc<Core>) -> Result<PhaseOutcome, String> {
     for _ in 0..3 {
         await_freezer(core, end)?;
         if !is_frozen() {
-            return Ok(PhaseOutcome::Done);
+            return Ok((PhaseOutcome::Done, PhaseDetail::None));
         }
     }
     let end = end.min(Instant::now() + THAW_AGAIN_LIMIT);
     while Instant::now() < end {
         std::thread::sleep(THAW_AGAIN_PAUSE);
         if !is_frozen() {
-            return Ok(PhaseOutcome::Done);
+            return Ok((PhaseOutcome::Done, PhaseDetail::None));
         }
     }
     Err("file systems that an earlier session froze could not be thawed".to_owned())
@@ -143,22 +194,32 @@ fn host_clock_ns(wall_clock_ns: u64, ago: Duration) -> Result<i64, String> {
 }
 
 /// Sets the clock to the host's, whose time was received when the setup came and has gone on since: another handshake
-/// or a thaw may have been waited for. Gives how far the clock was behind.
-fn set_clock(wall_clock_ns: u64, received: Instant) -> Result<i64, String> {
+/// or a thaw may have been waited for.
+fn set_clock(wall_clock_ns: u64, received: Instant) -> Step {
     let host = host_clock_ns(wall_clock_ns, received.elapsed())?;
-    let guest = match SystemTime::now().duration_since(UNIX_EPOCH) {
-        Ok(since) => i64::try_from(since.as_nanos()).unwrap_or(i64::MAX),
-        Err(before) => {
-            i64::try_from(before.duration().as_nanos()).map_or(i64::MIN, |before| -before)
-        }
-    };
+    let old_offset_ns = guest_clock_ns().saturating_sub(host);
     let time = Timespec {
         tv_sec: host / 1_000_000_000,
         tv_nsec: host % 1_000_000_000,
     };
     clock_settime(ClockId::Realtime, time)
         .map_err(|error| format!("set the clock to {host} ns: {error}"))?;
-    Ok(host.saturating_sub(guest))
+    let host = host_clock_ns(wall_clock_ns, received.elapsed())?;
+    let detail = PhaseDetail::Clock {
+        old_offset_ns,
+        new_offset_ns: guest_clock_ns().saturating_sub(host),
+    };
+    Ok((PhaseOutcome::Done, detail))
+}
+
+/// The guest's wall clock in nanoseconds since 1970; negative before.
+fn guest_clock_ns() -> i64 {
+    match SystemTime::now().duration_since(UNIX_EPOCH) {
+        Ok(since) => i64::try_from(since.as_nanos()).unwrap_or(i64::MAX),
+        Err(before) => {
+            i64::try_from(before.duration().as_nanos()).map_or(i64::MIN, |before| -before)
+        }
+    }
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@
 use std::time::{Duration, Instant};
 
 use stead_agent_link::{
-    AgentLink, Epoch, ExecIo, ExecRequest, ExitStatus, LinkError, Phase, Rejection, Running,
+    AgentLink, Command, Epoch, ExecIo, ExecRequest, ExitStatus, LinkError, Phase, Rejection,
     ShutdownKind,
 };
 use stead_agent_proto::message::Bytes;
@@ -92,7 +92,12 @@ impl EngineError {
                 })
             }
             Rejection::Invalid(_) => Some(NotStarted::NotRunnable),
-            Rejection::Busy | Rejection::Frozen | Rejection::TooManyCommands { .. } => None,
+            Rejection::TooManyStreams { .. }
+            | Rejection::Frozen
+            | Rejection::WorkloadFrozen
+            | Rejection::NotReleased
+            | Rejection::TooManyCommands { .. }
+            | Rejection::Unknown(_) => None,
         }
     }
 }
@@ -159,10 +164,13 @@ impl Engine {
             stderr,
         };
         let request = request(command);
-        let begun = Instant::now();
+        let key = stead_agent_link::new_key()
+            .map_err(|source| agent_error("exec in", &sandbox, source))?;
+        let (mut first, begun) = (None, Instant::now());
         let mut again = false;
         loop {
-            let start = session.link().start(request.clone());
+            let asked = session.link().epoch();
+            let start = session.link().start_as(key, first, request.clone());
             let error = match until_started(start, &mut signals).await {
                 (Some(Ok(running)), early) => {
                     let ended = run_on(running, io, early, signals).await;
@@ -174,6 +182,7 @@ impl Engine {
                 (Some(Err(_rejected)), Some(_signal)) => return Err(not_begun(name)),
                 (None, _signal) => return Err(unanswered(name)),
             };
+            first = first.or(asked);
             if self.thaws_soon(&error, begun) {
                 tokio::time::sleep(RETRY).await;
             } else if is_of_another_life(&error) && !again {
@@ -217,13 +226,13 @@ impl Engine {
         }
     }
 
-    /// Whether the command was only refused because a disk-only checkpoint is being taken: it did not
+    /// Whether the command was only refused because a checkpoint is being taken: it did not
     /// run, and may be sent again.
     fn thaws_soon(&self, error: &LinkError, begun: Instant) -> bool {
         let frozen = matches!(
             error,
             LinkError::Rejected {
-                reason: Rejection::Frozen
+                reason: Rejection::Frozen | Rejection::WorkloadFrozen | Rejection::NotReleased
             }
         );
         frozen && begun.elapsed() < self.settings.wait
@@ -266,7 +275,7 @@ impl Engine {
         })?;
         let mut port = AgentPort::connect(&self.dir.run(launch), number, &sandbox.name).await?;
         port.link
-            .attach(epoch, timeout)
+            .reattach(epoch, timeout)
             .await
             .map_err(|source| agent_error("reach the agent of", sandbox, source))?;
         Ok(port)
@@ -411,7 +420,7 @@ async fn until_started<T>(
 
 /// Runs a command to its end, passing on first the signal that came early.
 async fn run_on<I, O, E>(
-    running: Running<'_>,
+    running: Command,
     io: ExecIo<I, O, E>,
     early: Option<i32>,
     mut signals: mpsc::Receiver<i32>,
@@ -527,6 +536,7 @@ fn request(command: ExecCommand) -> ExecRequest {
                 .unwrap_or(u64::MAX)
                 .max(1)
         }),
+        ..ExecRequest::default()
     }
 }
 
