@@ -22,6 +22,7 @@ mod control;
 mod core;
 mod drain;
 mod error;
+mod file_streams;
 mod freeze;
 mod handover;
 mod inbox;

@@ -20,7 +20,7 @@ pub trait FileChannel {
     /// When the connection is broken.
     fn send(&mut self, input: FileInput) -> Result<(), ChannelError>;
 
-    /// Waits for the next reply, for a bounded time.
+    /// Waits for the next reply, as long as the agent is there.
     ///
     /// # Errors
     /// When the connection is broken or the guest is silent.

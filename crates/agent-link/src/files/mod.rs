@@ -25,6 +25,7 @@ mod guest;
 mod path;
 mod progress;
 mod send;
+mod stream;
 mod upload;
 
 pub use channel::{ChannelError, FileChannel};
@@ -36,6 +37,7 @@ pub use stead_agent_proto::files::{
     Content, Entry, FileAttributes, FileError, FileErrorKind, FileInput, FileKind, FileReply,
     FileRequest, FileTime, HashKind, Metadata, Owner, Replace,
 };
+pub use stream::FileStream;
 pub use upload::Upload;
 
 /// How deep a tree may be: a folder of each level is held open.
