@@ -31,7 +31,7 @@ use stead_sys::durable::{self, Existing};
 use stead_sys::space;
 
 use crate::error::{AtFile, EngineError, Kind, Result};
-use crate::event::{Event, Watch};
+use crate::event::MergeEvents;
 use crate::job::{Job, Undo};
 use crate::layers::{self, DEPTH_MAX};
 use crate::materialise::content_of;
@@ -344,7 +344,8 @@ impl Engine {
         let made = layers::path_of(&self.dir, &group.made, layers::QCOW2);
         let (watch, path) = (self.watch.clone(), made.clone());
         blocking(move || {
-            let tell = |event| tell(&watch, event);
+            let events = MergeEvents::new(&watch, "compact");
+            let tell = |event| events.tell(event);
             let watching = stead_merge::Watch {
                 tell: &tell,
                 cancel: Some(watch.wish_to_stop()),
@@ -531,18 +532,6 @@ fn groups_in(
     }
     assert!(chain.len() <= DEPTH_MAX, "a chain without end");
     groups
-}
-
-fn tell(watch: &Watch, event: stead_merge::Event) {
-    match event {
-        stead_merge::Event::Step(step) => watch.step("compact", step.to_string()),
-        stead_merge::Event::Progress { done, total } => watch.tell(Event::Progress {
-            what: "read back".to_owned(),
-            done,
-            total,
-        }),
-        stead_merge::Event::Notice(text) => watch.notice(text),
-    }
 }
 
 /// The same error in our words. What stands now is for the caller to say: he may undo more than the merge.
