@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use stead_engine::{EngineError, Event, Kind, Result, Settings, Watch};
+use stead_engine::{EngineError, Kind, MergeEvents, Result, Settings, Watch};
 use stead_merge::{
     MergeError, MergePlan, MergeReport, MergeRequest, Outcome, Recovered, StalePolicy,
 };
@@ -70,7 +70,8 @@ fn plan(args: MergeArgs, global: &Global) -> Result<u8> {
 
 fn merge(args: MergeArgs, global: &Global, watch: &Watch) -> Result<u8> {
     let request = request(args, global)?;
-    let tell = |event| pass_on(watch, event);
+    let events = MergeEvents::new(watch, "merge");
+    let tell = |event| events.tell(event);
     let watching = stead_merge::Watch {
         tell: &tell,
         cancel: Some(watch.wish_to_stop()),
@@ -92,7 +93,8 @@ fn merge(args: MergeArgs, global: &Global, watch: &Watch) -> Result<u8> {
 }
 
 fn recover(args: &MergeRecoverArgs, global: &Global, watch: &Watch) -> Result<u8> {
-    let tell = |event| pass_on(watch, event);
+    let events = MergeEvents::new(watch, "merge");
+    let tell = |event| events.tell(event);
     let watching = stead_merge::Watch {
         tell: &tell,
         cancel: None,
@@ -105,21 +107,6 @@ fn recover(args: &MergeRecoverArgs, global: &Global, watch: &Watch) -> Result<u8
         print::line(&recovered(one));
     }
     Ok(0)
-}
-
-fn pass_on(watch: &Watch, event: stead_merge::Event) {
-    watch.tell(match event {
-        stead_merge::Event::Step(step) => Event::Step {
-            job: "merge".to_owned(),
-            step: step.to_string(),
-        },
-        stead_merge::Event::Progress { done, total } => Event::Progress {
-            what: "read back".to_owned(),
-            done,
-            total,
-        },
-        stead_merge::Event::Notice(text) => Event::Notice { text },
-    });
 }
 
 /// The same error in the engine's words, which have the exit status.

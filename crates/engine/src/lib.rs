@@ -69,7 +69,7 @@ pub use compact::{CompactReport, CompactedDisk, DEPTH_COMPACTED, MergedLayer};
 pub use console::Console;
 pub use doctor::{Advice, DoctorReport, Finding, doctor};
 pub use error::{EngineError, Kind, Result};
-pub use event::{Event, Watch};
+pub use event::{Event, MergeEvents, Watch};
 pub use exec::{ExecCommand, ExecEnd, ExecOutput, NotStarted};
 pub use host::AcceleratorChoice;
 pub use paths::DataDir;

@@ -8,6 +8,9 @@ use crate::layers::Layers;
 use crate::plan::StalePolicy;
 use crate::running::Running;
 
+/// Hex digits of a backup's id.
+const ID_DIGITS: usize = 32;
+
 /// The state of a bitmap in a layer; see `docs/merge.md`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -169,7 +172,7 @@ impl Bitmaps {
         if !stored.auto {
             return BitmapState::Disabled;
         }
-        if index == 0 {
+        if index == 0 || is_a_backups(&stored.name) {
             return BitmapState::Valid;
         }
         let topmost = (0..index).find(|above| self.find(*above, &stored.name).is_some());
@@ -188,8 +191,11 @@ impl Bitmaps {
 
     /// What is decided for single bitmaps of the base before the commit's own rules, and which are stale.
     pub fn choose(&self, policy: StalePolicy) -> (Vec<(Vec<u8>, Chosen)>, Vec<String>) {
-        let (mut chosen, mut stale) = (Vec::new(), Vec::new());
+        let (mut chosen, mut stale) = (self.backups_own(), Vec::new());
         for stored in self.of(self.base) {
+            if chosen.iter().any(|(name, _)| *name == stored.name) {
+                continue;
+            }
             let unusable = stored.in_use || !stored.is_known();
             let above = self.any(0..self.base, &stored.name);
             let merged = self.any(self.top..self.base, &stored.name);
@@ -207,6 +213,20 @@ impl Bitmaps {
             chosen.extend(choice.map(|choice| (stored.name.clone(), choice)));
         }
         (chosen, stale)
+    }
+
+    /// Bitmaps of the base or of merged layers that stand for themselves: a backup goes on with each.
+    fn backups_own(&self) -> Vec<(Vec<u8>, Chosen)> {
+        let mut carried: Vec<(Vec<u8>, Chosen)> = Vec::new();
+        for stored in (self.top..=self.base).flat_map(|index| self.of(index)) {
+            let own = self.find(self.base, &stored.name);
+            let says_nothing = own.is_some_and(|own| own.in_use || !own.is_known() || !own.auto);
+            let is_new = carried.iter().all(|(name, _)| *name != stored.name);
+            if is_a_backups(&stored.name) && !says_nothing && is_new {
+                carried.push((stored.name.clone(), Chosen::Carry));
+            }
+        }
+        carried
     }
 
     /// What the commit made, or would make, of a bitmap.
@@ -238,7 +258,11 @@ impl Bitmaps {
             (self.top..=self.base).find_map(|index| Some((index, self.find(index, name)?)));
         let said =
             topmost.is_some_and(|(index, stored)| self.state(index, stored).says_something());
-        let goes_on = self.find(self.top, name).is_some() && self.any(0..self.top, name);
+        let began = match is_a_backups(name) {
+            true => self.any(self.top..self.base, name),
+            false => self.find(self.top, name).is_some(),
+        };
+        let goes_on = began && self.any(0..self.top, name);
         Verdict {
             name: text(name),
             name_bytes: name.to_vec(),
@@ -262,10 +286,18 @@ impl Bitmaps {
                 Becomes::Marked,
                 "it is disabled in the base, and merged layers have it: all that the merge changes is marked, and it stays disabled".into(),
             ),
-            (None, BitmapFate::Merged { unnamed_bytes: 0 }) => {
+            (Some(Chosen::Carry), BitmapFate::Marked) => (
+                Becomes::Marked,
+                "a backup goes on with it: all that the merge changes is marked".into(),
+            ),
+            (Some(Chosen::Carry), BitmapFate::Carried { .. }) => (
+                Becomes::Carried,
+                "a backup goes on with it: what its lowest layer says, and all that is defined above".into(),
+            ),
+            (None | Some(Chosen::Carry), BitmapFate::Merged { unnamed_bytes: 0 }) => {
                 (Becomes::Merged, "the base and all merged layers have it".into())
             }
-            (None, BitmapFate::Merged { unnamed_bytes }) => (
+            (None | Some(Chosen::Carry), BitmapFate::Merged { unnamed_bytes }) => (
                 Becomes::Merged,
                 format!("the base and all merged layers have it; {unnamed_bytes} bytes that none of them names differ, and are marked too"),
             ),
@@ -284,12 +316,12 @@ impl Bitmaps {
                 Becomes::Marked,
                 "no layer above has it, and it is kept as asked: all that the merge changes is marked".into(),
             ),
-            (None, BitmapFate::Kept) => (Becomes::Left, self.why_left(name)),
-            (None, BitmapFate::MarkedInstead { reason }) => (
+            (None | Some(Chosen::Carry), BitmapFate::Kept) => (Becomes::Left, self.why_left(name)),
+            (None | Some(Chosen::Carry), BitmapFate::MarkedInstead { reason }) => (
                 Becomes::Marked,
                 format!("{reason}: all that the merge changes is marked"),
             ),
-            (None, BitmapFate::Dropped { reason }) => (Becomes::Dropped, reason.clone()),
+            (None | Some(Chosen::Carry), BitmapFate::Dropped { reason }) => (Becomes::Dropped, reason.clone()),
         }
     }
 
@@ -303,6 +335,17 @@ impl Bitmaps {
             "it is disabled: it says what had changed until then, and nothing of this merge".into()
         }
     }
+}
+
+/// Whether it is a bitmap that one backup began and that names all since then: `NAME@` and the backup's id. Layers
+/// above need not have it, so it is not stale without them (`docs/backup.md`).
+pub(crate) fn is_a_backups(name: &[u8]) -> bool {
+    let digit = |byte: &u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(byte);
+    let Some(at) = name.len().checked_sub(ID_DIGITS) else {
+        return false;
+    };
+    let (start, id) = name.split_at(at);
+    start.ends_with(b"@") && id.iter().all(digit)
 }
 
 pub(crate) fn text(name: &[u8]) -> String {
@@ -362,5 +405,29 @@ mod tests {
         assert_eq!(chosen, [(b"dead".to_vec(), Chosen::Leave)]);
         assert!(refused.is_empty());
         assert_eq!(bitmaps.choose(StalePolicy::Refuse).1, ["stale", "dead"]);
+    }
+
+    #[test]
+    fn the_bitmap_of_a_backup_is_never_stale_and_another_with_an_at_sign_is() {
+        let id = "0123456789abcdef".repeat(2);
+        let names = [
+            format!("daily@{id}"),
+            format!("daily{id}"),
+            "a@b".to_owned(),
+        ];
+        let bitmaps = Bitmaps {
+            layers: vec![Vec::new(), names.iter().map(|name| on(name)).collect()],
+            top: 0,
+            base: 1,
+        };
+        let states = bitmaps.of(1).iter();
+        let states: Vec<_> = states.map(|stored| bitmaps.state(1, stored)).collect();
+        use BitmapState::{Stale, Valid};
+        assert_eq!(states, [Valid, Stale, Stale]);
+        for policy in [StalePolicy::Prune, StalePolicy::Refuse] {
+            let (chosen, _) = bitmaps.choose(policy);
+            assert_eq!(chosen[0], (names[0].clone().into_bytes(), Chosen::Carry));
+        }
+        assert_eq!(bitmaps.choose(StalePolicy::Refuse).1.len(), 2);
     }
 }
