@@ -20,7 +20,7 @@ use std::path::Path;
 
 use stead_qcow2::edit::{EditOptions, Editor};
 use stead_qcow2::ops::commit::{CommitOptions, Incomplete, commit_into, measure_in_use};
-use stead_qcow2::{Chain, Control, LayerFile, LayerFormat};
+use stead_qcow2::{Chain, Control, Error, LayerFile, LayerFormat};
 use stead_sys::durable::{Existing, Partial};
 use stead_sys::image_lock::Access;
 use stead_sys::{copy, space};
@@ -177,18 +177,22 @@ fn prove(files: &[LayerFile], count: usize, made: &Path, watch: Watch<'_>) -> Re
         let found = format!("it has {} bytes, and the layers {}", new.len(), old.len());
         return Err(damaged(found));
     }
-    let mut comparison = Comparison::new(&old, &new, watch);
     let mut defined_bytes = 0;
     for (chain, layers) in [(&old, count), (&new, 1)] {
-        for range in chain.allocated(layers) {
-            watch.go_on()?;
-            let range = range.map_err(engine)?;
+        let ranges = chain.allocated(layers).map(|range| {
+            if watch.go_on().is_err() {
+                let path = made.to_owned();
+                return Err(Error::Cancelled { path });
+            }
+            let range = range?;
             if layers == 1 {
                 defined_bytes += range.end - range.start;
             }
-            if let Some(fault) = comparison.fault_in(range).map_err(engine)? {
-                return Err(damaged(fault));
-            }
+            Ok(range)
+        });
+        let comparison = Comparison::new(&old, &new, watch);
+        if let Some(fault) = comparison.fault_in(ranges).map_err(engine)? {
+            return Err(damaged(fault));
         }
     }
     Ok(defined_bytes)

@@ -44,7 +44,6 @@ mod map;
 pub mod ops;
 mod raw;
 mod refcounts;
-mod spread;
 mod units;
 
 pub use backing_record::{BackingRecord, check_backing};
