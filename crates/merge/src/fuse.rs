@@ -20,7 +20,7 @@ use std::path::Path;
 
 use stead_qcow2::edit::{EditOptions, Editor};
 use stead_qcow2::ops::commit::{Chosen, CommitOptions, Incomplete, commit_into, measure_in_use};
-use stead_qcow2::{Chain, Control, Layer, LayerFile, LayerFormat, StoredBitmap};
+use stead_qcow2::{Chain, Control, Error, Layer, LayerFile, LayerFormat, StoredBitmap};
 use stead_sys::durable::{Existing, Partial};
 use stead_sys::image_lock::Access;
 use stead_sys::{copy, space};
@@ -227,18 +227,22 @@ fn prove(layers: FuseLayers<'_>, made: &Path, watch: Watch<'_>) -> Result<u64> {
         let found = format!("it has {} bytes, and the layers {}", new.len(), old.len());
         return Err(damaged(found));
     }
-    let mut comparison = Comparison::new(&old, &new, watch);
     let mut defined_bytes = 0;
     for (chain, fused) in [(&old, layers.merged.len()), (&new, 1)] {
-        for range in chain.allocated(fused) {
-            watch.go_on("merge")?;
-            let range = range.map_err(engine)?;
+        let ranges = chain.allocated(fused).map(|range| {
+            if watch.go_on("merge").is_err() {
+                let path = made.to_owned();
+                return Err(Error::Cancelled { path });
+            }
+            let range = range?;
             if fused == 1 {
                 defined_bytes += range.end - range.start;
             }
-            if let Some(fault) = comparison.fault_in(range).map_err(engine)? {
-                return Err(damaged(fault));
-            }
+            Ok(range)
+        });
+        let comparison = Comparison::new(&old, &new, watch);
+        if let Some(fault) = comparison.fault_in(ranges).map_err(engine)? {
+            return Err(damaged(fault));
         }
     }
     Ok(defined_bytes)

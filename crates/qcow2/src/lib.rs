@@ -45,7 +45,6 @@ mod map;
 pub mod ops;
 mod raw;
 mod refcounts;
-mod spread;
 mod units;
 mod watch;
 

@@ -27,4 +27,5 @@ pub mod readable;
 pub mod share;
 pub mod signal;
 pub mod space;
+pub mod spread;
 pub mod storage;

@@ -49,12 +49,12 @@ async fn make_layers(images: &Images) -> Result<()> {
         "@work-base.qcow2",
         "-F",
         "qcow2",
-        "@top.qcow2",
+        "@top-work.qcow2",
     ];
     let mut create = images.arguments(&create);
     create.push(DISK.to_owned());
     program::run("qemu-img", &create).await?;
-    add_bitmaps(images, "@top.qcow2").await?;
+    add_bitmaps(images, "@top-work.qcow2").await?;
     // Pieces of 2 MiB with as much between them, from the middle of the base's data on.
     let writes = (0..CHANGED_BYTES >> 21).flat_map(|n| {
         let at = (BASE_BYTES >> 21) + n * 4;
@@ -66,13 +66,13 @@ async fn make_layers(images: &Images) -> Result<()> {
     });
     let mut words = vec!["-f".to_owned(), "qcow2".to_owned()];
     words.extend(writes);
-    words.push(images.path("top.qcow2"));
+    words.push(images.path("top-work.qcow2"));
     program::run("qemu-io", &words).await?;
-    program::run(
-        "mv",
-        &[images.path("work-base.qcow2"), images.path("base.qcow2")],
-    )
-    .await?;
+    // Elsewhere: a merge looks for other layers over the base in the base's folder.
+    let kept = images.folder.join("kept");
+    durable::create_dir(&kept, 0o700).doing("create a folder")?;
+    let all = ["work-base.qcow2", "top-work.qcow2"].map(|name| images.path(name));
+    program::run("mv", &[&all[..], &[kept.display().to_string()]].concat()).await?;
     images.remove("data.raw")
 }
 
@@ -101,8 +101,8 @@ async fn contest(images: &Images, report: &mut Report) -> Result<()> {
         beside: "qemu-img commit -d, and bitmap --merge for each",
         target: Some(0.6),
         fresh: &[
-            ("base.qcow2", "work-base.qcow2"),
-            ("top.qcow2", "top-work.qcow2"),
+            ("kept/work-base.qcow2", "work-base.qcow2"),
+            ("kept/top-work.qcow2", "top-work.qcow2"),
         ],
         read: &["work-base.qcow2", "top-work.qcow2"],
         made: &[],

@@ -28,7 +28,7 @@ mod below;
 mod bitmap_changes;
 mod bitmaps;
 mod bitmaps_proof;
-mod copies;
+pub(crate) mod copies;
 mod data;
 mod expand;
 mod fill;

@@ -13,12 +13,12 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use stead_sys::spread::{ALONE_BYTES, spread};
 use stead_sys::storage::Storage;
 
 use crate::chain::Chain;
 use crate::error::{Error, Result};
 use crate::header::to_usize;
-use crate::spread::{ALONE_BYTES, spread};
 use crate::units::{GuestOffset, HostOffset};
 
 use super::in_place::{InPlaceRange, Journal};
