@@ -183,6 +183,17 @@ fn instant(found: &[u8], disk: &[u8], writes: &[(u8, usize)]) -> Option<usize> {
 }
 
 #[test]
+fn the_check_of_the_instant_can_fail_when_a_later_write_is_there_and_an_earlier_is_not() {
+    let disk = vec![0; 4 * PIECE];
+    let writes = [(1, 0), (2, PIECE), (3, 2 * PIECE)];
+    let mut found = disk.clone();
+    found[..PIECE].fill(1);
+    assert_eq!(instant(&found, &disk, &writes), Some(1));
+    found[2 * PIECE..3 * PIECE].fill(3);
+    assert_eq!(instant(&found, &disk, &writes), None);
+}
+
+#[test]
 fn a_running_disk_is_backed_up_as_it_was_at_one_instant_while_it_is_written() {
     let world = World::new();
     let vm = Vm::start(&world);
