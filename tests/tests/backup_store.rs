@@ -172,10 +172,14 @@ impl Daemon {
             .spawn();
         let daemon = Self(started.expect("QEMU"));
         let qmp = world.dir.path().join("qmp");
-        until(Duration::from_secs(30), || qmp.exists());
+        let mut stream = None;
+        until(Duration::from_secs(30), || {
+            stream = UnixStream::connect(&qmp).ok();
+            stream.is_some()
+        });
+        let mut stream = stream.expect("it listens");
         let address = json!({ "type": "unix", "data": { "path": format!("{at}/nbd") } });
         let export = json!({ "type": "nbd", "id": "e", "node-name": "disk", "name": "disk", "writable": true });
-        let mut stream = UnixStream::connect(qmp).expect("QMP");
         let mut answers = BufReader::new(stream.try_clone().expect("cloned")).lines();
         for (command, arguments) in [
             ("qmp_capabilities", json!({})),

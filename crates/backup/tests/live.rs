@@ -75,7 +75,8 @@ impl Vm {
             .expect("QEMU");
         let vm = Self { qemu, folder };
         let begun = Instant::now();
-        while !vm.folder.join("qmp").exists() {
+        // The socket is there before QEMU listens at it.
+        while block_jobs::connect(&vm.folder.join("qmp")).is_err() {
             assert!(begun.elapsed() < Duration::from_secs(30), "QEMU listens");
             std::thread::sleep(Duration::from_millis(10));
         }
