@@ -5,12 +5,15 @@
 )]
 
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use stead_sim::s3::{BUCKET, Server};
-use stead_tests::Worker;
+use stead_tests::{Worker, until};
 
 const MIB: u64 = 1 << 20;
 
@@ -152,6 +155,111 @@ fn backups_in_a_bucket_restore_to_the_disk_of_their_time() {
     a_life(&World::at(dir, url, server.variables()));
 }
 
+/// A QEMU without a machine that has the disk open, and an NBD server to write to it.
+struct Daemon(std::process::Child);
+
+impl Daemon {
+    fn start(world: &World) -> Self {
+        let at = world.dir.path().display();
+        let started = Command::new("qemu-system-x86_64")
+            .args(["-machine", "none", "-nodefaults", "-display", "none", "-S"])
+            .arg("-blockdev")
+            .arg(format!("driver=file,node-name=f,filename={}", world.disk()))
+            .args(["-blockdev", "driver=qcow2,node-name=disk,file=f"])
+            .arg("-qmp")
+            .arg(format!("unix:{at}/qmp,server=on,wait=off"))
+            .stdin(Stdio::null())
+            .spawn();
+        let daemon = Self(started.expect("QEMU"));
+        let qmp = world.dir.path().join("qmp");
+        let mut stream = None;
+        until(Duration::from_secs(30), || {
+            stream = UnixStream::connect(&qmp).ok();
+            stream.is_some()
+        });
+        let mut stream = stream.expect("it listens");
+        let address = json!({ "type": "unix", "data": { "path": format!("{at}/nbd") } });
+        let export = json!({ "type": "nbd", "id": "e", "node-name": "disk", "name": "disk", "writable": true });
+        let mut answers = BufReader::new(stream.try_clone().expect("cloned")).lines();
+        for (command, arguments) in [
+            ("qmp_capabilities", json!({})),
+            ("nbd-server-start", json!({ "addr": address })),
+            ("block-export-add", export),
+        ] {
+            let line = json!({ "execute": command, "arguments": arguments });
+            writeln!(stream, "{line}").expect("sent");
+            let is_answer = |line: &String| line.contains("\"return\"");
+            let mut texts = answers.by_ref().map(|line| line.expect("an answer"));
+            assert!(texts.any(|line| is_answer(&line)), "{command}");
+        }
+        daemon
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+#[test]
+fn the_disk_of_a_vm_that_is_not_ours_is_backed_up_into_a_folder_and_a_store_while_it_runs() {
+    let world = World::new();
+    let daemon = Daemon::start(&world);
+    let (at, disk) = (world.dir.path().display().to_string(), world.disk());
+    let (qmp, folder) = (format!("{at}/qmp"), format!("{at}/folder"));
+    let nbd = format!("nbd+unix:///disk?socket={at}/nbd");
+    for (to, round) in [(&world.url, 0), (&folder, 1), (&world.url, 2), (&folder, 3)] {
+        let (kind, bitmap) = match round {
+            0 | 1 => ("full", if round == 0 { "stored" } else { "daily" }),
+            _ => ("incremental", if round == 2 { "stored" } else { "daily" }),
+        };
+        let write = format!("write -P {} {}M 64k", round + 3, round + 40);
+        sh(&format!("qemu-io -f raw -c '{write}' '{nbd}'"));
+        let line = [
+            "backup", kind, &disk, "--qmp", &qmp, "--bitmap", bitmap, "--to", to,
+        ];
+        let made = world.worker.json(&line);
+        assert_eq!(made["record"]["kind"], kind, "{made}");
+        let id = made["record"]["id"].as_str().expect("an id");
+        let target = world.target().display().to_string();
+        let restore = [
+            "backup", "restore", to, id, &target, "--force", "--format", "raw",
+        ];
+        world.worker.ok(&restore);
+        sh(&format!(
+            "qemu-img compare -f raw -F raw {target} '{nbd}' >&2"
+        ));
+        if round > 1 {
+            // The other place's backup and its bitmap are of no account.
+            assert_eq!(made["record"]["changed-bytes"], 2 * 65536);
+        }
+    }
+    // What the earlier backup has lost cannot be read again in the copy of what changed: all is copied.
+    fs::remove_file(largest_pack(&world)).expect("lost");
+    let line = ["backup", "incremental", &disk, "--qmp", &qmp];
+    let line = [&line[..], &["--bitmap", "stored", "--to", &world.url]].concat();
+    let made = world.worker.json(&line);
+    assert_eq!(made["record"]["kind"], "full", "{made}");
+    let id = made["record"]["id"].as_str().expect("an id");
+    let target = world.target().display().to_string();
+    let restore = [
+        "backup", "restore", &world.url, id, &target, "--force", "--format", "raw",
+    ];
+    world.worker.ok(&restore);
+    sh(&format!(
+        "qemu-img compare -f raw -F raw {target} '{nbd}' >&2"
+    ));
+    // Whoever names another disk is told so, and the VM has no part in it.
+    let other = world.saved("other.qcow2");
+    let line = [
+        "backup", "full", &other, "--qmp", &qmp, "--bitmap", "daily", "--to", &folder,
+    ];
+    world.worker.fails(&line, 2);
+    drop(daemon);
+}
+
 fn packs(folder: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(folder).expect("listed") {
         let path = entry.expect("listed").path();
@@ -160,6 +268,14 @@ fn packs(folder: &Path, found: &mut Vec<PathBuf>) {
             false => found.push(path),
         }
     }
+}
+
+/// The file that has most of the chunks.
+fn largest_pack(world: &World) -> PathBuf {
+    let mut all = Vec::new();
+    packs(Path::new(&format!("{}/packs", world.url)), &mut all);
+    all.sort_by_key(|pack| fs::metadata(pack).expect("there").len());
+    all.pop().expect("a pack")
 }
 
 #[test]
@@ -173,10 +289,7 @@ fn gc_keeps_what_backups_need_and_a_flipped_bit_is_found_before_a_disk_is_restor
     world.require(&full["id"], &first);
     world.require(&last["id"], &world.disk());
 
-    let mut all = Vec::new();
-    packs(Path::new(&format!("{}/packs", world.url)), &mut all);
-    all.sort_by_key(|pack| fs::metadata(pack).expect("there").len());
-    let pack = all.last().expect("a pack");
+    let pack = &largest_pack(&world);
     let mut bytes = fs::read(pack).expect("read");
     let at = bytes.len() / 2;
     bytes[at] ^= 1;
@@ -197,6 +310,10 @@ fn gc_keeps_what_backups_need_and_a_flipped_bit_is_found_before_a_disk_is_restor
                 == Some(5)
         );
     }
+    // The first one is removed; what the last one needs stays.
+    let id = full["id"].as_str().expect("an id");
+    world.worker.ok(&["backup", "rm", &world.url, id]);
+    assert_eq!(world.list().len(), 1);
     // What is lost is not built upon: where the bitmap does not say that it changed, the next backup reads it again.
     world.keeper().ok(&["gc"]);
     fs::remove_file(pack).expect("lost");

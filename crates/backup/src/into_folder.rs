@@ -194,7 +194,7 @@ impl Vault for FolderVault {
     }
 
     fn is_sound(
-        &self,
+        &mut self,
         known: &KnownImages,
         changed: &Bitmap,
         watch: Watch<'_>,

@@ -313,7 +313,13 @@ impl<V: Vault> Live<'_, V> {
         let files: Vec<_> = files.chain(self.vault.files(&stand.ground.known)).collect();
         let disk = open(&files)?;
         let changed = defined_by_top(&disk)?;
-        if changed.dirty_bytes() < stand.bitmap.dirty_bytes.min(disk.len()) {
+        // QEMU counts whole bits, also where the disk ends within the last one.
+        let NodeBitmap {
+            dirty_bytes,
+            granularity_bytes,
+            ..
+        } = stand.bitmap;
+        if changed.dirty_bytes() < dirty_bytes.saturating_sub(granularity_bytes) {
             let found = format!(
                 "{} bytes, and the bitmap {} named {} before",
                 changed.dirty_bytes(),

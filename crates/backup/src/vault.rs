@@ -51,12 +51,17 @@ pub trait Vault {
     /// The images that show an earlier backup, the topmost first, where they are files.
     fn files(&self, known: &Self::Known) -> Vec<LayerFile>;
 
-    /// Whether an earlier backup is whole around what changed since, as far as a backup of that takes over from it.
+    /// Whether an earlier backup has all that a backup of what changed takes over from it, and is whole where what changed
+    /// lies. To be asked where the rest of the disk cannot be read again.
     ///
     /// # Errors
     /// When it cannot be read at all, or the caller wants it to end.
-    fn is_sound(&self, known: &Self::Known, changed: &Bitmap, watch: Watch<'_>)
-    -> Result<Told<()>>;
+    fn is_sound(
+        &mut self,
+        known: &Self::Known,
+        changed: &Bitmap,
+        watch: Watch<'_>,
+    ) -> Result<Told<()>>;
 
     /// Begins a backup of that id.
     ///

@@ -694,7 +694,7 @@ pub struct MergeRecoverArgs {
 pub enum BackupCommand {
     /// Back up the whole disk, and begin a bitmap of what changes from then on
     #[command(
-        after_help = "An image must not be in use. All disks of a running sandbox are taken at one instant, its file systems frozen; it runs on.\n\nExample:\n  stead backup full disk.qcow2 --bitmap daily --to /backups/web\n  stead backup full web --bitmap daily --to /backups/web"
+        after_help = "An image must not be in use. All disks of a running sandbox are taken at one instant, its file systems frozen; it runs on.\n\nExample:\n  stead backup full disk.qcow2 --bitmap daily --to /backups/web\n  stead backup full web --bitmap daily --to /backups/web\n  stead backup full disk.qcow2 --qmp /run/vm/qmp --bitmap daily --to s3://backups/web"
     )]
     Full(BackupFullArgs),
     /// Back up what changed since the last backup in the folder or store
@@ -715,6 +715,11 @@ pub enum BackupCommand {
     /// List the backups in a folder or a store
     #[command(after_help = "Example:\n  stead backup ls /backups/web --json | jq '.[].id'")]
     Ls(BackupLsArgs),
+    /// Remove a backup that no other stands on
+    #[command(
+        after_help = "In a store no backup stands on another; `stead gc` gives back the room.\n\nExample:\n  stead backup rm /backups/web 3f2a"
+    )]
+    Rm(BackupRmArgs),
 }
 
 #[derive(Debug, Args)]
@@ -729,6 +734,13 @@ pub struct BackupArgs {
     /// Folder of backups, which is made if it is not there; or a store: its URL, or a folder that is one
     #[arg(long, value_name = "DIR|STORE")]
     pub to: PathBuf,
+    /// QMP socket of the VM that runs on DISK, where that is not a sandbox: its disk is backed up while it runs
+    #[arg(long, value_name = "SOCKET")]
+    pub qmp: Option<PathBuf>,
+    /// Folder with room for a copy of what is backed up with --qmp, meanwhile [default: that of the backups; for a store the
+    /// data directory]
+    #[arg(long, value_name = "DIR", requires = "qmp")]
+    pub staging: Option<PathBuf>,
     /// Do not compress a full backup
     #[arg(long)]
     pub no_compress: bool,
@@ -792,4 +804,14 @@ pub struct BackupLsArgs {
     /// Folder of backups, or a store
     #[arg(value_name = "DIR|STORE")]
     pub folder: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct BackupRmArgs {
+    /// Folder of backups, or a store
+    #[arg(value_name = "DIR|STORE")]
+    pub folder: PathBuf,
+    /// The beginning of a backup's id, or `latest`
+    #[arg(value_name = "BACKUP")]
+    pub backup: String,
 }

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use stead_backup::{
-    BackupError, BackupReport, BackupRequest, DiskSource, Listed, Order, RestoreFormat,
-    RestoreReport, RestoreRequest, State, Verdict, Wanted,
+    BackupError, BackupReport, BackupRequest, DiskSource, FolderVault, Listed, LiveOrder, Order,
+    RestoreFormat, RestoreReport, RestoreRequest, State, Verdict, Wanted, run_live,
 };
 use stead_engine::{
     Access, BackupDisk, BackupInstant, Engine, EngineError, Event, Kind, Result, StoreBackups,
@@ -14,8 +14,8 @@ use stead_engine::{
 };
 
 use crate::args::{
-    BackupArgs, BackupCommand, BackupLsArgs, BackupRestoreArgs, BackupVerifyArgs, DiskFormat,
-    Global,
+    BackupArgs, BackupCommand, BackupLsArgs, BackupRestoreArgs, BackupRmArgs, BackupVerifyArgs,
+    DiskFormat, Global,
 };
 use crate::size::human;
 use crate::{commands, print};
@@ -37,6 +37,7 @@ pub async fn run(command: BackupCommand, global: Global, watch: Watch) -> Result
         BackupCommand::Restore(args) => restore(args, global, watch).await,
         BackupCommand::Verify(args) => verify(args, global, watch).await,
         BackupCommand::Ls(args) => list(args, global, watch).await,
+        BackupCommand::Rm(args) => remove(args, global, watch).await,
     }
 }
 
@@ -71,26 +72,24 @@ async fn engine(global: &Global, watch: &Watch) -> Result<Engine> {
 }
 
 /// The backups in the store that `place` names; none where it is a folder.
-async fn store(place: &Path, global: &Global, watch: &Watch) -> Result<Option<StoreBackups>> {
+async fn store(
+    place: &Path,
+    access: Access,
+    global: &Global,
+    watch: &Watch,
+) -> Result<Option<StoreBackups>> {
     if !names_a_store(place) {
         return Ok(None);
     }
     let engine = engine(global, watch).await?;
     let url = place.to_string_lossy();
-    engine.backups(&url, Access::ReadOnly).await.map(Some)
+    engine.backups(&url, access).await.map(Some)
 }
 
 /// An image's backup, or those of a sandbox's disks.
 async fn backup(args: BackupArgs, wanted: Wanted, global: Global, watch: Watch) -> Result<u8> {
-    if args.disk.exists() {
-        let source = DiskSource::Image(args.disk.clone());
-        let engine = match names_a_store(&args.to) {
-            true => Some(engine(&global, &watch).await?),
-            false => None,
-        };
-        let one = vec![(source, vault(engine.as_ref(), &args, false).await?)];
-        let mut reports = blocking(move || make_all(&args, one, wanted, &watch)).await?;
-        let report = reports.remove(0);
+    if args.qmp.is_some() || args.disk.exists() {
+        let report = image(args, wanted, &global, watch).await?;
         return Ok(match global.json {
             true => print::json(&report),
             false => print_report(&report),
@@ -104,6 +103,43 @@ async fn backup(args: BackupArgs, wanted: Wanted, global: Global, watch: Watch) 
         print_report(report);
     }
     Ok(0)
+}
+
+/// The backup of an image that nobody uses, or of the disk of a VM that is not ours.
+async fn image(
+    args: BackupArgs,
+    wanted: Wanted,
+    global: &Global,
+    watch: Watch,
+) -> Result<BackupReport> {
+    let engine = match names_a_store(&args.to) {
+        true => Some(engine(global, &watch).await?),
+        false => None,
+    };
+    let vault = vault(engine.as_ref(), &args, args.qmp.is_some()).await?;
+    let Some(qmp) = args.qmp.clone() else {
+        let one = vec![(DiskSource::Image(args.disk.clone()), vault)];
+        let mut reports = blocking(move || make_all(&args, one, wanted, &watch)).await?;
+        return Ok(reports.remove(0));
+    };
+    let data = engine.map(|engine| engine.data_dir().root().to_owned());
+    let order = LiveOrder {
+        disk: args.disk.clone(),
+        qmp,
+        bitmap: args.bitmap.clone(),
+        wanted,
+        staging: args.staging.clone().or(data).unwrap_or(args.to.clone()),
+    };
+    let make = move || {
+        watched(&watch, |watch| match vault {
+            Some(vault) => run_live(&order, || Ok(vault), watch),
+            None => {
+                let open = || FolderVault::open(&args.to, !args.no_compress);
+                run_live(&order, open, watch)
+            }
+        })
+    };
+    blocking(make).await
 }
 
 /// Where a disk's backup goes, if that is a store.
@@ -225,7 +261,7 @@ impl Ids {
 }
 
 async fn restore(args: BackupRestoreArgs, global: Global, watch: Watch) -> Result<u8> {
-    let store = store(&args.from, &global, &watch).await?;
+    let store = store(&args.from, Access::ReadOnly, &global, &watch).await?;
     let request = RestoreRequest {
         from: args.from,
         backup: args.backup,
@@ -250,7 +286,7 @@ async fn restore(args: BackupRestoreArgs, global: Global, watch: Watch) -> Resul
 }
 
 async fn verify(args: BackupVerifyArgs, global: Global, watch: Watch) -> Result<u8> {
-    let verdicts = match store(&args.folder, &global, &watch).await? {
+    let verdicts = match store(&args.folder, Access::ReadOnly, &global, &watch).await? {
         Some(store) => store.verify(args.backup.as_deref()).await?,
         None => {
             let read = move || {
@@ -278,13 +314,27 @@ async fn verify(args: BackupVerifyArgs, global: Global, watch: Watch) -> Result<
 }
 
 async fn list(args: BackupLsArgs, global: Global, watch: Watch) -> Result<u8> {
-    let all = match store(&args.folder, &global, &watch).await? {
+    let all = match store(&args.folder, Access::ReadOnly, &global, &watch).await? {
         Some(store) => store.list(),
         None => blocking(move || stead_backup::list(&args.folder).map_err(told)).await?,
     };
     Ok(match global.json {
         true => print::json(&all),
         false => print_list(&all),
+    })
+}
+
+async fn remove(args: BackupRmArgs, global: Global, watch: Watch) -> Result<u8> {
+    let id = match store(&args.folder, Access::ReadWrite, &global, &watch).await? {
+        Some(store) => store.remove(&args.backup).await?,
+        None => {
+            let work = move || stead_backup::remove(&args.folder, &args.backup).map_err(told);
+            blocking(work).await?
+        }
+    };
+    Ok(match global.json {
+        true => print::json(&id),
+        false => print::line(&format!("removed {id}")),
     })
 }
 

@@ -62,7 +62,7 @@ pub struct StoreBackups {
     runtime: Handle,
     /// By the backup's id.
     kept: BTreeMap<String, Kept>,
-    /// The object of each manifest that cannot be used, and why.
+    /// The name of each manifest that cannot be used, and why.
     damaged: Vec<(String, String)>,
 }
 
@@ -159,11 +159,14 @@ impl StoreBackups {
         };
         match found {
             Ok(kept) => drop(self.kept.insert(kept.facts.id.clone(), kept)),
-            Err(why) => self.damaged.push((listed.object, why)),
+            Err(why) => {
+                let name = listed.id.map_or(listed.object, |id| id.to_string());
+                self.damaged.push((name, why));
+            }
         }
     }
 
-    /// All backups, oldest first; of one that is damaged, the object and the reason.
+    /// All backups, oldest first; of one that is damaged, the manifest's name and the reason.
     #[must_use]
     pub fn list(&self) -> Vec<Listed> {
         let whole = self.kept.values().map(|kept| Listed {
@@ -236,6 +239,30 @@ impl StoreBackups {
             whole: damage.is_empty(),
             damage,
         })
+    }
+
+    /// Removes a backup, or a damaged one by the whole name that a list gives it; its id. What only it used is deleted by the
+    /// next gc.
+    ///
+    /// # Errors
+    /// When there is no such backup, or the store cannot be written.
+    ///
+    /// # Durability
+    /// When this returns `Ok`, it is gone.
+    pub async fn remove(&self, wanted: &str) -> Result<String> {
+        let is_it = |(name, _): &&(String, String)| name == wanted;
+        let damaged = self.damaged.iter().find(is_it);
+        let damaged = damaged.and_then(|(name, _)| name.parse().ok());
+        let (id, manifest) = match damaged {
+            Some(manifest) => (wanted.to_owned(), manifest),
+            None => {
+                let kept = self.find(wanted)?;
+                (kept.facts.id.clone(), kept.manifest)
+            }
+        };
+        let removed = self.store.remove_manifest(manifest).await;
+        removed.map_err(|source| store_error(format!("remove the backup {id}"), source))?;
+        Ok(id)
     }
 
     /// Makes the disk of a backup again. Blocks, and must not be called from an asynchronous task.

@@ -183,14 +183,25 @@ impl Vault for StoreVault {
         Vec::new()
     }
 
-    /// Nothing is taken over from within a chunk, and chunks have their hashes in their names.
+    /// Nothing is taken over from within a chunk, so all chunks must be there, and that is enough.
     fn is_sound(
-        &self,
-        _known: &KnownBackup,
+        &mut self,
+        known: &KnownBackup,
         _changed: &Bitmap,
         _watch: Watch<'_>,
     ) -> Result<Told<()>> {
-        Ok(Ok(()))
+        let Some(publish) = &mut self.publish else {
+            unreachable!("the backup has begun");
+        };
+        let reused = publish.reuse_tree(&known.tree);
+        let Err(error) = self.backups.runtime.block_on(reused) else {
+            return Ok(Ok(()));
+        };
+        let error = failed("take over from the earlier backup", error);
+        match error.kind() == stead_backup::Kind::Damaged {
+            true => Ok(Err(error.found().to_owned())),
+            false => Err(error),
+        }
     }
 
     fn begin(&mut self, _id: &str) -> Result<()> {
