@@ -144,6 +144,8 @@ pub(crate) struct Start {
     pub(crate) request: ExecRequest,
     pub(crate) events: Events,
     pub(crate) answer: Answer<(u64, u32)>,
+    // Before that, nothing of it can have run.
+    pub(crate) is_told_to_go: bool,
 }
 
 /// The answer to a request.
@@ -199,6 +201,8 @@ pub(crate) struct Driver {
     silence: Silence,
     // The stream whose input was sent last.
     turn: u64,
+    // This session replaces another, and nothing has come of it yet.
+    is_replacement: bool,
     shared: Shared,
 }
 
@@ -224,6 +228,7 @@ impl Driver {
             asked: BTreeMap::new(),
             silence: Silence::new(silence_limit),
             turn: 0,
+            is_replacement: false,
             shared,
         }
     }
@@ -469,6 +474,7 @@ impl Driver {
     }
 
     fn hand_out(&mut self, event: Event) {
+        self.is_replacement = false;
         match event {
             Event::Accepted { id } => self.on_accepted(id),
             Event::Started { id, pid } => self.on_started(id, pid),
@@ -531,8 +537,11 @@ impl Driver {
     }
 
     fn on_accepted(&mut self, id: u64) {
-        let wanted = match self.streams.get(&id) {
-            Some(Stream::Starting(start)) => !start.answer.is_closed(),
+        let wanted = match self.streams.get_mut(&id) {
+            Some(Stream::Starting(start)) => {
+                start.is_told_to_go = !start.answer.is_closed();
+                start.is_told_to_go
+            }
             Some(Stream::Attaching { .. } | Stream::Running { .. } | Stream::File { .. })
             | None => false,
         };
@@ -666,7 +675,10 @@ impl Driver {
     async fn replace_session(&mut self, broken: Broken) -> Result<(), Broken> {
         let lost = matches!(broken, Broken::Protocol(ProtocolError::SessionLost(_)));
         let starting = |stream: &Stream| matches!(stream, Stream::Starting(_));
-        let certainly = lost && self.asked.len() <= 1 && self.streams.values().all(starting);
+        let certainly = lost
+            && !self.is_replacement
+            && self.asked.len() <= 1
+            && self.streams.values().all(starting);
         let Some(epoch) = self
             .line
             .session
@@ -683,14 +695,11 @@ impl Driver {
             limit: self.silence.limit(),
         };
         if let Err(error) = self.line.greet(&greet).await {
-            let all = std::mem::take(&mut self.streams);
-            // The first to ask learns why; the others that it has ended.
-            if let Some(Stream::Starting(first)) = all.into_values().next() {
-                tell(first.answer, Err(error));
-            }
+            self.tell_unstarted(&error);
             return Err(broken);
         }
         self.silence.end();
+        self.is_replacement = true;
         for stream in std::mem::take(&mut self.streams).into_values() {
             if let Stream::Starting(mut start) = stream {
                 start.again = Some(start.again.unwrap_or(epoch));
@@ -701,6 +710,26 @@ impl Driver {
             self.ask(asked.request, asked.name, asked.answer);
         }
         Ok(())
+    }
+
+    /// Tells those of whose commands nothing can have run that the guest lives another life, if that is why.
+    fn tell_unstarted(&mut self, error: &LinkError) {
+        let LinkError::StepFailed { phase, error } = error else {
+            return;
+        };
+        for (id, stream) in std::mem::take(&mut self.streams) {
+            match stream {
+                Stream::Starting(start) if !start.is_told_to_go => {
+                    let (phase, error) = (*phase, error.clone());
+                    tell(start.answer, Err(LinkError::StepFailed { phase, error }));
+                }
+                other @ (Stream::Starting(_)
+                | Stream::Attaching { .. }
+                | Stream::Running { .. }) => {
+                    self.streams.insert(id, other);
+                }
+            }
+        }
     }
 
     fn fail_all(&mut self, broken: &Broken) {

@@ -470,11 +470,8 @@ fn ready_is_never_sent_before_every_step_is_done() {
                 assert_eq!((ready.epoch, ready.released), (Epoch([1; 16]), false));
             }
             [GuestMessage::Failed(failed)] => {
-                assert!(failing < STEPS.len());
-                assert_eq!(
-                    (failed.phase, &failed.error[..]),
-                    (STEPS[failing], "broken")
-                );
+                assert_eq!(Some(&failed.phase), STEPS.get(failing));
+                assert_eq!(failed.error, "broken");
                 assert_eq!(
                     agent.epoch(),
                     None,
@@ -640,6 +637,161 @@ fn what_could_not_be_thawed_accepts_no_command_and_is_thawed_again_until_it_is()
     assert!(begun.contains(&Action::Thaw), "{begun:?}");
     agent.thaw_done(Ok(()));
     assert!(!agent.is_frozen());
+}
+
+/// The source goes on by a thaw in its life; a clone, which finds itself frozen, by the release of its own.
+#[test]
+fn a_frozen_workload_outlives_its_host_and_goes_on_only_when_told_to_in_its_life_or_released_in_another()
+ {
+    let mut agent = Agent::new(config());
+    complete(&mut agent, 0, 1, 10);
+    let freeze = request(2, Request::FreezeWorkload { limit_ms: 5 });
+    let begun = agent.on_item(0, to_guest(1, 10, 3, &freeze));
+    assert_eq!(begun, [Action::FreezeWorkload { limit_ms: 5 }]);
+    let refused = told(&mut agent, 0, to_guest(1, 10, 4, &exec(10, 3)));
+    assert_eq!(refusal(&refused), Some(&Rejection::WorkloadFrozen));
+    agent.workload_frozen(Ok(()));
+    agent.on_host_gone(0);
+    assert_eq!(
+        agent.workload(),
+        WorkloadState::Frozen,
+        "a host that died thaws nothing"
+    );
+    let mut clone = agent.clone();
+
+    let reattach = HostMessage::Hello(hello(Reason::Reattach));
+    match &told(&mut agent, 1, to_guest(1, 11, 0, &reattach))[..] {
+        [GuestMessage::Ready(ready)] => {
+            assert_eq!(
+                (ready.workload, ready.released),
+                (WorkloadState::Frozen, true)
+            );
+        }
+        other => panic!("{other:?}"),
+    }
+    let thaw = to_guest(1, 11, 1, &request(1, Request::ThawWorkload));
+    assert_eq!(agent.on_item(1, thaw), [Action::ThawWorkload]);
+    agent.workload_thawed(Ok(1));
+    assert_eq!(agent.workload(), WorkloadState::Running);
+
+    acknowledge(&mut clone, 0, 2, 20);
+    assert_eq!(clone.workload(), WorkloadState::Frozen);
+    let thaw = request(1, Request::ThawWorkload);
+    let early = clone.on_item(0, to_guest(2, 20, 2, &thaw));
+    assert!(!early.contains(&Action::ThawWorkload), "{early:?}");
+    let released = clone.on_item(0, to_guest(2, 20, 3, &release(2)));
+    assert_eq!(released, [Action::ThawWorkload]);
+    assert!(!clone.is_released(), "not before it is thawed");
+    clone.workload_thawed(Err("no".into()));
+    assert!(!clone.is_released(), "and not when it could not be");
+    said(&mut clone, 0);
+    clone.on_item(0, to_guest(2, 20, 4, &release(3)));
+    clone.workload_thawed(Ok(9));
+    assert!(clone.is_released());
+    let answer = GuestMessage::Done {
+        id: 3,
+        outcome: Done::Released { duration_ns: 9 },
+    };
+    assert_eq!(said(&mut clone, 0), [answer]);
+}
+
+/// A go that lies whole in a port when the guest is captured: in the clone it finds the workload frozen, or another life.
+#[test]
+fn a_go_that_a_capture_cut_off_from_its_host_runs_in_no_clone() {
+    let mut agent = Agent::new(config());
+    complete(&mut agent, 0, 1, 10);
+    told(&mut agent, 0, to_guest(1, 10, 3, &exec(10, 2)));
+    let freeze = request(3, Request::FreezeWorkload { limit_ms: 5 });
+    agent.on_item(0, to_guest(1, 10, 4, &freeze));
+    agent.workload_frozen(Ok(()));
+    said(&mut agent, 0);
+    let go = to_guest(1, 10, 5, &HostMessage::Go { id: 2 });
+    let mut first = agent.clone();
+    let refused = told(&mut first, 0, go.clone());
+    assert_eq!(refusal(&refused), Some(&Rejection::WorkloadFrozen));
+    let mut later = agent.clone();
+    acknowledge(&mut later, 1, 2, 20);
+    later.on_item(1, to_guest(2, 20, 2, &release(1)));
+    later.workload_thawed(Ok(1));
+    assert_eq!(later.on_item(0, go), [], "of a life that has passed");
+    for clone in [&first, &later] {
+        let state = clone.command_state(key(10, 2), Epoch([1; 16]));
+        assert_eq!(state, CommandState::NotRun);
+    }
+}
+
+/// A command that floods and one that says a line: the line goes out after one chunk of the flood, answers before both.
+#[test]
+fn each_stream_has_its_turn_and_answers_come_first() {
+    let mut agent = Agent::new(config());
+    complete(&mut agent, 0, 1, 10);
+    let mut seq = 3;
+    let mut say = |agent: &mut Agent, message: HostMessage| {
+        agent.on_item(0, to_guest(1, 10, seq, &message));
+        seq += 1;
+    };
+    for id in [2, 3] {
+        say(&mut agent, exec(10, id));
+        say(&mut agent, HostMessage::Go { id });
+        assert!(agent.may_start(key(10, id)));
+        agent.started(key(10, id), 7, 1);
+    }
+    said(&mut agent, 0);
+    let room = agent.output_room(key(10, 2), OutputStream::Stdout);
+    agent.output(key(10, 2), OutputStream::Stdout, &vec![b'x'; room]);
+    assert_eq!(agent.output_room(key(10, 2), OutputStream::Stdout), 0);
+    agent.output(key(10, 3), OutputStream::Stderr, b"a line");
+    say(&mut agent, request(4, Request::List));
+    let order: Vec<u64> = said(&mut agent, 0)
+        .iter()
+        .map(|message| match message {
+            GuestMessage::Done { .. } => 0,
+            GuestMessage::Output { id, .. } => *id,
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(order, [0, 2, 3, 2]);
+}
+
+#[test]
+fn an_agent_that_remembers_no_more_says_that_it_has_forgotten_and_not_that_nothing_ran() {
+    let mut agent = Agent::new(config());
+    complete(&mut agent, 0, 1, 10);
+    let mut seq = 3;
+    for id in 2..=stead_agent_proto::guest::REMEMBERED_COMMANDS as u64 + 2 {
+        for message in [exec(10, id), HostMessage::Go { id }] {
+            agent.on_item(0, to_guest(1, 10, seq, &message));
+            seq += 1;
+        }
+        assert!(agent.may_start(key(10, id)), "{id}");
+        agent.started(key(10, id), 7, 1);
+        agent.exited(key(10, id), ExitStatus::Code(0));
+        agent.command_gone(key(10, id));
+        assert!(matches!(
+            said(&mut agent, 0)[..],
+            [.., GuestMessage::Exit { .. }]
+        ));
+    }
+    let life = Epoch([1; 16]);
+    let state = |agent: &Agent, id| agent.command_state(key(10, id), life);
+    assert_eq!(state(&agent, 2), CommandState::Forgotten);
+    assert_eq!(state(&agent, 3), CommandState::Ended(ExitStatus::Code(0)));
+    let HostMessage::Exec { key, request, .. } = exec(10, 2) else {
+        unreachable!("it is one");
+    };
+    let id = 5000;
+    let again = Some(life);
+    let message = HostMessage::Exec {
+        id,
+        key,
+        again,
+        request,
+    };
+    let known = GuestMessage::Known {
+        id,
+        state: CommandState::Forgotten,
+    };
+    assert_eq!(told(&mut agent, 0, to_guest(1, 10, seq, &message)), [known]);
 }
 
 /// The hello is heard, and then the end of an earlier connection: the new session is gone, and its host does not know.

@@ -174,7 +174,7 @@ impl Engine {
         let mut again = false;
         loop {
             let asked = session.link().epoch();
-            let start = session.link().start_as(key, first, request.clone());
+            let start = session.link().start_or_attach(key, first, request.clone());
             let error = match until_started(start, &mut signals).await {
                 (Some(Ok(running)), early) => {
                     let ended = run_on(running, io, early, signals).await;
@@ -191,8 +191,8 @@ impl Engine {
                 self.mend_if_abandoned(&sandbox).await?;
                 tokio::time::sleep(RETRY).await;
             } else if is_of_another_life(&error) && !again {
-                // Its agent was restarted before it had read the request, and says so.
-                again = true;
+                // Its agent was restarted before it had read the request, and says so: to the new one it is a new command.
+                (again, first) = (true, None);
                 drop(session);
                 (sandbox, session) = self.command_session(name).await?;
             } else {
