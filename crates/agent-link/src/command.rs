@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
 use stead_agent_proto::flow::MAX_CHUNK_BYTES;
-use stead_agent_proto::message::{Attachment, ExecRequest, OutputStream};
+use stead_agent_proto::message::{Attachment, CommandState, ExecRequest, OutputStream};
 use stead_agent_proto::{Epoch, ExecKey};
 
 use crate::driver::{CommandEvent, Order, Start};
@@ -76,7 +76,26 @@ impl AgentLink {
     /// # Errors
     /// [`LinkError::Rejected`] when the guest does not run it.
     pub async fn start(&self, request: ExecRequest) -> Result<Command, LinkError> {
-        self.start_as(new_key()?, None, request).await
+        self.start_or_attach(new_key()?, None, request).await
+    }
+
+    /// As [`AgentLink::start_as`], for whoever has drawn the key: a command that was started when it was asked for before is
+    /// listened to from its beginning.
+    ///
+    /// # Errors
+    /// [`LinkError::Known`] when the agent cannot say whether it has run.
+    pub async fn start_or_attach(
+        &self,
+        key: ExecKey,
+        again: Option<Epoch>,
+        request: ExecRequest,
+    ) -> Result<Command, LinkError> {
+        match self.start_as(key, again, request).await {
+            Err(LinkError::Known {
+                state: CommandState::Running | CommandState::Ended(_),
+            }) => self.attach(key, [0, 0]).await,
+            started => started,
+        }
     }
 
     /// As [`AgentLink::start`], for a command with a key of its own: however often it is started, it runs once. `again` is
@@ -105,6 +124,7 @@ impl AgentLink {
             request,
             events,
             answer,
+            is_told_to_go: false,
         };
         self.give(Stage::Start, Order::Start(Box::new(start)))?;
         let (id, pid) = self.within(Stage::Start, limit, answered).await?;

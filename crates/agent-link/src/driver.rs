@@ -108,6 +108,8 @@ pub(crate) struct Start {
     pub(crate) request: ExecRequest,
     pub(crate) events: Events,
     pub(crate) answer: Answer<(u64, u32)>,
+    // Before that, nothing of it can have run.
+    pub(crate) is_told_to_go: bool,
 }
 
 /// The answer to a request.
@@ -157,6 +159,8 @@ pub(crate) struct Driver {
     silence: Silence,
     // The stream whose input was sent last.
     turn: u64,
+    // This session replaces another, and nothing has come of it yet.
+    is_replacement: bool,
     shared: Shared,
 }
 
@@ -182,6 +186,7 @@ impl Driver {
             asked: BTreeMap::new(),
             silence: Silence::new(silence_limit),
             turn: 0,
+            is_replacement: false,
             shared,
         }
     }
@@ -294,7 +299,8 @@ impl Driver {
             } => match self.session().attach(key, from) {
                 Ok((id, frame)) => {
                     self.put(frame);
-                    self.streams.insert(id, Stream::Attaching { events, answer });
+                    self.streams
+                        .insert(id, Stream::Attaching { events, answer });
                 }
                 Err(source) => refuse(answer, Stage::Attach, source),
             },
@@ -370,6 +376,7 @@ impl Driver {
     }
 
     fn hand_out(&mut self, event: Event) {
+        self.is_replacement = false;
         match event {
             Event::Accepted { id } => self.on_accepted(id),
             Event::Started { id, pid } => self.on_started(id, pid),
@@ -379,7 +386,9 @@ impl Driver {
             Event::Detached { id, reason } => match self.streams.remove(&id) {
                 Some(Stream::Running { events, input }) => {
                     inform(&events, CommandEvent::Detached { reason });
-                    input.into_iter().for_each(|left| tell(left.answer, Ok(false)));
+                    input
+                        .into_iter()
+                        .for_each(|left| tell(left.answer, Ok(false)));
                 }
                 // Nobody waits for it: that is why it was detached.
                 Some(Stream::Starting(_) | Stream::Attaching { .. }) | None => {}
@@ -391,13 +400,17 @@ impl Driver {
             }
             Event::StdinClosed { id } => {
                 if let Some(Stream::Running { input, .. }) = self.streams.get_mut(&id) {
-                    input.drain(..).for_each(|left| tell(left.answer, Ok(false)));
+                    input
+                        .drain(..)
+                        .for_each(|left| tell(left.answer, Ok(false)));
                 }
             }
             Event::Exit { id, status } => {
                 if let Some(Stream::Running { events, input }) = self.streams.remove(&id) {
                     inform(&events, CommandEvent::Exit(status));
-                    input.into_iter().for_each(|left| tell(left.answer, Ok(false)));
+                    input
+                        .into_iter()
+                        .for_each(|left| tell(left.answer, Ok(false)));
                 }
             }
             Event::Done { id, outcome } => self.on_answer(id, Reply::Done(outcome)),
@@ -419,11 +432,17 @@ impl Driver {
     }
 
     fn on_accepted(&mut self, id: u64) {
-        let wanted = match self.streams.get(&id) {
-            Some(Stream::Starting(start)) => !start.answer.is_closed(),
+        let wanted = match self.streams.get_mut(&id) {
+            Some(Stream::Starting(start)) => {
+                start.is_told_to_go = !start.answer.is_closed();
+                start.is_told_to_go
+            }
             Some(Stream::Attaching { .. } | Stream::Running { .. }) | None => false,
         };
-        self.put_if_open(id, |open| if wanted { open.go(id) } else { open.detach(id) });
+        self.put_if_open(
+            id,
+            |open| if wanted { open.go(id) } else { open.detach(id) },
+        );
     }
 
     fn on_started(&mut self, id: u64, pid: u32) {
@@ -471,7 +490,10 @@ impl Driver {
                 }),
                 Stream::Starting(_) | Stream::Attaching { .. } => false,
             };
-            let next = waiting.filter(|(id, stream)| ready(**id, stream)).map(|(&id, _)| id).next();
+            let next = waiting
+                .filter(|(id, stream)| ready(**id, stream))
+                .map(|(&id, _)| id)
+                .next();
             let Some(id) = next else {
                 return;
             };
@@ -514,8 +536,16 @@ impl Driver {
     async fn replace_session(&mut self, broken: Broken) -> Result<(), Broken> {
         let lost = matches!(broken, Broken::Protocol(ProtocolError::SessionLost(_)));
         let starting = |stream: &Stream| matches!(stream, Stream::Starting(_));
-        let certainly = lost && self.asked.len() <= 1 && self.streams.values().all(starting);
-        let Some(epoch) = self.line.session.as_ref().map(Session::epoch).filter(|_| certainly)
+        let certainly = lost
+            && !self.is_replacement
+            && self.asked.len() <= 1
+            && self.streams.values().all(starting);
+        let Some(epoch) = self
+            .line
+            .session
+            .as_ref()
+            .map(Session::epoch)
+            .filter(|_| certainly)
         else {
             return Err(broken);
         };
@@ -526,14 +556,11 @@ impl Driver {
             limit: self.silence.limit(),
         };
         if let Err(error) = self.line.greet(&greet).await {
-            let all = std::mem::take(&mut self.streams);
-            // The first to ask learns why; the others that it has ended.
-            if let Some(Stream::Starting(first)) = all.into_values().next() {
-                tell(first.answer, Err(error));
-            }
+            self.tell_unstarted(&error);
             return Err(broken);
         }
         self.silence.end();
+        self.is_replacement = true;
         for stream in std::mem::take(&mut self.streams).into_values() {
             if let Stream::Starting(mut start) = stream {
                 start.again = Some(start.again.unwrap_or(epoch));
@@ -544,6 +571,26 @@ impl Driver {
             self.ask(asked.request, asked.name, asked.answer);
         }
         Ok(())
+    }
+
+    /// Tells those of whose commands nothing can have run that the guest lives another life, if that is why.
+    fn tell_unstarted(&mut self, error: &LinkError) {
+        let LinkError::StepFailed { phase, error } = error else {
+            return;
+        };
+        for (id, stream) in std::mem::take(&mut self.streams) {
+            match stream {
+                Stream::Starting(start) if !start.is_told_to_go => {
+                    let (phase, error) = (*phase, error.clone());
+                    tell(start.answer, Err(LinkError::StepFailed { phase, error }));
+                }
+                other @ (Stream::Starting(_)
+                | Stream::Attaching { .. }
+                | Stream::Running { .. }) => {
+                    self.streams.insert(id, other);
+                }
+            }
+        }
     }
 
     fn fail_all(&mut self, broken: &Broken) {

@@ -33,7 +33,9 @@ impl Stage {
             Self::Start => {
                 "whether the command was started is not known; if it was, it runs on unheard"
             }
-            Self::Attach | Self::Run => "the VM is as it was; the command, if it still runs, runs on unheard",
+            Self::Attach | Self::Run => {
+                "the VM is as it was; the command, if it still runs, runs on unheard"
+            }
             Self::Request(_) => {
                 "whether the request was carried out is not known; frozen file systems thaw by themselves"
             }

@@ -39,9 +39,9 @@ mod silence;
 mod wire;
 
 pub use capture::{MAX_CAPTURE_BYTES, Output};
-pub use error::{LinkError, Stage};
 pub use command::{Command, CommandControl, CommandInput, CommandOutput, new_key};
 pub use driver::CommandEvent;
+pub use error::{LinkError, Stage};
 pub use exec::ExecIo;
 pub use link::{AgentLink, CommandList, Frozen, Greeting};
 pub use stead_agent_proto::message::{

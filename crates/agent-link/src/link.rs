@@ -221,10 +221,11 @@ impl AgentLink {
     /// # Errors
     /// [`LinkError::RequestFailed`] when they could not be thawed; they stand still then, and no command is accepted.
     pub async fn release(&self) -> Result<Duration, LinkError> {
-        match self.done(Request::Release, "release").await? {
-            Done::Released { duration_ns } => Ok(Duration::from_nanos(duration_ns)),
-            other => Err(unfulfilled("release", other)),
-        }
+        let done = self.done(Request::Release, "release").await?;
+        let Done::Released { duration_ns } = done else {
+            return Err(unfulfilled("release", done));
+        };
+        Ok(Duration::from_nanos(duration_ns))
     }
 
     /// Has every process of the guest but the agent stand still. They do until [`AgentLink::thaw_workload`] or, in another
@@ -254,16 +255,18 @@ impl AgentLink {
     pub async fn freeze(&self, limit: Duration) -> Result<Frozen, LinkError> {
         let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
         let plain = |list: Vec<Bytes>| list.into_iter().map(|bytes| bytes.0).collect();
-        match self.done(Request::Freeze { limit_ms }, "freeze").await? {
-            Done::Frozen {
-                mounts,
-                unsupported,
-            } => Ok(Frozen {
-                mounts: plain(mounts),
-                unsupported: plain(unsupported),
-            }),
-            other => Err(unfulfilled("freeze", other)),
-        }
+        let done = self.done(Request::Freeze { limit_ms }, "freeze").await?;
+        let Done::Frozen {
+            mounts,
+            unsupported,
+        } = done
+        else {
+            return Err(unfulfilled("freeze", done));
+        };
+        Ok(Frozen {
+            mounts: plain(mounts),
+            unsupported: plain(unsupported),
+        })
     }
 
     /// Thaws what was frozen.
@@ -308,10 +311,11 @@ impl AgentLink {
     /// # Errors
     /// [`LinkError`] when it does not say.
     pub async fn query(&self, key: ExecKey, epoch: Epoch) -> Result<CommandState, LinkError> {
-        match self.done(Request::Query { key, epoch }, "query").await? {
-            Done::Command(state) => Ok(state),
-            other => Err(unfulfilled("query", other)),
-        }
+        let done = self.done(Request::Query { key, epoch }, "query").await?;
+        let Done::Command(state) = done else {
+            return Err(unfulfilled("query", done));
+        };
+        Ok(state)
     }
 
     /// The commands that run, and those that have ended and are remembered.
@@ -319,10 +323,11 @@ impl AgentLink {
     /// # Errors
     /// [`LinkError`] when the agent does not say.
     pub async fn list(&self) -> Result<CommandList, LinkError> {
-        match self.done(Request::List, "list").await? {
-            Done::Commands { entries, left_out } => Ok(CommandList { entries, left_out }),
-            other => Err(unfulfilled("list", other)),
-        }
+        let done = self.done(Request::List, "list").await?;
+        let Done::Commands { entries, left_out } = done else {
+            return Err(unfulfilled("list", done));
+        };
+        Ok(CommandList { entries, left_out })
     }
 
     /// Shuts the guest down; returns when it has agreed. QEMU's own end (or reset) shows when it is done.
@@ -334,10 +339,11 @@ impl AgentLink {
     }
 
     async fn simple(&self, request: Request, name: &'static str) -> Result<(), LinkError> {
-        match self.done(request, name).await? {
-            Done::Ok => Ok(()),
-            other => Err(unfulfilled(name, other)),
+        let done = self.done(request, name).await?;
+        if done == Done::Ok {
+            return Ok(());
         }
+        Err(unfulfilled(name, done))
     }
 
     async fn done(&self, request: Request, name: &'static str) -> Result<Done, LinkError> {
@@ -361,11 +367,14 @@ impl AgentLink {
     ) -> Result<Reply, LinkError> {
         let stage = Stage::Request(name);
         let (answer, answered) = oneshot::channel();
-        self.give(stage, Order::Request {
-            request,
-            name,
-            answer,
-        })?;
+        self.give(
+            stage,
+            Order::Request {
+                request,
+                name,
+                answer,
+            },
+        )?;
         self.within(stage, limit, answered).await
     }
 

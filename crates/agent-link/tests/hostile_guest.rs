@@ -25,7 +25,7 @@ fn greeting() -> Greeting {
     Greeting {
         epoch: Epoch([1; 16]),
         reason: Reason::Restore,
-        hostname: None,
+        identity: Identity::Keep,
     }
 }
 
@@ -84,19 +84,36 @@ impl Guest {
     }
 
     async fn answer_ping(&mut self, id: u64) {
-        let outcome = Done::Status(Status {
+        let outcome = Done::Status(Box::new(Status {
+            epoch: Epoch([1; 16]),
+            agent_version: "t".into(),
+            released: true,
+            workload: WorkloadState::Running,
+            resident_kib: 1,
             attached_commands: 1,
             detached_commands: 0,
             frozen: false,
             stale_frames: 0,
             garbage_bytes: 0,
-        });
+        }));
         self.send(&GuestMessage::Done { id, outcome }).await;
     }
 
     async fn pong(&mut self) {
         let id = self.pinged().await;
         self.answer_ping(id).await;
+    }
+
+    /// The first command, from its request to its start.
+    async fn start(&mut self) {
+        let asked = self.next().await.unwrap().1;
+        let HostMessage::Exec { id, .. } = asked else {
+            panic!("a command is due: {asked:?}");
+        };
+        self.send(&GuestMessage::Accepted { id }).await;
+        let told = self.next().await.unwrap().1;
+        assert_eq!(told, HostMessage::Go { id });
+        self.send(&started(id)).await;
     }
 
     async fn next(&mut self) -> Option<(Nonce, HostMessage)> {
@@ -160,12 +177,22 @@ impl Guest {
     }
 }
 
+fn started(id: u64) -> GuestMessage {
+    GuestMessage::Started {
+        id,
+        pid: 7,
+        stdin_window_bytes: 0,
+    }
+}
+
 fn ready() -> GuestMessage {
     GuestMessage::Ready(Ready {
+        epoch: Epoch([1; 16]),
         agent_version: "t".into(),
         boot_id: "b".into(),
-        clock_behind_ns: None,
         phases: vec![],
+        workload: WorkloadState::Running,
+        released: false,
     })
 }
 
@@ -316,8 +343,7 @@ async fn a_guest_that_falls_silent_in_a_command_is_pinged_and_given_up() {
     let (mut link, mut guest) = Guest::pair_within(SHORT);
     let silent = tokio::spawn(async move {
         guest.greet().await;
-        guest.next().await.unwrap();
-        guest.send(&GuestMessage::Accepted { id: 1 }).await;
+        guest.start().await;
         let mut pings = 0;
         while let Some((_, message)) = guest.next().await {
             pings += u32::from(matches!(
@@ -356,8 +382,7 @@ async fn a_command_that_is_quiet_for_long_is_not_given_up_while_the_agent_answer
     let (mut link, mut guest) = Guest::pair();
     let quiet = tokio::spawn(async move {
         guest.greet().await;
-        guest.next().await.unwrap();
-        guest.send(&GuestMessage::Accepted { id: 1 }).await;
+        guest.start().await;
         for _ in 0..8 {
             guest.pong().await;
         }
@@ -384,8 +409,7 @@ async fn a_guest_that_never_ends_a_limited_command_is_given_up_however_lively_it
     let (mut link, mut guest) = Guest::pair_within(SHORT);
     let lively = tokio::spawn(async move {
         guest.greet().await;
-        guest.next().await.unwrap();
-        guest.send(&GuestMessage::Accepted { id: 1 }).await;
+        guest.start().await;
         let data: Bytes = vec![b'x'; 100].into();
         loop {
             let output = GuestMessage::Output {
@@ -425,7 +449,11 @@ async fn a_host_that_stood_still_takes_what_has_come_before_it_looks_at_the_cloc
     for early in [0, 1] {
         let (mut link, guest) = Guest::pair_within(SHORT);
         let answers = [
-            GuestMessage::Accepted { id: 1 },
+            GuestMessage::Output {
+                id: 1,
+                stream: OutputStream::Stdout,
+                data: "x".into(),
+            },
             GuestMessage::Exit {
                 id: 1,
                 status: ExitStatus::Code(6),
@@ -433,7 +461,7 @@ async fn a_host_that_stood_still_takes_what_has_come_before_it_looks_at_the_cloc
         ];
         let guest = elsewhere(guest, move |mut guest| async move {
             guest.greet().await;
-            guest.next().await.unwrap();
+            guest.start().await;
             for answer in &answers[..early] {
                 guest.send(answer).await;
             }
@@ -455,8 +483,7 @@ async fn a_guest_is_given_up_only_after_it_was_asked_and_had_its_time_to_answer(
     let (mut link, guest) = Guest::pair_within(SHORT);
     let guest = elsewhere(guest, |mut guest| async move {
         guest.greet().await;
-        guest.next().await.unwrap();
-        guest.send(&GuestMessage::Accepted { id: 1 }).await;
+        guest.start().await;
         guest.pong().await;
         let status = ExitStatus::Code(6);
         guest.send(&GuestMessage::Exit { id: 1, status }).await;
@@ -541,6 +568,9 @@ async fn a_command_in_a_session_that_the_agent_has_lost_is_started_in_another_an
                     HostMessage::Exec { id, .. } => {
                         let status = ExitStatus::Code(6);
                         guest.send(&GuestMessage::Accepted { id }).await;
+                        let told = guest.next().await.unwrap().1;
+                        assert_eq!(told, HostMessage::Go { id });
+                        guest.send(&started(id)).await;
                         guest.send(&GuestMessage::Exit { id, status }).await;
                     }
                     other => panic!("{other:?}"),
@@ -563,6 +593,63 @@ async fn a_command_in_a_session_that_the_agent_has_lost_is_started_in_another_an
     }
 }
 
+/// The answer to the go is lost with its session: the command may run, and is not begun again to find out.
+#[tokio::test]
+async fn a_command_whose_start_was_lost_on_the_way_is_taken_up_and_not_begun_again() {
+    let (mut link, mut guest) = Guest::pair();
+    let forgetful = tokio::spawn(async move {
+        guest.greet().await;
+        let first = match guest.next().await.unwrap().1 {
+            HostMessage::Exec {
+                id,
+                key,
+                again: None,
+                ..
+            } => {
+                guest.send(&GuestMessage::Accepted { id }).await;
+                key
+            }
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(guest.next().await.unwrap().1, HostMessage::Go { id: 1 });
+        guest.seq = UNKNOWN_SESSION_SEQ;
+        let reason = "lost".into();
+        let wire = guest.frame_numbered(&GuestMessage::SessionBroken { reason });
+        guest.stream.write_all(&wire).await.unwrap();
+        loop {
+            let (nonce, message) = guest.next().await.unwrap();
+            match message {
+                HostMessage::Hello(_) => {
+                    (guest.nonce, guest.seq) = (nonce, 0);
+                    guest.send(&ready()).await;
+                }
+                HostMessage::Exec { id, key, again, .. } => {
+                    assert_eq!((key, again), (first, Some(Epoch([1; 16]))));
+                    let state = CommandState::Running;
+                    guest.send(&GuestMessage::Known { id, state }).await;
+                }
+                HostMessage::Attach { id, key, from } => {
+                    assert_eq!((key, from), (first, [0, 0]));
+                    let at = Attachment {
+                        pid: Some(7),
+                        first: from,
+                        stdin: None,
+                    };
+                    guest.send(&GuestMessage::Attached { id, at }).await;
+                    let status = ExitStatus::Code(6);
+                    guest.send(&GuestMessage::Exit { id, status }).await;
+                    return guest;
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    });
+    in_time(link.handshake(&greeting(), LIMIT)).await.unwrap();
+    let output = in_time(link.exec_capture(request(), b"")).await.unwrap();
+    assert_eq!(output.status, ExitStatus::Code(6));
+    forgetful.await.unwrap();
+}
+
 /// QEMU may drop what the guest has not read when the connection ends.
 #[tokio::test]
 async fn a_command_that_is_said_to_be_killed_was_killed() {
@@ -570,8 +657,7 @@ async fn a_command_that_is_said_to_be_killed_was_killed() {
         let (mut link, mut guest) = Guest::pair();
         let flood = tokio::spawn(async move {
             guest.greet().await;
-            guest.next().await.unwrap();
-            guest.send(&GuestMessage::Accepted { id: 1 }).await;
+            guest.start().await;
             let output = GuestMessage::Output {
                 id: 1,
                 stream: OutputStream::Stdout,
@@ -618,54 +704,62 @@ async fn what_the_protocol_forbids_is_an_error_at_once() {
         stream: OutputStream::Stdout,
         data: vec![b'x'; bytes].into(),
     };
-    let accepted = GuestMessage::Accepted { id: 1 };
     let credit = |bytes| GuestMessage::StdinCredit { id: 1, bytes };
-    let cases: Vec<(&str, Vec<GuestMessage>)> = vec![
-        ("output before the command runs", vec![output(5)]),
+    let exit = GuestMessage::Exit {
+        id: 1,
+        status: ExitStatus::Code(0),
+    };
+    let reply = GuestMessage::File {
+        id: 1,
+        reply: Bytes::default(),
+        last: true,
+    };
+    // Whether the command runs when it is said.
+    let cases: Vec<(&str, bool, Vec<GuestMessage>)> = vec![
+        ("output before the command runs", false, vec![output(5)]),
+        ("an exit before the command runs", false, vec![exit]),
+        ("a start without a go", false, vec![started(1)]),
         (
-            "an exit before the command runs",
-            vec![GuestMessage::Exit {
-                id: 1,
-                status: ExitStatus::Code(0),
-            }],
-        ),
-        (
-            "another command's start",
+            "another command's acceptance",
+            false,
             vec![GuestMessage::Accepted { id: 2 }],
         ),
-        ("empty output", vec![accepted.clone(), output(0)]),
-        (
-            "a chunk over the limit",
-            vec![accepted.clone(), output(40_000)],
-        ),
-        (
-            "credit never earned",
-            vec![accepted.clone(), credit(u32::MAX)],
-        ),
+        ("a second start", true, vec![started(1)]),
+        ("empty output", true, vec![output(0)]),
+        ("a chunk over the limit", true, vec![output(40_000)]),
+        ("credit never earned", true, vec![credit(u32::MAX)]),
         (
             "a flood of late credit",
-            vec![accepted.clone(), credit(200_000), credit(200_000)],
+            true,
+            vec![credit(200_000), credit(200_000)],
         ),
+        ("an answer about files", true, vec![reply]),
         (
             "a pong nobody asked for",
+            false,
             vec![GuestMessage::Done {
                 id: 9,
                 outcome: Done::Ok,
             }],
         ),
-        ("ready twice", vec![ready()]),
+        ("ready twice", false, vec![ready()]),
         (
             "the end of the session",
+            false,
             vec![GuestMessage::SessionBroken {
                 reason: "so there".into(),
             }],
         ),
     ];
-    for (what, messages) in cases {
+    for (what, runs, messages) in cases {
         let (mut link, mut guest) = Guest::pair();
         let wrong = tokio::spawn(async move {
             guest.greet().await;
-            guest.next().await.unwrap();
+            if runs {
+                guest.start().await;
+            } else {
+                guest.next().await.unwrap();
+            }
             for message in &messages {
                 guest.send(message).await;
             }
@@ -687,8 +781,7 @@ async fn more_output_than_was_granted_is_refused() {
     let (mut link, mut guest) = Guest::pair();
     let flood = tokio::spawn(async move {
         guest.greet().await;
-        guest.next().await.unwrap();
-        guest.send(&GuestMessage::Accepted { id: 1 }).await;
+        guest.start().await;
         let data: Bytes = vec![b'x'; 32 * 1024].into();
         let output = GuestMessage::Output {
             id: 1,
@@ -720,8 +813,7 @@ async fn a_lost_or_damaged_frame_is_never_passed_over() {
         let (mut link, mut guest) = Guest::pair();
         let lossy = tokio::spawn(async move {
             guest.greet().await;
-            guest.next().await.unwrap();
-            guest.send(&GuestMessage::Accepted { id: 1 }).await;
+            guest.start().await;
             let text = |text: &str| GuestMessage::Output {
                 id: 1,
                 stream: OutputStream::Stdout,
@@ -762,8 +854,7 @@ async fn a_connection_that_ends_is_said_to_have_ended() {
     let (mut link, mut guest) = Guest::pair();
     let short = tokio::spawn(async move {
         guest.greet().await;
-        guest.next().await.unwrap();
-        guest.send(&GuestMessage::Accepted { id: 1 }).await;
+        guest.start().await;
     });
     in_time(link.handshake(&greeting(), LIMIT)).await.unwrap();
     let found = in_time(link.exec_capture(request(), b"")).await;
@@ -781,28 +872,87 @@ async fn a_connection_that_ends_is_said_to_have_ended() {
 }
 
 #[tokio::test]
-async fn a_dropped_operation_leaves_the_link_abandoned() {
+async fn a_command_whose_start_is_dropped_is_not_told_to_go_and_the_link_goes_on() {
     let (mut link, mut guest) = Guest::pair();
+    let (dropped, is_dropped) = tokio::sync::oneshot::channel();
     let slow = tokio::spawn(async move {
         guest.greet().await;
-        while guest.next().await.is_some() {}
+        guest.next().await.unwrap();
+        is_dropped.await.unwrap();
+        guest.send(&GuestMessage::Accepted { id: 1 }).await;
+        // The ping and what the acceptance leads to may come in either order.
+        for _ in 0..2 {
+            match guest.next().await.unwrap().1 {
+                HostMessage::Detach { id: 1 } => {
+                    let reason = "asked".into();
+                    guest.send(&GuestMessage::Detached { id: 1, reason }).await;
+                }
+                HostMessage::Request { id, .. } => guest.answer_ping(id).await,
+                other => panic!("{other:?}"),
+            }
+        }
+        guest
     });
     in_time(link.handshake(&greeting(), LIMIT)).await.unwrap();
-    let dropped =
-        tokio::time::timeout(Duration::from_millis(20), link.exec_capture(request(), b"")).await;
-    assert!(dropped.is_err());
-    let found = link.exec_capture(request(), b"").await;
-    assert!(
-        matches!(found, Err(LinkError::Abandoned { .. })),
-        "{found:?}"
-    );
-    drop(link);
+    let start = tokio::time::timeout(Duration::from_millis(20), link.start(request())).await;
+    assert!(start.is_err());
+    dropped.send(()).unwrap();
+    in_time(link.ping()).await.unwrap();
     slow.await.unwrap();
+}
+
+/// Each of a hundred tasks gets the answers to its own questions.
+#[tokio::test]
+async fn many_tasks_use_one_link_at_once() {
+    let (mut link, mut guest) = Guest::pair();
+    let busy = tokio::spawn(async move {
+        guest.greet().await;
+        let mut asked = Vec::new();
+        while let Some((_, message)) = guest.next().await {
+            match message {
+                HostMessage::Exec { id, request, .. } => {
+                    asked.push((id, request.argv[0].clone()));
+                    guest.send(&GuestMessage::Accepted { id }).await;
+                }
+                HostMessage::Go { id } => {
+                    guest.send(&started(id)).await;
+                    let at = asked.iter().position(|(own, _)| *own == id).unwrap();
+                    let data = asked.swap_remove(at).1;
+                    let stream = OutputStream::Stdout;
+                    guest.send(&GuestMessage::Output { id, stream, data }).await;
+                    let status = ExitStatus::Code(0);
+                    guest.send(&GuestMessage::Exit { id, status }).await;
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    });
+    in_time(link.handshake(&greeting(), LIMIT)).await.unwrap();
+    let link = std::sync::Arc::new(link);
+    let tasks: Vec<_> = (0..100)
+        .map(|number| {
+            let link = std::sync::Arc::clone(&link);
+            tokio::spawn(async move {
+                let name = format!("command {number}");
+                let request = ExecRequest {
+                    argv: vec![name.as_str().into()],
+                    ..ExecRequest::default()
+                };
+                let output = link.exec_capture(request, b"").await.unwrap();
+                assert_eq!(String::from_utf8(output.stdout).unwrap(), name);
+            })
+        })
+        .collect();
+    for task in tasks {
+        in_time(task).await.unwrap();
+    }
+    drop(link);
+    busy.await.unwrap();
 }
 
 #[tokio::test]
 async fn nothing_is_sent_before_a_handshake() {
-    let (mut link, _guest) = Guest::pair();
+    let (link, _guest) = Guest::pair();
     let found = link.exec_capture(request(), b"").await;
     assert!(
         matches!(found, Err(LinkError::Unsendable { .. })),

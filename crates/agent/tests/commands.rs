@@ -10,7 +10,7 @@ use stead_agent_link::{ExecIo, ExecRequest, ExitStatus, LinkError, Rejection};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn output_input_and_exit_codes_come_through() {
     let agent = Agent::start();
     let link = agent.ready(1).await;
@@ -25,7 +25,7 @@ async fn output_input_and_exit_codes_come_through() {
     assert_eq!(killed.status, ExitStatus::Signal(9));
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn megabytes_go_in_and_come_back_unchanged() {
     let agent = Agent::start();
     let link = agent.ready(1).await;
@@ -47,7 +47,7 @@ async fn megabytes_go_in_and_come_back_unchanged() {
     );
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_command_that_ignores_its_input_ends_all_the_same() {
     let agent = Agent::start();
     let link = agent.ready(1).await;
@@ -67,7 +67,7 @@ async fn a_command_that_ignores_its_input_ends_all_the_same() {
     );
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn environment_folder_and_arguments_are_those_of_the_request() {
     let agent = Agent::start();
     let link = agent.ready(1).await;
@@ -104,7 +104,7 @@ async fn environment_folder_and_arguments_are_those_of_the_request() {
     );
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_command_runs_as_the_user_it_is_given_with_that_user_s_groups() {
     let agent = Agent::start();
     let link = agent.ready(1).await;
@@ -131,7 +131,7 @@ async fn a_command_runs_as_the_user_it_is_given_with_that_user_s_groups() {
     );
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_cannot_be_started_is_rejected_with_the_reason_and_the_link_goes_on() {
     let agent = Agent::start();
     let link = agent.ready(1).await;
@@ -200,7 +200,7 @@ async fn what_cannot_be_started_is_rejected_with_the_reason_and_the_link_goes_on
     );
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn signals_reach_the_whole_group() {
     let agent = Agent::start();
     let link = agent.ready(1).await;
@@ -226,7 +226,7 @@ async fn signals_reach_the_whole_group() {
     assert!(text.contains("main") && text.contains("child"), "{text}");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_command_over_its_time_is_killed_with_its_group() {
     let agent = Agent::start();
     let link = agent.ready(1).await;
@@ -256,7 +256,7 @@ async fn a_command_over_its_time_is_killed_with_its_group() {
 }
 
 /// Thousands of folders to look for the program in take longer than the command has.
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn time_that_is_over_before_the_program_was_found_is_time_that_is_over() {
     let agent = Agent::start();
     let link = agent.ready(1).await;
@@ -277,7 +277,7 @@ async fn time_that_is_over_before_the_program_was_found_is_time_that_is_over() {
     assert_eq!(next.stdout, b"on\n");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slow_reader_gets_everything_and_costs_the_agent_no_memory() {
     let agent = Agent::start();
     let link = agent.ready(1).await;
@@ -316,7 +316,7 @@ async fn a_slow_reader_gets_everything_and_costs_the_agent_no_memory() {
     assert!(grown < 4 * 1024, "the agent grew by {grown} KiB");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_exit_does_not_wait_for_a_background_process_that_keeps_the_output_open() {
     let agent = Agent::start();
     let link = agent.ready(1).await;
@@ -347,7 +347,7 @@ async fn an_exit_does_not_wait_for_a_background_process_that_keeps_the_output_op
     assert_eq!(status.attached_commands, 0);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn everything_written_before_the_exit_is_delivered_before_the_exit() {
     let agent = Agent::start();
     let link = agent.ready(1).await;
@@ -383,7 +383,7 @@ async fn eight_ports_run_commands_at_once() {
     end.await.expect("eight at once come to their end");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hundred_commands_leave_nothing_behind() {
     let agent = Agent::start();
     let link = agent.ready(1).await;
@@ -406,7 +406,7 @@ async fn a_hundred_commands_leave_nothing_behind() {
     assert_eq!(children, "", "all children are reaped");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn too_much_output_is_refused_and_the_command_killed() {
     let agent = Agent::start();
     let link = agent.ready(1).await;
@@ -429,7 +429,7 @@ async fn too_much_output_is_refused_and_the_command_killed() {
     );
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stream_that_fails_on_the_host_hangs_the_command_up() {
     let agent = Agent::start();
     let link = agent.ready(1).await;
@@ -452,7 +452,7 @@ async fn a_stream_that_fails_on_the_host_hangs_the_command_up() {
     until("the command is hung up", || has_ended(pid));
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn input_that_trickles_arrives_as_it_comes() {
     let agent = Agent::start();
     let link = agent.ready(1).await;

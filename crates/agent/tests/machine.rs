@@ -25,8 +25,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use common::sh;
 use stead_agent_link::{
-    AgentLink, Epoch, ExecIo, ExecRequest, ExitStatus, Greeting, LinkError, PhaseOutcome, Reason,
-    ShutdownKind,
+    AgentLink, Epoch, ExecIo, ExecRequest, ExitStatus, ForkIdentity, Greeting, Identity, LinkError,
+    PhaseOutcome, Ready, Reason, ShutdownKind,
 };
 use tokio::sync::mpsc;
 
@@ -255,7 +255,7 @@ impl Machine {
             let found = self
                 .link(port)
                 .await
-                .attach(Epoch([0; 16]), Duration::from_secs(5))
+                .reattach(Epoch([0; 16]), Duration::from_secs(5))
                 .await;
             eprintln!("port {port}: {found:?}");
         }
@@ -318,11 +318,21 @@ fn greeting(life: u8, reason: Reason) -> Greeting {
     Greeting {
         epoch: Epoch([life; 16]),
         reason,
-        hostname: Some(format!("life-{life}")),
+        identity: Identity::Fork(Box::new(ForkIdentity {
+            hostname: Some(format!("life-{life}")),
+            ..ForkIdentity::default()
+        })),
     }
 }
 
-async fn text(link: &mut AgentLink, script: &str) -> String {
+/// A whole handshake and its release.
+async fn live(link: &mut AgentLink, greeting: &Greeting) -> Ready {
+    let ready = link.handshake(greeting, BOOT_LIMIT).await.unwrap();
+    link.release().await.unwrap();
+    ready
+}
+
+async fn text(link: &AgentLink, script: &str) -> String {
     let output = link.exec_capture(sh(script), b"").await.unwrap();
     assert_eq!(
         output.status,
@@ -340,7 +350,7 @@ fn now_s() -> u64 {
         .as_secs()
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "boots a machine: see the head of the file"]
 async fn a_machine_boots_from_the_initramfs_and_is_set_up_before_its_first_command() {
     let guest = Guest::make();
@@ -348,15 +358,12 @@ async fn a_machine_boots_from_the_initramfs_and_is_set_up_before_its_first_comma
     // Connected and greeted long before the guest has a kernel: the answer comes when the agent is there.
     let begin = Instant::now();
     let mut link = machine.link(0).await;
-    let ready = link
-        .handshake(&greeting(1, Reason::Boot), BOOT_LIMIT)
-        .await
-        .unwrap();
+    let ready = live(&mut link, &greeting(1, Reason::Boot)).await;
     eprintln!("boot to ready: {:?}; {:?}", begin.elapsed(), ready.phases);
     assert!(
-        ready.clock_behind_ns.unwrap() > 3 * 365 * 86_400 * 1_000_000_000,
+        ready.clock_behind_ns().unwrap() > 3 * 365 * 86_400 * 1_000_000_000,
         "{:?}",
-        ready.clock_behind_ns
+        ready.clock_behind_ns()
     );
     let done = ready
         .phases
@@ -364,23 +371,19 @@ async fn a_machine_boots_from_the_initramfs_and_is_set_up_before_its_first_comma
         .filter(|report| report.outcome == PhaseOutcome::Done)
         .count();
     assert_eq!(done, 5, "all but the thaw were done: {:?}", ready.phases);
-    let guest_s: u64 = text(&mut link, "date +%s").await.parse().unwrap();
+    let guest_s: u64 = text(&link, "date +%s").await.parse().unwrap();
     assert!(
         guest_s.abs_diff(now_s()) <= 2,
         "the guest's clock is the host's"
     );
-    assert_eq!(text(&mut link, "hostname").await, "life-1");
+    assert_eq!(text(&link, "hostname").await, "life-1");
     assert_eq!(
-        text(
-            &mut link,
-            "cat /proc/1/oom_score_adj /proc/self/oom_score_adj"
-        )
-        .await,
+        text(&link, "cat /proc/1/oom_score_adj /proc/self/oom_score_adj").await,
         "-1000\n0"
     );
     assert_eq!(
         text(
-            &mut link,
+            &link,
             "ls_ok=1; test ! -e /modules && test -e /dev/vda && grep -c ' / ext4 rw' /proc/mounts"
         )
         .await,
@@ -388,7 +391,7 @@ async fn a_machine_boots_from_the_initramfs_and_is_set_up_before_its_first_comma
     );
     for port in 1..8 {
         let mut other = machine.link(port).await;
-        other.attach(Epoch([1; 16]), BOOT_LIMIT).await.unwrap();
+        other.reattach(Epoch([1; 16]), BOOT_LIMIT).await.unwrap();
         assert_eq!(
             text(&mut other, &format!("echo {port}")).await,
             port.to_string()
@@ -396,14 +399,11 @@ async fn a_machine_boots_from_the_initramfs_and_is_set_up_before_its_first_comma
     }
     // Orphans of process 1 are reaped.
     text(
-        &mut link,
+        &link,
         "for i in 1 2 3 4 5; do (sh -c 'sleep 0.05 & exit' &) ; done; sleep 0.5",
     )
     .await;
-    assert_eq!(
-        text(&mut link, "ps | grep -c '[Z]  *\\[' || true").await,
-        "0"
-    );
+    assert_eq!(text(&link, "ps | grep -c '[Z]  *\\[' || true").await, "0");
     let input: Vec<u8> = (0..3_000_000u32).map(|number| (number * 7) as u8).collect();
     let begin = Instant::now();
     let output = link.exec_capture(sh("cat"), &input).await.unwrap();
@@ -415,22 +415,20 @@ async fn a_machine_boots_from_the_initramfs_and_is_set_up_before_its_first_comma
     machine.await_end();
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "boots a machine: see the head of the file"]
 async fn hosts_come_and_go_without_a_lost_wake_up_and_an_idle_agent_does_not_spin() {
     let guest = Guest::make();
     let machine = guest.boot(LINE);
     let mut link = machine.link(0).await;
-    link.handshake(&greeting(1, Reason::Boot), BOOT_LIMIT)
-        .await
-        .unwrap();
+    live(&mut link, &greeting(1, Reason::Boot)).await;
     drop(link);
     let begin = Instant::now();
     for round in 0..100 {
         let mut link = machine.link(round % 3).await;
-        link.attach(Epoch([1; 16]), BOOT_LIMIT).await.unwrap();
+        link.reattach(Epoch([1; 16]), BOOT_LIMIT).await.unwrap();
         assert_eq!(
-            text(&mut link, &format!("echo {round}")).await,
+            text(&link, &format!("echo {round}")).await,
             round.to_string()
         );
     }
@@ -446,19 +444,19 @@ async fn hosts_come_and_go_without_a_lost_wake_up_and_an_idle_agent_does_not_spi
         "(sleep 1; {look} > /data/before; sleep 10; {look} > /data/after) > /dev/null 2>&1 &"
     );
     let mut link = machine.link(0).await;
-    link.attach(Epoch([1; 16]), BOOT_LIMIT).await.unwrap();
-    text(&mut link, &script).await;
+    link.reattach(Epoch([1; 16]), BOOT_LIMIT).await.unwrap();
+    text(&link, &script).await;
     drop(link);
     tokio::time::sleep(Duration::from_secs(13)).await;
     let mut link = machine.link(0).await;
-    link.attach(Epoch([1; 16]), BOOT_LIMIT).await.unwrap();
+    link.reattach(Epoch([1; 16]), BOOT_LIMIT).await.unwrap();
     text(
-        &mut link,
+        &link,
         "while ! test -s /data/after; do sleep 0.2; done; sleep 1",
     )
     .await;
-    let before = idle_cost(&text(&mut link, "cat /data/before").await);
-    let after = idle_cost(&text(&mut link, "cat /data/after").await);
+    let before = idle_cost(&text(&link, "cat /data/before").await);
+    let after = idle_cost(&text(&link, "cat /data/after").await);
     let (ticks, switches) = (after.0 - before.0, after.1 - before.1);
     eprintln!(
         "agent in 10 s without a host, 8 ports: {ticks} ticks of 10 ms, {switches} context switches"
@@ -495,17 +493,15 @@ fn cpu_ticks(stat: &str) -> u64 {
     fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "boots a machine: see the head of the file"]
 async fn a_freeze_stops_writes_and_ends_with_its_host() {
     let guest = Guest::make();
     let machine = guest.boot(LINE);
     let mut link = machine.link(0).await;
-    link.handshake(&greeting(1, Reason::Boot), BOOT_LIMIT)
-        .await
-        .unwrap();
+    live(&mut link, &greeting(1, Reason::Boot)).await;
     let mut writer = machine.link(1).await;
-    writer.attach(Epoch([1; 16]), BOOT_LIMIT).await.unwrap();
+    writer.reattach(Epoch([1; 16]), BOOT_LIMIT).await.unwrap();
     let script =
         "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); echo $i > /data/counter; echo $i; done";
     let (mut reader, stdout) = tokio::io::duplex(1 << 20);
@@ -553,16 +549,14 @@ async fn a_freeze_stops_writes_and_ends_with_its_host() {
     running.abort();
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "boots a machine: see the head of the file"]
 async fn a_capture_in_the_middle_of_a_transfer_never_mixes_two_lives() {
     let guest = Guest::make();
     let mut machine = guest.boot(LINE);
     let mut link = machine.link(0).await;
-    link.handshake(&greeting(1, Reason::Boot), BOOT_LIMIT)
-        .await
-        .unwrap();
-    text(&mut link, "echo 0 > /data/runs").await;
+    live(&mut link, &greeting(1, Reason::Boot)).await;
+    text(&link, "echo 0 > /data/runs").await;
     for life in 2..=13u8 {
         // In the middle of megabytes both ways, cut at another place each time.
         let request = ExecRequest {
@@ -613,50 +607,49 @@ async fn a_capture_in_the_middle_of_a_transfer_never_mixes_two_lives() {
                 panic!("life {life}: {error}");
             }
         };
+        link.release().await.unwrap();
         let discarded = link.discarded();
         eprintln!(
             "life {life}: ready after {:?}, clock {} ms behind, {} stale frames and {} bytes of half frames discarded",
             begin.elapsed(),
-            ready.clock_behind_ns.unwrap() / 1_000_000,
+            ready.clock_behind_ns().unwrap() / 1_000_000,
             discarded.stale_frames,
             discarded.garbage_bytes
         );
-        assert_eq!(text(&mut link, "hostname").await, format!("life-{life}"));
+        assert_eq!(text(&link, "hostname").await, format!("life-{life}"));
         let stale = machine
             .link(1)
             .await
-            .attach(Epoch([life - 1; 16]), BOOT_LIMIT)
+            .reattach(Epoch([life - 1; 16]), BOOT_LIMIT)
             .await;
         assert!(
             matches!(stale, Err(LinkError::StepFailed { .. })),
             "{stale:?}"
         );
         let runs = text(
-            &mut link,
+            &link,
             "n=$(cat /data/runs); echo $((n+1)) > /data/runs; cat /data/runs",
         )
         .await;
         assert_eq!(runs, (life - 1).to_string(), "every command once");
-        let guest_s: u64 = text(&mut link, "date +%s").await.parse().unwrap();
+        let guest_s: u64 = text(&link, "date +%s").await.parse().unwrap();
         assert!(guest_s.abs_diff(now_s()) <= 2);
     }
-    assert_eq!(text(&mut link, "wc -l < /data/started").await, "12");
+    assert_eq!(text(&link, "wc -l < /data/started").await, "12");
     assert_eq!(
-        text(&mut link, "test -e /data/ended; echo $?").await,
+        text(&link, "test -e /data/ended; echo $?").await,
         "1",
         "no half input was taken for a whole one"
     );
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "boots a machine: see the head of the file"]
 async fn forks_of_one_capture_draw_different_random_bytes() {
     let guest = Guest::make();
     let mut machine = guest.boot(LINE);
     let mut link = machine.link(0).await;
-    link.handshake(&greeting(1, Reason::Boot), BOOT_LIMIT)
-        .await
-        .unwrap();
+    live(&mut link, &greeting(1, Reason::Boot)).await;
     let state = guest.path("state");
     machine.capture(&state);
     drop(link);
@@ -675,12 +668,10 @@ async fn forks_of_one_capture_draw_different_random_bytes() {
         fork.await_status("{\"execute\":\"query-status\"}", "\"paused\"");
         let mut link = fork.link(0).await;
         fork.qmp("{\"execute\":\"cont\"}");
-        link.handshake(&greeting(life, Reason::Fork), BOOT_LIMIT)
-            .await
-            .unwrap();
+        live(&mut link, &greeting(life, Reason::Fork)).await;
         draws.push(
             text(
-                &mut link,
+                &link,
                 "head -c 16 /dev/urandom | od -An -tx1; cat /proc/sys/kernel/random/uuid",
             )
             .await,

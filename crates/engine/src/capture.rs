@@ -368,11 +368,13 @@ impl Engine {
         let partial = Partial::create(&staged, 0o600).at("create", &staged)?;
         let stays_paused = plan.stays_paused;
         let sandbox = plan.sandbox.clone();
-        let (captured, partial) = blocking(move || {
+        let standstill = self.prepare_standstill(&plan.sandbox).await;
+        let (captured, partial, standstill) = blocking(move || {
             let request = CaptureRequest {
                 overlays: &overlays,
                 ram: partial.file(),
                 state_bytes_max: stead_vmm::STATE_BYTES_MAX,
+                at: &|moment| standstill.at(moment),
             };
             let taken = if stays_paused {
                 vm.capture_paused(&request)
@@ -380,11 +382,13 @@ impl Engine {
                 vm.capture(&request)
             };
             match taken {
-                Ok(captured) => Ok((captured, partial)),
+                Ok(captured) => Ok((captured, partial, standstill)),
                 Err(source) => Err(vm_error("capture", &sandbox, source)),
             }
         })
         .await?;
+        self.report_standstill(&standstill);
+        drop(standstill);
         crate::job::crash_point("checkpoint", "staged");
         self.keep_ram(partial, &staged, ram).await?;
         let Captured {
@@ -816,9 +820,9 @@ impl Engine {
     /// Lets the VM of an interrupted capture run on and says which files its disks write to.
     pub(crate) async fn resume_interrupted(&self, sandbox: &Sandbox) -> Result<Vec<PathBuf>> {
         let mut vm = self.connect_vm(sandbox).await?;
-        let sandbox = sandbox.clone();
-        blocking(move || {
-            let failed = |source| vm_error("resume", &sandbox, source);
+        let resumed = sandbox.clone();
+        let in_use = blocking(move || {
+            let failed = |source| vm_error("resume", &resumed, source);
             let recovered = vm.recover_running().map_err(failed)?;
             Ok(recovered
                 .chains
@@ -826,7 +830,9 @@ impl Engine {
                 .map(|chain| chain.top().path.clone())
                 .collect())
         })
-        .await
+        .await?;
+        self.let_go_on(sandbox).await;
+        Ok(in_use)
     }
 
     /// The store's folder, if it is one.

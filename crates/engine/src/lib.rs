@@ -46,6 +46,7 @@ mod restore;
 mod sandbox;
 mod save;
 mod save_restore;
+mod standstill;
 mod store;
 mod template;
 mod undo;

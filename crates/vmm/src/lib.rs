@@ -47,7 +47,8 @@ mod vm;
 
 pub use capture::longest_pause;
 pub use capture::{
-    CaptureRequest, Captured, CapturedDisks, NewOverlay, PhaseTimes, RamMethod, STATE_BYTES_MAX,
+    CaptureRequest, Captured, CapturedDisks, Moment, NewOverlay, PhaseTimes, RamMethod,
+    STATE_BYTES_MAX,
 };
 pub use disks::{DiskChain, LayerNode};
 pub use error::{CaptureError, CapturePhase, Error, GuestAfter, Result};

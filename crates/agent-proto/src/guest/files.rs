@@ -125,16 +125,23 @@ impl Agent {
     pub fn file_consumed(&mut self, stream: StreamKey, bytes: usize) -> Vec<Action> {
         let window = self.file(stream).and_then(|file| file.from_host.as_mut());
         match window.and_then(|window| window.consume(bytes)) {
-            Some(bytes) => self.send(stream, &GuestMessage::FileCredit {
-                id: stream.id,
-                bytes,
-            }),
+            Some(bytes) => self.send(
+                stream,
+                &GuestMessage::FileCredit {
+                    id: stream.id,
+                    bytes,
+                },
+            ),
             None => Vec::new(),
         }
     }
 
     fn file(&mut self, stream: StreamKey) -> Option<&mut FileStream> {
-        match self.session(stream.port, stream.nonce)?.streams.get_mut(&stream.id)? {
+        match self
+            .session(stream.port, stream.nonce)?
+            .streams
+            .get_mut(&stream.id)?
+        {
             Stream::File(file) => Some(file),
             Stream::Noted { .. } | Stream::Command(_) => None,
         }
@@ -147,7 +154,9 @@ impl Agent {
         actions: &mut Vec<Action>,
     ) -> Result<(), ProtocolError> {
         self.take_id(stream)?;
-        let refused = self.find_refusal(stream).or_else(|| self.find_file_excess());
+        let refused = self
+            .find_refusal(stream)
+            .or_else(|| self.find_file_excess());
         if let Some(reason) = refused {
             let id = stream.id;
             self.reply(stream, GuestMessage::Rejected { id, reason }, actions);
@@ -160,13 +169,21 @@ impl Agent {
 
     /// Each operation may keep a window of data: so many may be under way at once over all sessions.
     fn find_file_excess(&self) -> Option<Rejection> {
-        let open: usize = self.ports.values().map(|state| match &state.port {
-            super::Port::Attached(session) => {
-                let files = session.streams.values();
-                files.filter(|stream| matches!(stream, Stream::File(_))).count()
-            }
-            super::Port::Unattached | super::Port::Hailed { .. } | super::Port::Handshaking(_) => 0,
-        }).sum();
+        let open: usize = self
+            .ports
+            .values()
+            .map(|state| match &state.port {
+                super::Port::Attached(session) => {
+                    let files = session.streams.values();
+                    files
+                        .filter(|stream| matches!(stream, Stream::File(_)))
+                        .count()
+                }
+                super::Port::Unattached
+                | super::Port::Hailed { .. }
+                | super::Port::Handshaking(_) => 0,
+            })
+            .sum();
         (open >= MAX_OPERATIONS).then_some(Rejection::TooManyStreams {
             limit: u32::try_from(MAX_OPERATIONS).unwrap_or(u32::MAX),
         })

@@ -35,6 +35,7 @@
 //! - An epoch that another has replaced never comes back.
 
 mod commands;
+mod exec;
 mod files;
 mod freeze;
 mod life;

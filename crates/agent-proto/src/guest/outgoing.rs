@@ -69,7 +69,11 @@ impl Agent {
         let Some(state) = self.ports.get_mut(&port) else {
             return;
         };
-        let noticed: usize = state.notices.iter().map(|frame| frame.payload.len() + 64).sum();
+        let noticed: usize = state
+            .notices
+            .iter()
+            .map(|frame| frame.payload.len() + 64)
+            .sum();
         if noticed > MAX_UNREAD_BYTES / 4 {
             state.notices.clear();
         }
@@ -186,7 +190,9 @@ impl Stream {
 impl Attached {
     fn unsent(&self, commands: &Commands, place: usize) -> u64 {
         commands.get(self.key).map_or(0, |command| {
-            command.outputs[place].end().saturating_sub(self.sent[place])
+            command.outputs[place]
+                .end()
+                .saturating_sub(self.sent[place])
         })
     }
 
@@ -201,11 +207,16 @@ impl Attached {
         let ended = commands
             .get(self.key)
             .is_some_and(|command| matches!(command.state(), CommandState::Ended(_)));
-        ended && [0, 1].iter().all(|&place| self.unsent(commands, place) == 0)
+        ended
+            && [0, 1]
+                .iter()
+                .all(|&place| self.unsent(commands, place) == 0)
     }
 
     fn has_message(&self, commands: &Commands) -> bool {
-        [0, 1].iter().any(|&place| self.chunk_bytes(commands, place) > 0)
+        [0, 1]
+            .iter()
+            .any(|&place| self.chunk_bytes(commands, place) > 0)
             || self.is_at_its_end(commands)
     }
 

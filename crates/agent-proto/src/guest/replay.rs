@@ -76,7 +76,9 @@ impl Replay {
         let mut out = Vec::with_capacity(bytes);
         let head = front.get(skip..).unwrap_or_default();
         out.extend_from_slice(&head[..head.len().min(bytes)]);
-        let tail = back.get(skip.saturating_sub(front.len())..).unwrap_or_default();
+        let tail = back
+            .get(skip.saturating_sub(front.len())..)
+            .unwrap_or_default();
         let left = bytes - out.len();
         out.extend_from_slice(&tail[..tail.len().min(left)]);
         out

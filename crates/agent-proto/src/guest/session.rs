@@ -152,9 +152,7 @@ impl Agent {
             HostMessage::Stdin { id, data } => self.on_stdin(key(id), data.0, actions),
             HostMessage::StdinEnd { id } => self.on_stdin_end(key(id), actions),
             HostMessage::Signal { id, signal } => self.on_signal(key(id), signal, actions),
-            HostMessage::Resize { id, rows, cols } => {
-                self.on_resize(key(id), rows, cols, actions)
-            }
+            HostMessage::Resize { id, rows, cols } => self.on_resize(key(id), rows, cols, actions),
             HostMessage::Credit { id, stream, bytes } => {
                 self.on_credit(key(id), stream, bytes, actions)
             }

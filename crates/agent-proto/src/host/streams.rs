@@ -94,7 +94,11 @@ impl Session {
         key: ExecKey,
         from: [u64; 2],
     ) -> Result<(u64, Vec<u8>), ProtocolError> {
-        self.open(Stream::Attaching, |id| HostMessage::Attach { id, key, from })
+        self.open(Stream::Attaching, |id| HostMessage::Attach {
+            id,
+            key,
+            from,
+        })
     }
 
     /// The request to listen no more, and to forget a command that was not told to go. [`Event::Detached`] follows, or
@@ -371,10 +375,7 @@ impl Session {
     ) -> Result<Option<Event>, ProtocolError> {
         match self.streams.remove(&id) {
             Some(
-                Stream::Asked { .. }
-                | Stream::Going { .. }
-                | Stream::Attaching
-                | Stream::File(_),
+                Stream::Asked { .. } | Stream::Going { .. } | Stream::Attaching | Stream::File(_),
             ) => Ok(Some(Event::Rejected { id, reason })),
             Some(Stream::Accepted { .. } | Stream::Running(_)) | None => {
                 Err(self.unexpected("rejected"))

@@ -225,7 +225,10 @@ impl fmt::Display for Rejection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::TooManyStreams { limit } => {
-                write!(f, "the session has {limit} streams open, and no more are carried")
+                write!(
+                    f,
+                    "the session has {limit} streams open, and no more are carried"
+                )
             }
             Self::Frozen => f.write_str("the file systems are frozen"),
             Self::WorkloadFrozen => f.write_str("the guest's processes are frozen"),

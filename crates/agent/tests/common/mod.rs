@@ -248,15 +248,21 @@ impl RawHost {
 
     /// Asks for a command and says go, without waiting for either answer.
     pub fn exec(&mut self, id: u64, request: ExecRequest) {
-        let mut key = [0; 16];
-        key[..8].copy_from_slice(&self.nonce.0.to_le_bytes());
-        key[8..].copy_from_slice(&id.to_le_bytes());
-        self.send(&HostMessage::Exec {
-            id,
-            key: ExecKey(key),
-            again: None,
-            request,
-        });
+        let message = exec_message(id, self.nonce.0, request);
+        self.send(&message);
         self.send(&HostMessage::Go { id });
+    }
+}
+
+/// The message that asks for a command whose key names session and number.
+pub fn exec_message(id: u64, nonce: u64, request: ExecRequest) -> HostMessage {
+    let mut key = [0; 16];
+    key[..8].copy_from_slice(&nonce.to_le_bytes());
+    key[8..].copy_from_slice(&id.to_le_bytes());
+    HostMessage::Exec {
+        id,
+        key: ExecKey(key),
+        again: None,
+        request,
     }
 }
