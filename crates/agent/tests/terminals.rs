@@ -1,5 +1,9 @@
 //! Commands at a terminal, and with limits, through the real agent.
-#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::wildcard_enum_match_arm,
+    reason = "a test may stop at the first surprise"
+)]
 
 mod common;
 
