@@ -70,7 +70,7 @@ pub enum Command {
     Exec(ExecArgs),
     /// Copy files and folders into a sandbox's guest or out of it
     #[command(
-        after_help = "A file appears when it is whole. The same command, run again after an interruption, goes on with the file\nat which that ended.\n\nExample:\n  stead cp ./site web:/srv\n  stead cp web:/var/log/syslog ."
+        after_help = "A file appears when it is whole. Run again after an interruption, the same command goes on\nin the large file at which that ended.\n\nExample:\n  stead cp ./site web:/srv\n  stead cp web:/var/log/syslog ."
     )]
     Cp(crate::cp::CpArgs),
     /// Look at, print, write, make and remove files in a sandbox's guest
