@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use stead_agent::files::{Files, Operation, Pulled};
+use stead_agent::files::{Operation, Pulled};
 use stead_agent_proto::files::{FileError, FileErrorKind, FileInput, FileReply, FileRequest};
 use stead_agent_proto::flow::MAX_CHUNK_BYTES;
 use stead_agent_proto::guest::StreamKey;

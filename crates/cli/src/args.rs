@@ -68,6 +68,17 @@ pub enum Command {
         after_help = "Exit status: that of CMD; 124 when it timed out, 125 when stead itself failed,\n126 and 127 when CMD could not be run or found, 128+N when signal N ended it.\n\nExample:\n  echo hello | stead exec web -- tee /root/greeting"
     )]
     Exec(ExecArgs),
+    /// Copy files and folders into a sandbox's guest or out of it
+    #[command(
+        after_help = "A file appears when it is whole. Run again after an interruption, the same command goes on\nin the large file at which that ended.\n\nExample:\n  stead cp ./site web:/srv\n  stead cp web:/var/log/syslog ."
+    )]
+    Cp(crate::cp::CpArgs),
+    /// Look at, print, write, make and remove files in a sandbox's guest
+    #[command(
+        subcommand,
+        after_help = "Example:\n  stead file ls web:/etc\n  echo hello | stead file put web:/root/greeting"
+    )]
+    File(crate::cp::FileCommand),
     /// List sandboxes
     #[command(
         visible_alias = "ps",

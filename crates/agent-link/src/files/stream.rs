@@ -66,7 +66,11 @@ impl FileStream {
                 return Err(ChannelError::new(error));
             }
         };
-        FileReply::decode(&bytes).map_err(ChannelError::new)
+        let reply = FileReply::decode(&bytes).map_err(ChannelError::new)?;
+        if reply.is_last() {
+            self.open = None;
+        }
+        Ok(reply)
     }
 }
 

@@ -1,14 +1,7 @@
 //! `stead cp` and `stead file`: which side a path is on, and what is done there.
-#![cfg_attr(
-    not(test),
-    expect(
-        dead_code,
-        reason = "the engine opens no stream for files yet; then it is called by the commands"
-    )
-)]
 
-pub mod report;
-pub mod run;
+mod report;
+mod run;
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -16,8 +9,12 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use stead_agent_link::Bytes;
-use stead_agent_link::files::CopyOptions;
-use stead_engine::{EngineError, Kind, Result};
+use stead_agent_link::files::{CopyOptions, FileChannel};
+use stead_engine::{Engine, EngineError, Kind, Result, Watch};
+use tokio::runtime::Handle;
+use tokio::task::block_in_place;
+
+use crate::print;
 
 /// `stead cp`.
 #[derive(Debug, Args)]
@@ -226,6 +223,40 @@ impl CpArgs {
             ..CopyOptions::default()
         }
     }
+}
+
+/// `stead cp`: copies, and returns the exit status.
+///
+/// # Errors
+/// [`EngineError`] says at which file it ended; those before it are whole.
+pub fn copy(engine: &Engine, args: &CpArgs, watch: &Watch, json: bool) -> Result<u8> {
+    let way = args.way()?;
+    let sandbox = way.sandbox().to_owned();
+    let report = block_in_place(|| run::run(args, way, watch, &mut || connect(engine, &sandbox)))?;
+    match (json, report.skipped) {
+        (true, _) => return Ok(print::json(&report)),
+        (false, 0) => {}
+        (false, skipped) => watch.notice(format!("{skipped} special files were left out")),
+    }
+    Ok(0)
+}
+
+/// `stead file`: does it, and returns the exit status.
+///
+/// # Errors
+/// [`EngineError`] says what the guest or the host could not.
+pub fn file(engine: &Engine, command: &FileCommand, json: bool) -> Result<u8> {
+    block_in_place(|| {
+        let mut channel = connect(engine, &command.at().sandbox)?;
+        let (mut input, mut output) = (std::io::stdin(), std::io::stdout());
+        run::run_file(command, json, channel.as_mut(), &mut input, &mut output)
+    })?;
+    Ok(0)
+}
+
+fn connect(engine: &Engine, sandbox: &str) -> Result<Box<dyn FileChannel>> {
+    let files = Handle::current().block_on(engine.files(sandbox))?;
+    Ok(Box::new(files))
 }
 
 fn usage(found: impl Into<String>) -> EngineError {

@@ -10,7 +10,7 @@ pub struct CopiedReport {
     files: u64,
     folders: u64,
     links: u64,
-    skipped: u64,
+    pub(super) skipped: u64,
     data_bytes: u64,
     hole_bytes: u64,
     resumed_bytes: u64,
