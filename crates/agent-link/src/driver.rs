@@ -725,7 +725,8 @@ impl Driver {
                 }
                 other @ (Stream::Starting(_)
                 | Stream::Attaching { .. }
-                | Stream::Running { .. }) => {
+                | Stream::Running { .. }
+                | Stream::File { .. }) => {
                     self.streams.insert(id, other);
                 }
             }

@@ -243,7 +243,10 @@ impl<'a> Live<'a> {
         if self.look(qmp)?.is_some() {
             match self.wait(qmp)? {
                 Waited::Ready => self.switch(qmp)?,
-                Waited::Pending if self.is_active() => self.switch_held(qmp)?,
+                Waited::Pending if self.is_active() => {
+                    let nodes = self.nodes(qmp)?;
+                    self.switch_held(qmp, &nodes)?;
+                }
                 Waited::Pending => self.finalize(qmp)?,
                 Waited::Ended(error) => self.conclude(qmp, error)?,
             }

@@ -10,7 +10,7 @@ use stead_qcow2::{HostOffset, LayerFile, LayerFormat, StoredBitmap};
 use stead_vmm::Qmp;
 use stead_vmm::block_jobs::{self, Node, NodeBitmap};
 
-use crate::bitmaps::{Becomes, BitmapState, Bitmaps, Verdict};
+use crate::bitmaps::{Becomes, BitmapState, Bitmaps, Verdict, is_a_backups};
 use crate::error::{Kind, MergeError, Result, vm};
 use crate::layers::identity;
 use crate::plan::StalePolicy;
@@ -123,7 +123,8 @@ impl Bitmaps {
     fn of_the_base(&self, own: &StoredBitmap, policy: StalePolicy) -> (Becomes, String) {
         let name = &own.name;
         let (above, unusable) = (self.any(0..self.base, name), own.in_use || !own.is_known());
-        let is_stale = !above && (unusable || own.auto);
+        let stands_for_itself = is_a_backups(name) && !unusable;
+        let is_stale = !above && !stands_for_itself && (unusable || own.auto);
         if is_stale && policy == StalePolicy::Prune {
             return (
                 Becomes::Pruned,

@@ -56,6 +56,14 @@ fn recovered(world: &World) -> Recovered {
 fn the_active_layer_is_merged_under_a_disk_that_is_written_to_and_no_write_and_no_bit_is_missing() {
     for options in ["", "-o cluster_size=4k"] {
         let mut world = World::new(options);
+        // A backup's own is not stale because no layer above has it.
+        let backups = "daily@0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a";
+        let base = world.path("base");
+        sh(&format!(
+            "qemu-img bitmap --add {} {backups}",
+            base.display()
+        ));
+        world.fulls.push((backups, content(&base)));
         let vm = Vm::start(&world);
         // One that began while the VM ran is in no file.
         vm.ask(
@@ -80,7 +88,7 @@ fn the_active_layer_is_merged_under_a_disk_that_is_written_to_and_no_write_and_n
         assert_eq!(becomes("stale-1"), Some(Becomes::Pruned));
         let mut held = report.held.clone();
         held.sort();
-        assert_eq!(held, ["late", "new", "shared"]);
+        assert_eq!(held, [backups, "late", "new", "shared"]);
         assert_eq!(report.kept, <[std::path::PathBuf; 0]>::default());
         let mut writer = Writer::start(&vm);
         for _ in 0..40 {

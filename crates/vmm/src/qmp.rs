@@ -76,8 +76,14 @@ impl Qmp {
         };
         let doing = "waiting for the greeting (another program may hold the connection)";
         let until = Instant::now() + within;
-        let Some(message) = qmp.next_message(doing, until)? else {
-            return Err(unanswered(doing, within));
+        let message = loop {
+            let Some(message) = qmp.next_message(doing, until)? else {
+                return Err(unanswered(doing, within));
+            };
+            // What a client before us was killed too early to read comes first.
+            if !qmp.keep_event(&message) && message.get("return").is_none() {
+                break message;
+            }
         };
         qmp.version = greeting_version(&message).ok_or_else(|| protocol(doing, &message))?;
         qmp.execute::<Value>("qmp_capabilities", json!({}))?;
@@ -416,6 +422,19 @@ mod tests {
         let (qmp, _end) = told(&[GREETING_10, r#"{"return": {}, "id": 1}"#]);
         let version = qmp.expect("negotiate").version();
         assert_eq!(version.to_string(), "10.0.2");
+    }
+
+    #[test]
+    fn what_an_earlier_client_did_not_read_comes_before_the_greeting_and_is_skipped() {
+        let (qmp, _theirs) = told(&[
+            r#"{"data":{"id":"job","status":"created"},"event":"JOB_STATUS_CHANGE","timestamp":{"microseconds":1,"seconds":2}}"#,
+            r#"{"return":{},"id":17}"#,
+            r#"{"QMP":{"version":{"qemu":{"micro":22,"minor":2,"major":7},"package":""},"capabilities":[]}}"#,
+            r#"{"return":{},"id":1}"#,
+        ]);
+        let mut qmp = qmp.expect("negotiate");
+        assert_eq!(qmp.version().major, 7);
+        assert_eq!(qmp.take_events().len(), 1);
     }
 
     #[test]

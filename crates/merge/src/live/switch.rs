@@ -41,12 +41,13 @@ impl Live<'_> {
     /// Has QEMU hold the disk, and switches it.
     pub(super) fn switch(&mut self, qmp: &mut Qmp) -> Result<()> {
         self.going.watch.step(Step::Bitmaps);
+        let nodes = self.nodes(qmp)?;
         self.tell(qmp, Order::Complete)?;
         let begun = Instant::now();
         loop {
             let state = self.look(qmp)?.map(|job| (job.state, job.error));
             match state {
-                Some((JobState::Pending, _)) => return self.switch_held(qmp),
+                Some((JobState::Pending, _)) => return self.switch_held(qmp, &nodes),
                 Some((JobState::Concluded, error)) => return self.conclude(qmp, error),
                 None => return self.conclude(qmp, Some("it is gone".to_owned())),
                 Some(_) if begun.elapsed() > END_WITHIN => {
@@ -61,20 +62,18 @@ impl Live<'_> {
     }
 
     /// At *pending*: the guest waits for its disk.
-    pub(super) fn switch_held(&mut self, qmp: &mut Qmp) -> Result<()> {
-        if self.going.record.phase == Phase::Begun {
-            let nodes = self.nodes(qmp)?;
-            if let Err(error) = self.commit_to_base(qmp, &nodes) {
-                return self.give_up(qmp, &nodes, error);
-            }
+    pub(super) fn switch_held(&mut self, qmp: &mut Qmp, nodes: &Nodes) -> Result<()> {
+        if self.going.record.phase == Phase::Begun
+            && let Err(error) = self.commit_to_base(qmp, nodes)
+        {
+            return self.give_up(qmp, nodes, error);
         }
         self.tell(qmp, Order::Finalize)?;
         self.going.watch.step(Step::Finalize);
         let error = self.wait_concluded(qmp)?.and_then(|job| job.error);
         if error.is_some() {
             self.set_phase(Phase::Begun)?;
-            let nodes = self.nodes(qmp)?;
-            self.remove_added(qmp, &nodes)?;
+            self.remove_added(qmp, nodes)?;
         }
         self.conclude(qmp, error)
     }

@@ -23,15 +23,23 @@ pub struct Vm {
 
 impl Vm {
     pub fn start(world: &World) -> Self {
-        let folder = world.dir.path().to_owned();
-        let active = world.path("active").display().to_string();
+        Self::start_on(world.dir.path(), &world.path("active"))
+    }
+
+    /// On that active layer, with its sockets in `folder`.
+    pub fn start_on(folder: &Path, active: &Path) -> Self {
+        let folder = folder.to_owned();
+        let is_raw = active.extension().is_some_and(|end| end == "raw");
+        let driver = if is_raw { "raw" } else { "qcow2" };
+        let active = active.display();
         let qemu = Command::new("qemu-system-x86_64")
             .args(["-machine", "none", "-nodefaults", "-display", "none", "-S"])
             .arg("-qmp")
             .arg(format!("unix:{}/qmp,server=on,wait=off", folder.display()))
             .arg("-blockdev")
             .arg(format!("driver=file,node-name=disk.f,filename={active}"))
-            .args(["-blockdev", "driver=qcow2,node-name=disk,file=disk.f"])
+            .arg("-blockdev")
+            .arg(format!("driver={driver},node-name=disk,file=disk.f"))
             .stdin(Stdio::null())
             .spawn()
             .expect("QEMU");
@@ -56,6 +64,13 @@ impl Vm {
     pub fn ask(&self, command: &str, arguments: Value) -> Value {
         let mut qmp = block_jobs::connect(&self.socket()).expect("QMP");
         qmp.execute(command, arguments).expect("answered")
+    }
+
+    /// The node that the disk is written through now.
+    pub fn active_node(&self) -> String {
+        let exports = self.ask("query-block-exports", json!({}));
+        assert_eq!(exports.as_array().map(Vec::len), Some(1), "{exports}");
+        exports[0]["node-name"].as_str().expect("a name").to_owned()
     }
 
     /// Ends it in order: bitmaps are stored.
@@ -95,6 +110,8 @@ pub struct Writer {
     qemu_io: Child,
     /// Pattern, and where: 64 KiB each.
     written: Vec<(u8, usize)>,
+    /// The number of the first piece: others are written elsewhere, with other patterns.
+    pub first: usize,
 }
 
 pub const PIECE: usize = 64 << 10;
@@ -125,12 +142,13 @@ impl Writer {
         Self {
             qemu_io,
             written: Vec::new(),
+            first: 0,
         }
     }
 
     /// Writes one piece somewhere.
     pub fn write(&mut self) {
-        let number = self.written.len();
+        let number = self.first + self.written.len();
         let pattern = 100 + u8::try_from(number % 100).expect("small");
         let at = (number * 37 % 128) * PIECE;
         let stdin = self.qemu_io.stdin.as_mut().expect("piped");
