@@ -5,7 +5,7 @@ use super::limits::{COPIED, Limit, SHARED};
 use super::{Images, content, measured};
 use crate::error::Result;
 use crate::program;
-use crate::report::{Report, Row, Value};
+use crate::report::{Report, Row, Value, megabytes};
 
 /// A kind of file system, and what is promised there.
 #[derive(Debug)]
@@ -182,8 +182,12 @@ pub async fn compress(images: &Images, report: &mut Report) -> Result<()> {
         "@tree.qcow2",
         "@new.qcow2",
     ];
+    let figure = format!(
+        "convert {} of /usr to zstd, synced",
+        megabytes(images.disk_bytes / 2)
+    );
     let contest = Contest {
-        figure: "convert 1 GiB of /usr to zstd, synced",
+        figure: &figure,
         beside: "qemu-img convert -c -W -m 8, which does not sync",
         target: Some(0.6),
         fresh: &[],
