@@ -315,3 +315,85 @@ impl StoreBackups {
 pub fn names_a_store(place: &Path) -> bool {
     stead_store::names_a_store(place)
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+    use stead_store::{ChunkSize, Disk, Hash, Lineage, Producer};
+
+    use super::*;
+
+    const ID: &str = "0123456789abcdef0123456789abcdef";
+
+    fn manifest(machine: Value) -> Manifest {
+        let tree = TreeRef {
+            root: Hash::of(b"root"),
+            length_bytes: 1 << 20,
+            chunk_size: ChunkSize::DISK,
+        };
+        Manifest {
+            role: Role::Backup,
+            name: None,
+            created: jiff::Timestamp::UNIX_EPOCH,
+            kind: stead_store::Kind::DiskOnly,
+            crash_consistent: false,
+            lineage: Lineage::default(),
+            producer: Producer::default(),
+            disks: vec![Disk {
+                id: "disk".to_owned(),
+                tree,
+                virtual_size_bytes: tree.length_bytes,
+            }],
+            ram: None,
+            device_state: None,
+            kernel: None,
+            initrd: None,
+            machine,
+        }
+    }
+
+    /// As docs/store-format.md has it.
+    fn record() -> Value {
+        json!({
+            "bitmap": "daily", "changed-bytes": 65536, "disk": "/disk.qcow2", "disk-bytes": 1 << 20, "id": ID,
+            "kind": "full", "parent": null, "stored-bytes": 700, "time": "1970-01-01T00:00:00.000000000Z",
+            "why-full": null,
+        })
+    }
+
+    fn found(manifest: &Manifest) -> Told<Kept> {
+        kept(ManifestId(Hash::of(b"manifest")), manifest)
+    }
+
+    #[test]
+    fn a_backup_s_record_is_the_json_of_the_format_and_comes_back_as_it_was() {
+        let manifest = manifest(record());
+        let object = manifest.encode().expect("encoded");
+        let read = Manifest::decode(&object).expect("decoded");
+        let kept = found(&read).expect("a backup");
+        assert_eq!(serde_json::to_value(&kept.facts).expect("JSON"), record());
+        assert_eq!(kept.tree, manifest.disks[0].tree);
+    }
+
+    #[test]
+    fn a_record_that_contradicts_itself_or_its_manifest_is_refused() {
+        for (key, value) in [
+            ("disk-bytes", json!(512)),
+            ("id", json!("../../etc/passwd")),
+            ("kind", json!("incremental")),
+            ("parent", json!(ID)),
+            ("changed-bytes", json!(-1)),
+            ("new-key", json!(1)),
+        ] {
+            let mut record = record();
+            record[key] = value;
+            assert!(found(&manifest(record)).is_err(), "{key}");
+        }
+        assert!(found(&manifest(Value::Null)).is_err());
+        let mut two = manifest(record());
+        let mut second = two.disks[0].clone();
+        second.id = "other".to_owned();
+        two.disks.push(second);
+        assert!(found(&two).is_err());
+    }
+}
