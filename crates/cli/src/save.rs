@@ -1,6 +1,6 @@
 //! `stead save`: libvirt's save images. Only what runs VMs opens a worker.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
@@ -56,7 +56,9 @@ pub async fn run(
         | SaveCommand::Convert(_)
         | SaveCommand::Extract(_)
         | SaveCommand::Write(_)
-        | SaveCommand::Restore(_)) => on_a_thread(move || dispatch(command, &control, json)).await,
+        | SaveCommand::Restore(_)) => {
+            on_a_thread(move || dispatch(command, &control, &hand, json)).await
+        }
     };
     listener.abort();
     outcome
@@ -80,11 +82,11 @@ fn control(watch: &Watch, what: &'static str) -> Control {
     Control::new(move |progress| watch.progress(what, progress.done, progress.total))
 }
 
-fn dispatch(command: SaveCommand, control: &Control, json: bool) -> Result<u8> {
+fn dispatch(command: SaveCommand, control: &Control, watch: &Watch, json: bool) -> Result<u8> {
     match command {
         SaveCommand::Info(one) => Ok(info(&open(&one.file)?.info(), json)),
         SaveCommand::DumpXml(one) => dump_xml(&open(&one.file)?, json),
-        SaveCommand::Verify(args) => verify(&args, control, json),
+        SaveCommand::Verify(args) => verify(&args, control, watch, json),
         SaveCommand::EditXml(args) => match &args.xml {
             Some(xml) => edit(&args, xml, control, json),
             None => unreachable!("handled with an editor"),
@@ -205,7 +207,7 @@ fn dump_xml(image: &SaveImage, json: bool) -> Result<u8> {
     Ok(print::bytes(image.xml().as_bytes()))
 }
 
-fn verify(args: &SaveVerifyArgs, control: &Control, json: bool) -> Result<u8> {
+fn verify(args: &SaveVerifyArgs, control: &Control, watch: &Watch, json: bool) -> Result<u8> {
     let image = open(&args.file)?;
     let report = image.verify(control).map_err(told)?;
     let printed = if json {
@@ -215,8 +217,8 @@ fn verify(args: &SaveVerifyArgs, control: &Control, json: bool) -> Result<u8> {
     };
     report.require_whole().map_err(told)?;
     for (name, path) in &args.disks {
-        let content = File::open(path).map_err(|source| unreadable(path, source))?;
-        image.verify_disk(name, content).map_err(told)?;
+        let content = stead_engine::disk_content(name, path, watch)?;
+        image.verify_disk(&content).map_err(told)?;
     }
     Ok(printed)
 }
