@@ -13,8 +13,8 @@ use stead_sys::durable::Existing;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::{
-    SaveCommand, SaveConvertArgs, SaveEditArgs, SaveExtractArgs, SaveFormat, SaveRestoreArgs,
-    SaveVerifyArgs, SaveWriteArgs,
+    Place, SaveCommand, SaveConvertArgs, SaveEditArgs, SaveExtractArgs, SaveFormat,
+    SaveRestoreArgs, SaveVerifyArgs, SaveWriteArgs,
 };
 use crate::commands::cancel_on_interrupt;
 use crate::editor::Draft;
@@ -31,6 +31,9 @@ pub async fn run(
     let what = match &command {
         SaveCommand::Write(args) => return write(args, settings?, watch, json).await,
         SaveCommand::Restore(args) => return restore(args, settings?, watch, json).await,
+        SaveCommand::Convert(args) if has_checkpoint(args) => {
+            return convert_checkpoint(args, settings?, watch, json).await;
+        }
         SaveCommand::Info(_) | SaveCommand::DumpXml(_) => "read",
         SaveCommand::Verify(_) => "verify",
         SaveCommand::EditXml(_) => "edit",
@@ -132,6 +135,64 @@ async fn restore(
         return Ok(print::json(&sandbox));
     }
     Ok(print::line(&sandbox.name))
+}
+
+fn has_checkpoint(args: &SaveConvertArgs) -> bool {
+    matches!(args.file, Place::Checkpoint(_)) || matches!(args.to, Place::Checkpoint(_))
+}
+
+/// Makes a save image of a checkpoint, or a checkpoint of a save image.
+async fn convert_checkpoint(
+    args: &SaveConvertArgs,
+    settings: Settings,
+    watch: Watch,
+    json: bool,
+) -> Result<u8> {
+    let refused = |found: &str, next: &str| {
+        EngineError::new(Kind::Usage, "convert", found)
+            .left("nothing was changed")
+            .next(next)
+    };
+    if args.force {
+        let next = "remove what is in the way first";
+        return Err(refused("--force is for an image made of an image", next));
+    }
+    match (&args.file, &args.to) {
+        (Place::Checkpoint(name), Place::File(to)) => {
+            let format = format(wanted_format(args)?);
+            let engine = Engine::open(settings, watch).await?;
+            let saved = engine.save_of_checkpoint(name, to, format).await?;
+            if json {
+                return Ok(print::json(&saved));
+            }
+            let (file, bytes) = (saved.file.display(), human(saved.file_bytes));
+            Ok(print::line(&format!("{file}  {bytes}")))
+        }
+        (Place::File(file), Place::Checkpoint(name)) => {
+            let engine = Engine::open(settings, watch).await?;
+            let made = engine.checkpoint_of_save(file, Some(name)).await?;
+            if json {
+                return Ok(print::json(&made));
+            }
+            Ok(print::line(&format!("{name}  {}", made.id)))
+        }
+        (Place::Checkpoint(_), Place::Checkpoint(_)) | (Place::File(_), Place::File(_)) => {
+            let next = "name a save image on one side and checkpoint:NAME on the other";
+            Err(refused("both sides are checkpoints", next))
+        }
+    }
+}
+
+fn wanted_format(args: &SaveConvertArgs) -> Result<SaveFormat> {
+    args.format.ok_or_else(|| {
+        EngineError::new(
+            Kind::Usage,
+            "convert",
+            "no format is given for the new image",
+        )
+        .left("nothing was changed")
+        .next("give one with --format, for instance raw or zstd")
+    })
 }
 
 fn format(format: SaveFormat) -> Format {
@@ -348,10 +409,12 @@ fn read_text(path: &Path) -> std::io::Result<String> {
 }
 
 fn change_format(args: &SaveConvertArgs, control: &Control, json: bool) -> Result<u8> {
-    let format = format(args.format);
-    let existing = existing(args.force);
-    let change = convert(&args.file, &args.to, format, existing, control).map_err(told)?;
-    Ok(changed(&args.to, &change, json))
+    let (Place::File(file), Place::File(to)) = (&args.file, &args.to) else {
+        unreachable!("handled with a worker")
+    };
+    let format = format(wanted_format(args)?);
+    let change = convert(file, to, format, existing(args.force), control).map_err(told)?;
+    Ok(changed(to, &change, json))
 }
 
 fn existing(force: bool) -> Existing {

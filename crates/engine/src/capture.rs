@@ -224,7 +224,7 @@ impl Engine {
         Ok(plan)
     }
 
-    async fn check_name_is_free(&self, name: Option<&str>) -> Result<()> {
+    pub(crate) async fn check_name_is_free(&self, name: Option<&str>) -> Result<()> {
         if let Some(name) = name {
             id::check_name("checkpoint", name)?;
             if self.find_manifest(Role::Checkpoint, name).await?.is_some() {
@@ -747,15 +747,11 @@ impl Engine {
                 }),
                 template: parse_id(Some(&plan.sandbox.template)),
             },
-            producer: Producer {
-                qemu_version: Some(self.qemu().await?.version().to_string()),
-                machine_type: qemu.machine_type.clone(),
-                cpu_model: qemu.cpu_model.clone(),
-                accelerator: qemu.accelerator.to_string(),
-                cpus: u32::from(qemu.cpus),
-                memory_bytes: qemu.memory_bytes,
-                kernel_command_line: Some(plan.machine.cmdline.clone()),
-            },
+            producer: producer_of(
+                qemu,
+                &self.qemu().await?.version().to_string(),
+                &plan.machine.cmdline,
+            ),
             disks: plan
                 .disks
                 .iter()
@@ -796,7 +792,7 @@ impl Engine {
         .map_err(|source| EngineError::internal("write a manifest", "").because(source))
     }
 
-    fn blob_bytes(&self, name: &str) -> Result<Vec<u8>> {
+    pub(crate) fn blob_bytes(&self, name: &str) -> Result<Vec<u8>> {
         blobs::verify(&self.dir, name)?;
         let path = blobs::path_of(&self.dir, name);
         Ok(blobs::read_file(&path)?.1)
@@ -889,6 +885,23 @@ impl Engine {
 
 fn parse_id(text: Option<&str>) -> Option<ManifestId> {
     text.and_then(|text| text.parse().ok())
+}
+
+/// Who made the state, as a manifest says it.
+pub(crate) fn producer_of(
+    machine: &stead_vmm::Machine,
+    qemu_version: &str,
+    cmdline: &str,
+) -> Producer {
+    Producer {
+        qemu_version: Some(qemu_version.to_owned()),
+        machine_type: machine.machine_type.clone(),
+        cpu_model: machine.cpu_model.clone(),
+        accelerator: machine.accelerator.to_string(),
+        cpus: u32::from(machine.cpus),
+        memory_bytes: machine.memory_bytes,
+        kernel_command_line: Some(cmdline.to_owned()),
+    }
 }
 
 /// Needs on one file system are one need.

@@ -46,6 +46,7 @@ mod records;
 mod restore;
 mod sandbox;
 mod save;
+mod save_convert;
 mod save_restore;
 mod store;
 mod template;
@@ -76,6 +77,7 @@ pub use records::{RamSharing, SandboxState};
 pub use restore::{RestoreReport, VerifyReport};
 pub use sandbox::{CreateRequest, SandboxInfo};
 pub use save::{SaveReport, SaveRequest};
+pub use save_convert::SavedCheckpoint;
 pub use store::{CheckpointInfo, DiskInfo, GcSummary, IndexSummary, ScrubReport};
 pub use template::{BuildRequest, ImportRequest, TemplateInfo, find_agent};
 

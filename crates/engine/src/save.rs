@@ -96,7 +96,7 @@ impl Engine {
         let file = std::path::absolute(&request.file).at("find", &request.file)?;
         let folder = file.parent().unwrap_or(Path::new("/"));
         self.check_room(&plan, Some(folder))?;
-        let target = Target::create(self.domain_of(&plan, &file).await?, &file, request.format)?;
+        let target = Target::create(&self.domain_of(&plan, &file).await?, &file, request.format)?;
         let mut job = self.begin_capture(&plan, "save").await?;
         let made = async {
             let instant = self.take_instant(&mut job, &plan).await?;
@@ -141,15 +141,11 @@ impl Engine {
     ) -> Result<SaveReport> {
         let begun = std::time::Instant::now();
         job.step("write").await?;
-        self.keep_layers(plan, &target.file).await?;
+        let frozen = plan.disks.iter().map(|(_, frozen, _)| frozen.id.clone());
+        self.keep_layers(&target.file, &frozen.collect::<Vec<_>>())
+            .await?;
         let memory = memory_of(plan, &mut instant)?;
-        let stopper = tokio::spawn({
-            let (watch, control) = (self.watch.clone(), target.control.clone());
-            async move {
-                watch.cancelled().await;
-                control.cancel();
-            }
-        });
+        let stopper = self.stops(&target.control);
         let finished = self.fill(plan, target, memory).await;
         stopper.abort();
         let (mut target, finished) = finished?;
@@ -173,16 +169,22 @@ impl Engine {
         })
     }
 
-    /// From here on the frozen layers stay, whatever becomes of the sandbox, until the image's file is gone.
-    async fn keep_layers(&self, plan: &Plan, file: &Path) -> Result<()> {
-        let frozen: Vec<String> = (plan.disks.iter())
-            .map(|(_, frozen, _)| frozen.id.clone())
-            .collect();
+    /// From here on these layers stay, whatever else becomes of them, until the image's file is gone.
+    pub(crate) async fn keep_layers(&self, file: &Path, layers: &[String]) -> Result<()> {
         let mut tx = self.records.begin().await?;
         let holder = format!("{HOLDER}{}", file.display());
-        Records::insert_local_checkpoint(&mut tx, &holder, None, &frozen).await?;
+        Records::insert_local_checkpoint(&mut tx, &holder, None, layers).await?;
         tx.commit().await?;
         Ok(())
+    }
+
+    /// Cancels the writing when the command is; to be aborted when it has ended.
+    pub(crate) fn stops(&self, control: &Control) -> tokio::task::JoinHandle<()> {
+        let (watch, control) = (self.watch.clone(), control.clone());
+        tokio::spawn(async move {
+            watch.cancelled().await;
+            control.cancel();
+        })
     }
 
     /// Writes the memory while the disks are read, then completes the file.
@@ -241,16 +243,16 @@ impl Engine {
 }
 
 /// Where the empty overlay over a disk lies.
-fn overlay_of(file: &Path, disk: &str) -> PathBuf {
+pub(crate) fn overlay_of(file: &Path, disk: &str) -> PathBuf {
     let mut name = file.as_os_str().to_owned();
     name.push(format!(".{disk}.qcow2"));
     PathBuf::from(name)
 }
 
 /// What becomes the migration stream: the state of the devices, and where the RAM is.
-struct Memory {
-    join: stead_migration_stream::Join,
-    ram: CapturedRam,
+pub(crate) struct Memory {
+    pub join: stead_migration_stream::Join,
+    pub ram: CapturedRam,
 }
 
 fn memory_of(plan: &Plan, instant: &mut Instant) -> Result<Memory> {
@@ -267,16 +269,17 @@ fn memory_of(plan: &Plan, instant: &mut Instant) -> Result<Memory> {
 }
 
 /// An image's files while they are made: dropped before [`Target::keep`], they are removed.
-struct Target {
-    file: PathBuf,
+pub(crate) struct Target {
+    pub file: PathBuf,
     writer: Option<Writer>,
-    control: Control,
-    overlays: Vec<PathBuf>,
+    pub control: Control,
+    pub overlays: Vec<PathBuf>,
     kept: bool,
 }
 
 impl Target {
-    fn create(domain: Domain, file: &Path, format: Format) -> Result<Self> {
+    /// Starts the image, which says that it is partial, and makes its overlays.
+    pub(crate) fn create(domain: &Domain, file: &Path, format: Format) -> Result<Self> {
         let control = Control::silent();
         let image = NewImage {
             xml: domain.to_xml(),
@@ -308,7 +311,7 @@ impl Target {
     }
 
     /// Writes the migration stream.
-    fn write(mut self, memory: &Memory) -> Result<Self> {
+    pub(crate) fn write(mut self, memory: &Memory) -> Result<Self> {
         let Some(writer) = &mut self.writer else {
             unreachable!("a target is written once")
         };
@@ -320,7 +323,7 @@ impl Target {
     }
 
     /// Completes the file.
-    fn finish(mut self, disks: Vec<DiskContent>) -> Result<(Self, Finished)> {
+    pub(crate) fn finish(mut self, disks: Vec<DiskContent>) -> Result<(Self, Finished)> {
         let Some(mut writer) = self.writer.take() else {
             unreachable!("a target is finished once")
         };
@@ -330,7 +333,8 @@ impl Target {
         Ok((self, finished))
     }
 
-    fn keep(&mut self) {
+    /// From here on its files stay.
+    pub(crate) fn keep(&mut self) {
         self.kept = true;
     }
 }

@@ -81,7 +81,7 @@ impl Engine {
     }
 
     /// Reads the image to its end.
-    async fn proven_image(&self, file: &Path) -> Result<SaveImage> {
+    pub(crate) async fn proven_image(&self, file: &Path) -> Result<SaveImage> {
         self.watch.step("save-restore", "verify");
         let path = file.to_owned();
         let control = self.control_of("verify");
@@ -104,18 +104,23 @@ impl Engine {
         Control::new(move |progress| watch.progress(what, progress.done, progress.total))
     }
 
-    fn making(&self, domain: &Domain, name: Option<&str>) -> Result<Making> {
-        let id = id::short()?;
-        let name = name.unwrap_or(&id).to_owned();
-        id::check_name("sandbox", &name)?;
+    /// The machine's record; its kernel and initramfs lie here then.
+    pub(crate) fn machine_record(&self, domain: &Domain) -> Result<MachineRecord> {
         let blob = |path: &Path| blobs::put(&self.dir, &blobs::read_file(path)?.1);
-        let machine = MachineRecord {
+        Ok(MachineRecord {
             qemu: domain.machine.clone(),
             kernel: blob(&domain.kernel)?,
             initrd: blob(&domain.initrd)?,
             cmdline: domain.cmdline.clone(),
             agent: domain.agent,
-        };
+        })
+    }
+
+    fn making(&self, domain: &Domain, name: Option<&str>) -> Result<Making> {
+        let id = id::short()?;
+        let name = name.unwrap_or(&id).to_owned();
+        id::check_name("sandbox", &name)?;
+        let machine = self.machine_record(domain)?;
         let row = Sandbox {
             id,
             name,
@@ -170,7 +175,8 @@ impl Engine {
             tx.commit().await?;
         }
         job.step("memory").await?;
-        let state = self.take_memory(&making, image).await?;
+        let (ram, memory_bytes) = (&making.ram, making.machine.qemu.memory_bytes);
+        let state = self.take_memory(ram, memory_bytes, image).await?;
         job.step("start").await?;
         let running = self.start_image(&making, state).await?;
         let mut tx = self.records.begin().await?;
@@ -222,9 +228,13 @@ impl Engine {
     }
 
     /// Puts the guest's memory into its file and gives the state of the devices.
-    async fn take_memory(&self, making: &Making, image: Arc<SaveImage>) -> Result<Vec<u8>> {
-        let path = self.ram_image(&making.ram);
-        let memory_bytes = making.machine.qemu.memory_bytes;
+    pub(crate) async fn take_memory(
+        &self,
+        ram: &str,
+        memory_bytes: u64,
+        image: Arc<SaveImage>,
+    ) -> Result<Vec<u8>> {
+        let path = self.ram_image(ram);
         blocking(move || {
             let partial = Partial::create(&path, 0o600).at("create", &path)?;
             let state = stead_vmm::take_apart(
@@ -296,7 +306,7 @@ impl Making {
     }
 }
 
-fn moved(disk: &str, found: &str) -> EngineError {
+pub(crate) fn moved(disk: &str, found: &str) -> EngineError {
     EngineError::new(
         Kind::Damaged,
         format!("use disk {disk} of the image"),
