@@ -35,7 +35,7 @@ impl AgentLink {
     /// # Errors
     /// [`LinkError::TooMuchOutput`] when a stream is longer than [`MAX_CAPTURE_BYTES`]; else as [`AgentLink::exec`].
     pub async fn exec_capture(
-        &mut self,
+        &self,
         mut request: ExecRequest,
         stdin: &[u8],
     ) -> Result<Output, LinkError> {
@@ -47,11 +47,12 @@ impl AgentLink {
             stderr: &mut stderr,
         };
         let (_none, signals) = mpsc::channel(1);
-        let result = self.exec(request, io, signals).await;
+        let mut command = self.start(request).await?;
+        let result = command.carry(io, signals).await;
         if stdout.is_over || stderr.is_over {
             return Err(LinkError::TooMuchOutput {
                 limit_bytes: MAX_CAPTURE_BYTES,
-                killed: self.end_command(KILL).await,
+                killed: command.control.end(KILL).await,
             });
         }
         Ok(Output {

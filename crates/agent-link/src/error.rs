@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use stead_agent_proto::ProtocolError;
 use stead_agent_proto::host::Discarded;
-use stead_agent_proto::message::{Phase, Rejection};
+use stead_agent_proto::message::{CommandState, Phase, Rejection};
 
 /// Where on the way something went wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,6 +16,8 @@ pub enum Stage {
     Handshake,
     /// A command was sent, and whether it runs is not known.
     Start,
+    /// A command that runs already was asked for.
+    Attach,
     /// A command runs.
     Run,
     /// A request was sent.
@@ -31,7 +33,9 @@ impl Stage {
             Self::Start => {
                 "whether the command was started is not known; if it was, it runs on unheard"
             }
-            Self::Run => "the VM is as it was; the command, if it still runs, runs on unheard",
+            Self::Attach | Self::Run => {
+                "the VM is as it was; the command, if it still runs, runs on unheard"
+            }
             Self::Request(_) => {
                 "whether the request was carried out is not known; frozen file systems thaw by themselves"
             }
@@ -44,6 +48,7 @@ impl fmt::Display for Stage {
         match self {
             Self::Handshake => f.write_str("handshake"),
             Self::Start => f.write_str("start of a command"),
+            Self::Attach => f.write_str("attachment to a command"),
             Self::Run => f.write_str("command"),
             Self::Request(name) => write!(f, "request {name}"),
         }
@@ -114,6 +119,18 @@ pub enum LinkError {
         /// Why not.
         reason: Rejection,
     },
+    /// The command's key was used before: nothing was begun by asking again.
+    #[error("the command was asked for before: {state}; nothing was started by this")]
+    Known {
+        /// What became of it.
+        state: CommandState,
+    },
+    /// This link listens to the command no more, and it goes on.
+    #[error("the command is listened to no more: {reason}; it goes on")]
+    Detached {
+        /// Why.
+        reason: String,
+    },
     /// The guest did not do what was requested.
     #[error("request {request}: the guest says: {error}")]
     RequestFailed {
@@ -157,6 +174,42 @@ pub enum LinkError {
         /// Why not.
         source: io::Error,
     },
+}
+
+/// Why a session has ended, for everybody who waits for something in it.
+#[derive(Debug, Clone)]
+pub(crate) enum Broken {
+    /// The connection failed or ended, and the error's kind and text.
+    Disconnected(Option<(io::ErrorKind, String)>),
+    /// The guest said what the protocol forbids.
+    Protocol(ProtocolError),
+    /// The agent was silent.
+    Late {
+        limit: Duration,
+        discarded: Discarded,
+    },
+}
+
+impl Broken {
+    pub(crate) fn disconnected(error: &io::Error) -> Self {
+        Self::Disconnected(Some((error.kind(), error.to_string())))
+    }
+
+    /// The error for one who waited at `stage`.
+    pub(crate) fn at(&self, stage: Stage) -> LinkError {
+        match self.clone() {
+            Self::Disconnected(source) => LinkError::Disconnected {
+                stage,
+                source: source.map(|(kind, text)| io::Error::new(kind, text)),
+            },
+            Self::Protocol(source) => LinkError::Protocol { stage, source },
+            Self::Late { limit, discarded } => LinkError::Late {
+                stage,
+                limit,
+                discarded,
+            },
+        }
+    }
 }
 
 /// What came instead of an answer.

@@ -1,50 +1,38 @@
-//! A connection to one port, its session, and everything but commands.
+//! A link to one port of a VM's agent: handshake, requests, and where commands begin.
 
-use std::io;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::path::Path;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use tokio::net::UnixStream;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
 
-use stead_agent_proto::frame::Item;
-use stead_agent_proto::host::{Discarded, Event, Session};
+use stead_agent_proto::host::Discarded;
 use stead_agent_proto::message::{
-    Done, Hello, Ready, Reason, Request, Seed, Setup, ShutdownKind, Status,
+    Bytes, CommandEntry, CommandState, Done, Identity, Ready, Reason, Request, ShutdownKind, Status,
 };
-use stead_agent_proto::{Epoch, Nonce, ProtocolError};
+use stead_agent_proto::{Epoch, ExecKey, ProtocolError};
 
+use crate::driver::{Driver, Order, Reply, Shared};
 use crate::error::{LinkError, Stage};
-use crate::wire::Wire;
+use crate::line::{Greet, Line};
 
-/// After this much silence the agent is asked whether it is there.
-const PING_AFTER: Duration = Duration::from_secs(5);
-/// How long the agent may leave that unanswered, unless set otherwise.
+/// How long the agent may leave a ping unanswered, unless set otherwise.
 const SILENCE_LIMIT: Duration = Duration::from_secs(30);
 /// How long a request may take, unless set otherwise.
 const REQUEST_LIMIT: Duration = Duration::from_secs(120);
-/// How long a connection is tried while others wait at the socket, and how often; a handshake's own limit bounds it
-/// too. QEMU lets nobody in while it is held up, as by a capture.
-const CONNECT_LIMIT: Duration = Duration::from_secs(60);
-const CONNECT_PAUSE: Duration = Duration::from_millis(1);
-/// A hello without an answer is sent anew over another connection, first after this time and then after twice as long
-/// each time: an agent that was restarted has lost what was sent before, and a port may be held back.
-const FIRST_HELLO_AGAIN: Duration = Duration::from_millis(500);
-/// And never less often than this: an agent may come up late.
-const LAST_HELLO_AGAIN: Duration = Duration::from_secs(16);
-/// A setup without an answer sends the whole exchange back to its hello after this time or the hello's, whichever is
-/// longer: the agent may have been restarted, or have seen the end of an earlier connection only after the hello.
-const FIRST_SETUP_AGAIN: Duration = Duration::from_secs(5);
 
 /// What a handshake says to the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Greeting {
     /// 128 random bits, drawn anew for every boot, restore, fork and wake.
     pub epoch: Epoch,
-    /// What has happened to the VM. [`Reason::Reattach`] is what [`AgentLink::attach`] says.
+    /// What has happened to the VM. [`Reason::Reattach`] is what [`AgentLink::reattach`] says.
     pub reason: Reason,
-    /// A new name for the guest.
-    pub hostname: Option<String>,
+    /// Who the guest is from now on.
+    pub identity: Identity,
 }
 
 /// What a freeze has frozen.
@@ -56,19 +44,38 @@ pub struct Frozen {
     pub unsupported: Vec<Vec<u8>>,
 }
 
-/// A connection to one port of a VM's agent.
+/// The commands that an agent knows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CommandList {
+    /// Those that it lists, newest first.
+    pub entries: Vec<CommandEntry>,
+    /// How many more there are.
+    pub left_out: u32,
+}
+
+/// A link to one port of a VM's agent. After its handshake many tasks use it at once.
+///
+/// Dropping it ends its session as soon as its commands are dropped too.
 #[derive(Debug)]
 pub struct AgentLink {
-    pub(crate) wire: Wire,
-    // Where to connect again, when it is known.
-    socket: Option<PathBuf>,
-    pub(crate) session: Option<Session>,
-    // What came before the answer to earlier hellos of the same handshake.
-    earlier: Discarded,
-    // An operation is under way, or was dropped or failed in its middle.
-    pub(crate) abandoned: bool,
+    state: State,
     pub(crate) silence_limit: Duration,
     request_limit: Duration,
+    shared: Shared,
+}
+
+#[derive(Debug)]
+enum State {
+    /// No session yet, or none any more.
+    Line(Box<Line>),
+    /// A driver has the line.
+    Driven {
+        epoch: Epoch,
+        orders: mpsc::UnboundedSender<Order>,
+        driver: JoinHandle<Line>,
+    },
+    /// A handshake was dropped half-way.
+    Abandoned,
 }
 
 impl AgentLink {
@@ -83,24 +90,21 @@ impl AgentLink {
     /// # Errors
     /// [`LinkError::Connect`] when there is no such socket or nobody listens.
     pub async fn connect(socket: &Path) -> Result<Self, LinkError> {
-        let end = Instant::now() + CONNECT_LIMIT;
-        drop(connect_once(socket, end).await?);
-        let mut link = Self::from_stream(connect_once(socket, end).await?);
-        link.socket = Some(socket.to_owned());
-        Ok(link)
+        Line::connect(socket).await.map(Self::from_line)
     }
 
     /// A link over a connection that exists already.
     #[must_use]
     pub fn from_stream(stream: UnixStream) -> Self {
+        Self::from_line(Line::new(stream))
+    }
+
+    fn from_line(line: Line) -> Self {
         Self {
-            wire: Wire::new(stream),
-            socket: None,
-            session: None,
-            earlier: Discarded::default(),
-            abandoned: false,
+            state: State::Line(Box::new(line)),
             silence_limit: SILENCE_LIMIT,
             request_limit: REQUEST_LIMIT,
+            shared: Arc::default(),
         }
     }
 
@@ -109,6 +113,10 @@ impl AgentLink {
     /// that may be captured meanwhile is silent for as long as it stands still.
     pub fn set_silence_limit(&mut self, limit: Duration) {
         self.silence_limit = limit;
+        if let State::Driven { orders, .. } = &self.state {
+            // A driver that has ended needs no limit.
+            drop(orders.send(Order::SilenceLimit(limit)));
+        }
     }
 
     /// Sets how long a request may take; 120 s at first.
@@ -119,8 +127,9 @@ impl AgentLink {
     /// Begins a new life of the VM. Call it when the vCPUs run, or are about to: it makes its connection anew, which lets go
     /// of a port that QEMU holds back, but only while they run.
     ///
-    /// The guest drops all sessions of earlier ones, thaws, sets its clock and reseeds its
-    /// random number generator. When this returns, all that was done, and commands are accepted.
+    /// The guest drops all sessions of earlier ones, thaws its file systems, sets its clock, reseeds its
+    /// random number generator and becomes who it is to be. When this returns, all that was done; commands are accepted
+    /// after [`AgentLink::release`], and the guest's processes, if they were frozen for the capture, stand still until then.
     ///
     /// # Errors
     /// [`LinkError::StepFailed`] when the guest could not do a step, [`LinkError::Late`] when no answer came within
@@ -130,12 +139,12 @@ impl AgentLink {
         greeting: &Greeting,
         limit: Duration,
     ) -> Result<Ready, LinkError> {
-        self.greet(
-            greeting.epoch,
-            greeting.reason,
-            greeting.hostname.as_deref(),
+        self.greet(&Greet {
+            epoch: greeting.epoch,
+            reason: greeting.reason,
+            identity: &greeting.identity,
             limit,
-        )
+        })
         .await
     }
 
@@ -144,29 +153,97 @@ impl AgentLink {
     /// # Errors
     /// As [`AgentLink::handshake`]; [`LinkError::StepFailed`] with [`stead_agent_proto::message::Phase::Epoch`] when the
     /// guest lives another life.
-    pub async fn attach(&mut self, epoch: Epoch, limit: Duration) -> Result<Ready, LinkError> {
-        self.greet(epoch, Reason::Reattach, None, limit).await
+    pub async fn reattach(&mut self, epoch: Epoch, limit: Duration) -> Result<Ready, LinkError> {
+        self.greet(&Greet {
+            epoch,
+            reason: Reason::Reattach,
+            identity: &Identity::Keep,
+            limit,
+        })
+        .await
+    }
+
+    async fn greet(&mut self, greet: &Greet<'_>) -> Result<Ready, LinkError> {
+        let mut line = self.take_line().await?;
+        let greeted = line.greet(greet).await;
+        *self.shared.lock().unwrap_or_else(PoisonError::into_inner) = line.discarded();
+        if greeted.is_err() {
+            self.state = State::Line(line);
+            return greeted;
+        }
+        let (orders, taken) = mpsc::unbounded_channel();
+        let shared = Arc::clone(&self.shared);
+        let driver = Driver::new(*line, taken, self.silence_limit, shared);
+        self.state = State::Driven {
+            epoch: greet.epoch,
+            orders,
+            driver: tokio::spawn(driver.run()),
+        };
+        greeted
+    }
+
+    async fn take_line(&mut self) -> Result<Box<Line>, LinkError> {
+        match std::mem::replace(&mut self.state, State::Abandoned) {
+            State::Line(line) => Ok(line),
+            State::Driven { orders, driver, .. } => {
+                // One that has ended already gives the line back as well.
+                drop(orders.send(Order::Stop));
+                let line = driver.await.map_err(|error| LinkError::Host {
+                    attempted: "end an earlier session",
+                    source: error.into(),
+                })?;
+                Ok(Box::new(line))
+            }
+            State::Abandoned => Err(LinkError::Abandoned {
+                state: "in a handshake",
+            }),
+        }
     }
 
     /// The epoch of the session.
     #[must_use]
     pub fn epoch(&self) -> Option<Epoch> {
-        self.session.as_ref().map(Session::epoch)
+        match &self.state {
+            State::Driven { epoch, .. } => Some(*epoch),
+            State::Line(_) | State::Abandoned => None,
+        }
     }
 
     /// What was discarded in this session: stale frames and bytes that are no frame.
     #[must_use]
     pub fn discarded(&self) -> Discarded {
-        let own = self
-            .session
-            .as_ref()
-            .map(Session::discarded)
-            .unwrap_or_default();
-        Discarded {
-            stale_frames: self.earlier.stale_frames.saturating_add(own.stale_frames),
-            garbage_bytes: self.earlier.garbage_bytes.saturating_add(own.garbage_bytes),
-            last_fault: own.last_fault.or(self.earlier.last_fault),
+        *self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets the guest's processes run in the epoch that the handshake has begun: the sandbox is ready, and commands are
+    /// accepted. Gives how long the guest took.
+    ///
+    /// # Errors
+    /// [`LinkError::RequestFailed`] when they could not be thawed; they stand still then, and no command is accepted.
+    pub async fn release(&self) -> Result<Duration, LinkError> {
+        match self.done(Request::Release, "release").await? {
+            Done::Released { duration_ns } => Ok(Duration::from_nanos(duration_ns)),
+            other => Err(unfulfilled("release", other)),
         }
+    }
+
+    /// Has every process of the guest but the agent stand still. They do until [`AgentLink::thaw_workload`] or, in another
+    /// life, [`AgentLink::release`]: neither time nor the end of this link lets them go on.
+    ///
+    /// # Errors
+    /// [`LinkError::RequestFailed`] when they do not stand still within `limit`.
+    pub async fn freeze_workload(&self, limit: Duration) -> Result<(), LinkError> {
+        let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        self.simple(Request::FreezeWorkload { limit_ms }, "freeze processes")
+            .await
+    }
+
+    /// Lets the guest's processes go on in the life they were frozen in.
+    ///
+    /// # Errors
+    /// [`LinkError::RequestFailed`] when they could not be thawed.
+    pub async fn thaw_workload(&self) -> Result<(), LinkError> {
+        self.simple(Request::ThawWorkload, "thaw processes").await
     }
 
     /// Freezes every writable file system on a block device. The agent thaws by itself after `limit` (60 s at most), when
@@ -174,12 +251,10 @@ impl AgentLink {
     ///
     /// # Errors
     /// [`LinkError::RequestFailed`] when one could not be frozen; those that were are thawed again.
-    pub async fn freeze(&mut self, limit: Duration) -> Result<Frozen, LinkError> {
+    pub async fn freeze(&self, limit: Duration) -> Result<Frozen, LinkError> {
         let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
-        let plain = |list: Vec<stead_agent_proto::message::Bytes>| {
-            list.into_iter().map(|bytes| bytes.0).collect()
-        };
-        match self.request(Request::Freeze { limit_ms }, "freeze").await? {
+        let plain = |list: Vec<Bytes>| list.into_iter().map(|bytes| bytes.0).collect();
+        match self.done(Request::Freeze { limit_ms }, "freeze").await? {
             Done::Frozen {
                 mounts,
                 unsupported,
@@ -187,9 +262,7 @@ impl AgentLink {
                 mounts: plain(mounts),
                 unsupported: plain(unsupported),
             }),
-            other @ (Done::Ok | Done::Status(_) | Done::Failed(_)) => {
-                Err(unfulfilled("freeze", other))
-            }
+            other => Err(unfulfilled("freeze", other)),
         }
     }
 
@@ -198,7 +271,7 @@ impl AgentLink {
     /// # Errors
     /// [`LinkError::RequestFailed`] also when nothing was frozen any more, and why: what was captured meanwhile is
     /// then not consistent.
-    pub async fn thaw(&mut self) -> Result<(), LinkError> {
+    pub async fn thaw(&self) -> Result<(), LinkError> {
         self.simple(Request::Thaw, "thaw").await
     }
 
@@ -206,7 +279,7 @@ impl AgentLink {
     ///
     /// # Errors
     /// [`LinkError`] when the guest does not say that it did.
-    pub async fn sync(&mut self) -> Result<(), LinkError> {
+    pub async fn sync(&self) -> Result<(), LinkError> {
         self.simple(Request::Sync, "sync").await
     }
 
@@ -214,7 +287,7 @@ impl AgentLink {
     ///
     /// # Errors
     /// [`LinkError`] when the guest does not say that it did.
-    pub async fn drop_caches(&mut self) -> Result<(), LinkError> {
+    pub async fn drop_caches(&self) -> Result<(), LinkError> {
         self.simple(Request::DropCaches, "drop caches").await
     }
 
@@ -222,19 +295,33 @@ impl AgentLink {
     ///
     /// # Errors
     /// [`LinkError`] when it does not say.
-    pub async fn ping(&mut self) -> Result<Status, LinkError> {
-        let stage = Stage::Request("ping");
-        let session = self.begin(stage)?;
-        let frame = session
-            .ping()
-            .map_err(|source| LinkError::Unsendable { stage, source })?;
-        self.wire.outgoing.put(frame);
-        let end = Instant::now() + self.request_limit.min(self.silence_limit);
-        loop {
-            if let Event::Pong(status) = self.next_event(stage, end).await? {
-                self.abandoned = false;
-                return Ok(status);
-            }
+    pub async fn ping(&self) -> Result<Status, LinkError> {
+        let limit = self.request_limit.min(self.silence_limit);
+        match self.request(Request::Ping, "ping", limit).await? {
+            Reply::Status(status) => Ok(*status),
+            Reply::Done(other) => Err(unfulfilled("ping", other)),
+        }
+    }
+
+    /// What the agent knows of a command that was first asked for in `epoch`.
+    ///
+    /// # Errors
+    /// [`LinkError`] when it does not say.
+    pub async fn query(&self, key: ExecKey, epoch: Epoch) -> Result<CommandState, LinkError> {
+        match self.done(Request::Query { key, epoch }, "query").await? {
+            Done::Command(state) => Ok(state),
+            other => Err(unfulfilled("query", other)),
+        }
+    }
+
+    /// The commands that run, and those that have ended and are remembered.
+    ///
+    /// # Errors
+    /// [`LinkError`] when the agent does not say.
+    pub async fn list(&self) -> Result<CommandList, LinkError> {
+        match self.done(Request::List, "list").await? {
+            Done::Commands { entries, left_out } => Ok(CommandList { entries, left_out }),
+            other => Err(unfulfilled("list", other)),
         }
     }
 
@@ -242,372 +329,87 @@ impl AgentLink {
     ///
     /// # Errors
     /// [`LinkError`] when the guest does not agree.
-    pub async fn shutdown(&mut self, kind: ShutdownKind) -> Result<(), LinkError> {
+    pub async fn shutdown(&self, kind: ShutdownKind) -> Result<(), LinkError> {
         self.simple(Request::Shutdown(kind), "shutdown").await
     }
 
-    async fn simple(&mut self, request: Request, name: &'static str) -> Result<(), LinkError> {
-        match self.request(request, name).await? {
+    async fn simple(&self, request: Request, name: &'static str) -> Result<(), LinkError> {
+        match self.done(request, name).await? {
             Done::Ok => Ok(()),
-            other @ (Done::Frozen { .. } | Done::Status(_) | Done::Failed(_)) => {
-                Err(unfulfilled(name, other))
+            other => Err(unfulfilled(name, other)),
+        }
+    }
+
+    async fn done(&self, request: Request, name: &'static str) -> Result<Done, LinkError> {
+        match self.request(request, name, self.request_limit).await? {
+            Reply::Done(done) => Ok(done),
+            Reply::Status(_) => {
+                let error = "an answer to another request".to_owned();
+                Err(LinkError::RequestFailed {
+                    request: name,
+                    error,
+                })
             }
         }
     }
 
-    async fn request(&mut self, request: Request, name: &'static str) -> Result<Done, LinkError> {
-        match self.request_once(request.clone(), name).await {
-            Err(error) => {
-                self.replace_lost_session(error).await?;
-                self.request_once(request, name).await
-            }
-            done => done,
-        }
-    }
-
-    async fn request_once(
-        &mut self,
+    async fn request(
+        &self,
         request: Request,
         name: &'static str,
-    ) -> Result<Done, LinkError> {
-        let stage = Stage::Request(name);
-        let session = self.begin(stage)?;
-        let frame = session
-            .request(request)
-            .map_err(|source| LinkError::Unsendable { stage, source })?;
-        self.wire.outgoing.put(frame);
-        let end = Instant::now() + self.request_limit;
-        loop {
-            if let Event::Done(outcome) = self.next_event(stage, end).await? {
-                self.abandoned = false;
-                return Ok(outcome);
-            }
-        }
-    }
-
-    /// Marks an operation as begun; it unmarks itself when it has come to its end.
-    pub(crate) fn begin(&mut self, stage: Stage) -> Result<&mut Session, LinkError> {
-        let Some(session) = &mut self.session else {
-            let source = ProtocolError::Unexpected {
-                message: "anything but a handshake",
-                state: "not begun",
-            };
-            return Err(LinkError::Unsendable { stage, source });
-        };
-        if self.abandoned || !session.is_idle() {
-            let state = session.state_name();
-            return Err(LinkError::Abandoned { state });
-        }
-        self.abandoned = true;
-        Ok(session)
-    }
-
-    /// The next thing that the guest says. Pings it when it is silent, and gives up on it when it stays so or at `end`.
-    /// What has come is taken before the clock is looked at: this process may have been the one that stood still.
-    pub(crate) async fn next_event(
-        &mut self,
-        stage: Stage,
-        end: Instant,
-    ) -> Result<Event, LinkError> {
-        let begin = Instant::now();
-        let mut silence = Silence::new(self.silence_limit);
-        loop {
-            let item = tokio::select! {
-                biased;
-                item = self.wire.next_item() => Some(item),
-                () = sleep_until(silence.wake_at().min(end)) => None,
-            };
-            if let Some(item) = item
-                && let Some(event) = self.take(item, stage)?
-            {
-                return Ok(event);
-            }
-            if Instant::now() >= end {
-                return Err(self.late(stage, end - begin));
-            }
-            self.look_at(&mut silence, stage)?;
-        }
-    }
-
-    /// Pings the agent when it has been silent for long, and gives up on it when that was not answered.
-    pub(crate) fn look_at(&mut self, silence: &mut Silence, stage: Stage) -> Result<(), LinkError> {
-        match silence.at(Instant::now()) {
-            Quiet::Short => Ok(()),
-            Quiet::Long => self.put_ping(stage),
-            Quiet::TooLong => Err(self.late(stage, silence.limit)),
-        }
-    }
-
-    /// Asks the agent whether it is there, unless it has been asked already.
-    pub(crate) fn put_ping(&mut self, stage: Stage) -> Result<(), LinkError> {
-        let Some(session) = &mut self.session else {
-            return Ok(());
-        };
-        if session.unanswered_pings() == 0 {
-            let frame = session
-                .ping()
-                .map_err(|source| LinkError::Unsendable { stage, source })?;
-            self.wire.outgoing.put(frame);
-        }
-        Ok(())
-    }
-
-    pub(crate) fn take(
-        &mut self,
-        item: io::Result<Option<Item>>,
-        stage: Stage,
-    ) -> Result<Option<Event>, LinkError> {
-        let item = match item {
-            Ok(Some(item)) => item,
-            Ok(None) => {
-                return Err(LinkError::Disconnected {
-                    stage,
-                    source: None,
-                });
-            }
-            Err(source) => {
-                let source = Some(source);
-                return Err(LinkError::Disconnected { stage, source });
-            }
-        };
-        match &mut self.session {
-            Some(session) => session
-                .on_item(item)
-                .map_err(|source| LinkError::Protocol { stage, source }),
-            None => Ok(None),
-        }
-    }
-
-    pub(crate) fn late(&self, stage: Stage, limit: Duration) -> LinkError {
-        LinkError::Late {
-            stage,
-            limit,
-            discarded: self.discarded(),
-        }
-    }
-
-    async fn greet(
-        &mut self,
-        epoch: Epoch,
-        reason: Reason,
-        hostname: Option<&str>,
         limit: Duration,
-    ) -> Result<Ready, LinkError> {
-        (self.session, self.earlier) = (None, Discarded::default());
-        let end = Instant::now() + limit;
-        let late = |link: &Self| link.late(Stage::Handshake, limit);
-        let mut patience = FIRST_HELLO_AGAIN;
-        if reason != Reason::Reattach {
-            self.reconnect(end).await?;
-        }
-        loop {
-            self.put_hello(epoch, reason)?;
-            match self.exchange(hostname, patience, end).await? {
-                Some(answer) => return self.finish_greeting(answer),
-                None if Instant::now() >= end => return Err(late(self)),
-                None => patience = patience.saturating_mul(2),
+    ) -> Result<Reply, LinkError> {
+        let stage = Stage::Request(name);
+        let (answer, answered) = oneshot::channel();
+        self.give(
+            stage,
+            Order::Request {
+                request,
+                name,
+                answer,
+            },
+        )?;
+        self.within(stage, limit, answered).await
+    }
+
+    pub(crate) fn give(&self, stage: Stage, order: Order) -> Result<(), LinkError> {
+        self.orders(stage)?
+            .send(order)
+            .ok()
+            .ok_or(LinkError::Abandoned { state: "ended" })
+    }
+
+    pub(crate) fn orders(&self, stage: Stage) -> Result<&mpsc::UnboundedSender<Order>, LinkError> {
+        match &self.state {
+            State::Driven { orders, .. } => Ok(orders),
+            State::Line(_) => {
+                let source = ProtocolError::Unexpected {
+                    message: "anything but a handshake",
+                    state: "not begun",
+                };
+                Err(LinkError::Unsendable { stage, source })
             }
-            self.reconnect(end).await?;
-        }
-    }
-
-    /// The last answer after a hello; nothing when one of them did not come in time.
-    async fn exchange(
-        &mut self,
-        hostname: Option<&str>,
-        patience: Duration,
-        end: Instant,
-    ) -> Result<Option<Event>, LinkError> {
-        match self
-            .greeting_within(patience.min(LAST_HELLO_AGAIN), end)
-            .await?
-        {
-            Some(Event::Hail(_)) => {
-                self.put_setup(hostname)?;
-                let patience = patience.max(FIRST_SETUP_AGAIN);
-                self.greeting_within(patience, end).await
-            }
-            answer => Ok(answer),
-        }
-    }
-
-    async fn greeting_within(
-        &mut self,
-        patience: Duration,
-        end: Instant,
-    ) -> Result<Option<Event>, LinkError> {
-        let left = end.saturating_duration_since(Instant::now());
-        match timeout(patience.min(left), self.next_greeting()).await {
-            Ok(answer) => answer.map(Some),
-            Err(_) => Ok(None),
-        }
-    }
-
-    /// Makes another session of the same life when the agent has lost this one and said so to what was asked, of which it
-    /// has done nothing then. While a ping is unanswered, it may have been said to that one: the request may have been carried
-    /// out before. Gives the error back when it is not so.
-    pub(crate) async fn replace_lost_session(&mut self, error: LinkError) -> Result<(), LinkError> {
-        let lost = matches!(
-            error,
-            LinkError::Protocol {
-                source: ProtocolError::SessionLost(_),
-                ..
-            }
-        );
-        let certainly = lost && self.has_answered_pings();
-        match self.epoch().filter(|_| certainly) {
-            Some(epoch) => self.attach(epoch, self.silence_limit).await.map(drop),
-            None => Err(error),
-        }
-    }
-
-    /// Ends the connection and makes another: a port that QEMU holds back is let go, and nothing half-written is
-    /// left. A link over a given connection keeps it.
-    async fn reconnect(&mut self, end: Instant) -> Result<(), LinkError> {
-        let Some(socket) = &self.socket else {
-            return Ok(());
-        };
-        // The old connection ends before the new one is made: QEMU serves one at a time.
-        let (placeholder, _) = UnixStream::pair().map_err(|source| LinkError::Host {
-            attempted: "make a socket pair",
-            source,
-        })?;
-        self.wire = Wire::new(placeholder);
-        self.wire = Wire::new(connect_once(socket, end).await?);
-        Ok(())
-    }
-
-    fn finish_greeting(&mut self, answer: Event) -> Result<Ready, LinkError> {
-        match answer {
-            Event::Ready(ready) => {
-                self.abandoned = false;
-                Ok(ready)
-            }
-            Event::Failed(failed) => Err(LinkError::StepFailed {
-                phase: failed.phase,
-                error: failed.error,
+            State::Abandoned => Err(LinkError::Abandoned {
+                state: "in a handshake",
             }),
-            Event::Hail(_)
-            | Event::Accepted
-            | Event::Rejected(_)
-            | Event::Output { .. }
-            | Event::StdinCredit
-            | Event::StdinClosed
-            | Event::Exit(_)
-            | Event::Done(_)
-            | Event::Pong(_) => unreachable!("a session that greets gives nothing else"),
         }
     }
 
-    fn put_hello(&mut self, epoch: Epoch, reason: Reason) -> Result<(), LinkError> {
-        let stage = Stage::Handshake;
-        let mut session = Session::new(epoch, Nonce(random("draw a nonce", u64::from_ne_bytes)?));
-        let frame = session
-            .hello(Hello { reason })
-            .map_err(|source| LinkError::Unsendable { stage, source })?;
-        self.wire.outgoing.put(frame);
-        self.earlier = self.discarded();
-        self.session = Some(session);
-        self.abandoned = true;
-        Ok(())
-    }
-
-    fn put_setup(&mut self, hostname: Option<&str>) -> Result<(), LinkError> {
-        let stage = Stage::Handshake;
-        let setup = Setup {
-            wall_clock_ns: wall_clock_ns()?,
-            seed: Seed(random("draw a seed", |bytes: [u8; 64]| bytes)?),
-            hostname: hostname.map(str::to_owned),
-        };
-        if let Some(session) = &mut self.session {
-            let frame = session
-                .setup(setup)
-                .map_err(|source| LinkError::Unsendable { stage, source })?;
-            self.wire.outgoing.put(frame);
-        }
-        Ok(())
-    }
-
-    /// The next answer to the hello or the setup.
-    async fn next_greeting(&mut self) -> Result<Event, LinkError> {
-        loop {
-            let item = self.wire.next_item().await;
-            if let Some(event) = self.take(item, Stage::Handshake)? {
-                return Ok(event);
-            }
-            // A guest that sends without end must not keep the time-out from being looked at.
-            tokio::task::consume_budget().await;
-        }
-    }
-}
-
-/// For how long the agent has said nothing, and since when it has been asked whether it is there.
-#[derive(Debug)]
-pub(crate) struct Silence {
-    limit: Duration,
-    heard: Instant,
-    asked: Option<Instant>,
-}
-
-/// What a silence comes to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Quiet {
-    /// Nothing yet.
-    Short,
-    /// The agent is to be asked now.
-    Long,
-    /// It was asked, and has not answered.
-    TooLong,
-}
-
-impl Silence {
-    pub(crate) fn new(limit: Duration) -> Self {
-        Self {
-            limit,
-            heard: Instant::now(),
-            asked: None,
-        }
-    }
-
-    /// Notes that the agent has said something.
-    pub(crate) fn end(&mut self) {
-        (self.heard, self.asked) = (Instant::now(), None);
-    }
-
-    /// When to look again.
-    pub(crate) fn wake_at(&self) -> Instant {
-        match self.asked {
-            Some(asked) => asked + self.limit,
-            None => self.heard + PING_AFTER.min(self.limit / 3),
-        }
-    }
-
-    fn at(&mut self, now: Instant) -> Quiet {
-        if now < self.wake_at() {
-            return Quiet::Short;
-        }
-        match self.asked {
-            Some(_) => Quiet::TooLong,
-            None => {
-                self.asked = Some(now);
-                Quiet::Long
-            }
-        }
-    }
-}
-
-async fn connect_once(socket: &Path, end: Instant) -> Result<UnixStream, LinkError> {
-    loop {
-        match UnixStream::connect(socket).await {
-            Ok(stream) => return Ok(stream),
-            // As many wait at the socket as can; there is no event for "one less waits".
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < end => {
-                sleep(CONNECT_PAUSE).await;
-            }
-            Err(source) => {
-                let socket = socket.to_owned();
-                return Err(LinkError::Connect { socket, source });
-            }
+    /// Waits for the driver's answer.
+    pub(crate) async fn within<T>(
+        &self,
+        stage: Stage,
+        limit: Duration,
+        answered: oneshot::Receiver<Result<T, LinkError>>,
+    ) -> Result<T, LinkError> {
+        match timeout(limit, answered).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_ended)) => Err(LinkError::Abandoned { state: "ended" }),
+            Err(_) => Err(LinkError::Late {
+                stage,
+                limit,
+                discarded: self.discarded(),
+            }),
         }
     }
 }
@@ -615,35 +417,12 @@ async fn connect_once(socket: &Path, end: Instant) -> Result<UnixStream, LinkErr
 fn unfulfilled(request: &'static str, outcome: Done) -> LinkError {
     let error = match outcome {
         Done::Failed(error) => error,
-        Done::Ok | Done::Frozen { .. } | Done::Status(_) => {
-            "an answer to another request".to_owned()
-        }
+        Done::Ok
+        | Done::Frozen { .. }
+        | Done::Status(_)
+        | Done::Released { .. }
+        | Done::Command(_)
+        | Done::Commands { .. } => "an answer to another request".to_owned(),
     };
     LinkError::RequestFailed { request, error }
-}
-
-fn random<const N: usize, T>(
-    attempted: &'static str,
-    make: impl FnOnce([u8; N]) -> T,
-) -> Result<T, LinkError> {
-    let mut bytes = [0; N];
-    getrandom::fill(&mut bytes).map_err(|error| LinkError::Host {
-        attempted,
-        source: error.into(),
-    })?;
-    Ok(make(bytes))
-}
-
-fn wall_clock_ns() -> Result<u64, LinkError> {
-    let attempted = "read the clock";
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_err(|error| LinkError::Host {
-            attempted,
-            source: io::Error::other(error),
-        })?;
-    u64::try_from(since.as_nanos()).map_err(|error| LinkError::Host {
-        attempted,
-        source: io::Error::other(error),
-    })
 }

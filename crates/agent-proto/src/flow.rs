@@ -1,33 +1,41 @@
 //! Credit: how many bytes of a stream may be on the way.
 //!
-//! The receiver of a stream grants bytes, the sender spends them. Both begin with
-//! [`STREAM_WINDOW_BYTES`]. What is granted, kept by the receiver and not yet granted again is always
-//! one window in sum, so a slow reader costs one window of memory and no more.
+//! The receiver of a stream grants bytes, the sender spends them. Both begin with the same window,
+//! [`STREAM_WINDOW_BYTES`] unless the receiver has said another. What is granted, kept by the receiver and not yet
+//! granted again is always one window in sum, so a slow reader costs one window of memory and no more.
 
 use crate::ProtocolError;
 
-/// The credit that a stream begins with, and the most that it ever has.
+/// The credit that a stream begins with unless the receiver says less, and the most that it ever has.
 pub const STREAM_WINDOW_BYTES: u32 = 256 * 1024;
 /// What one frame of a stream carries at most.
 pub const MAX_CHUNK_BYTES: usize = 32 * 1024;
-// Granting in steps of a quarter keeps grants few; the sender has more than half a window left then.
-const GRANT_STEP_BYTES: u32 = STREAM_WINDOW_BYTES / 4;
+/// The least window that a receiver may begin with.
+pub const MIN_WINDOW_BYTES: u32 = 4096;
 
 /// The sender's side: what it may still send.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct SendWindow {
     available_bytes: u32,
+    window_bytes: u32,
 }
 
 impl Default for SendWindow {
     fn default() -> Self {
-        Self {
-            available_bytes: STREAM_WINDOW_BYTES,
-        }
+        Self::new(STREAM_WINDOW_BYTES)
     }
 }
 
 impl SendWindow {
+    /// A stream whose receiver begins with `window_bytes`.
+    #[must_use]
+    pub fn new(window_bytes: u32) -> Self {
+        Self {
+            available_bytes: window_bytes,
+            window_bytes,
+        }
+    }
+
     /// How many bytes the next frame may carry.
     #[must_use]
     pub fn next_chunk_bytes(&self) -> usize {
@@ -54,12 +62,12 @@ impl SendWindow {
     /// [`ProtocolError::OverGrant`] when that is nothing, or more than a window in sum.
     pub fn grant(&mut self, bytes: u32) -> Result<(), ProtocolError> {
         match self.available_bytes.checked_add(bytes) {
-            Some(sum) if bytes > 0 && sum <= STREAM_WINDOW_BYTES => {
+            Some(sum) if bytes > 0 && sum <= self.window_bytes => {
                 self.available_bytes = sum;
                 Ok(())
             }
             Some(_) | None => Err(ProtocolError::OverGrant {
-                granted_bytes: STREAM_WINDOW_BYTES - self.available_bytes,
+                granted_bytes: self.window_bytes - self.available_bytes,
                 found_bytes: bytes,
             }),
         }
@@ -67,22 +75,42 @@ impl SendWindow {
 }
 
 /// The receiver's side: what may still come, and what is due to be granted again.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct ReceiveWindow {
     granted_bytes: u32,
     consumed_bytes: u32,
+    window_bytes: u32,
 }
 
 impl Default for ReceiveWindow {
     fn default() -> Self {
-        Self {
-            granted_bytes: STREAM_WINDOW_BYTES,
-            consumed_bytes: 0,
-        }
+        Self::new(STREAM_WINDOW_BYTES)
     }
 }
 
 impl ReceiveWindow {
+    /// A stream that keeps at most `window_bytes`.
+    #[must_use]
+    pub fn new(window_bytes: u32) -> Self {
+        Self {
+            granted_bytes: window_bytes,
+            consumed_bytes: 0,
+            window_bytes,
+        }
+    }
+
+    /// The most that it keeps.
+    #[must_use]
+    pub fn window_bytes(&self) -> u32 {
+        self.window_bytes
+    }
+
+    /// What has come and was not passed on.
+    #[must_use]
+    pub fn kept_bytes(&self) -> u32 {
+        self.window_bytes - self.granted_bytes - self.consumed_bytes
+    }
+
     /// Notes that a frame with `bytes` came.
     ///
     /// # Errors
@@ -104,11 +132,11 @@ impl ReceiveWindow {
     /// # Panics
     /// When more is passed on than came: a fault of the caller.
     pub fn consume(&mut self, bytes: usize) -> Option<u32> {
-        let outstanding = STREAM_WINDOW_BYTES - self.granted_bytes - self.consumed_bytes;
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
-        assert!(bytes <= outstanding, "more was passed on than came");
+        assert!(bytes <= self.kept_bytes(), "more was passed on than came");
         self.consumed_bytes += bytes;
-        if self.consumed_bytes < GRANT_STEP_BYTES {
+        // Steps of a quarter keep grants few; the sender has more than half a window left then.
+        if self.consumed_bytes < self.window_bytes / 4 {
             return None;
         }
         let grant = std::mem::take(&mut self.consumed_bytes);

@@ -12,7 +12,7 @@
 //! | offset | bytes | field |
 //! |---|---|---|
 //! | 0 | 2 | magic `SA` |
-//! | 2 | 1 | protocol version, 1 |
+//! | 2 | 1 | protocol version, 2 |
 //! | 3 | 1 | direction: 1 host to guest, 2 guest to host (a looped-back stream is no answer) |
 //! | 4 | 1 | kind: 1 handshake, 2 session |
 //! | 5 | 3 | zero |
@@ -31,7 +31,7 @@ use crate::stuffing::{stuff, stuffed_limit, unstuff};
 use crate::{Epoch, Nonce, ProtocolError};
 
 /// The version of the protocol that this crate speaks.
-pub const VERSION: u8 = 1;
+pub const VERSION: u8 = 2;
 /// The byte that stands between frames and never within one.
 pub const DELIMITER: u8 = 0;
 /// The size of the header.
@@ -56,7 +56,7 @@ const AT_LENGTH: usize = 40;
 const _: () = assert!(AT_LENGTH + 4 == HEADER_BYTES);
 
 /// Which way a frame goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Direction {
     /// From the host to the guest.
     ToGuest,
@@ -65,7 +65,7 @@ pub enum Direction {
 }
 
 /// Whether a frame makes a session or belongs to one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Kind {
     /// Hello, ready, failed.
     Handshake,
@@ -74,7 +74,7 @@ pub enum Kind {
 }
 
 /// A frame whose checksum is right.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Frame {
     /// Which way it goes.
     pub direction: Direction,
@@ -91,7 +91,7 @@ pub struct Frame {
 }
 
 /// Why bytes between two zeros are no frame.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Fault {
     /// Longer than a frame can be.
     TooLong,
@@ -124,7 +124,7 @@ impl fmt::Display for Fault {
 }
 
 /// What a [`Decoder`] finds in a stream.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Item {
     /// A whole frame.
     Frame(Frame),
@@ -232,7 +232,7 @@ fn checksum(bytes: &[u8]) -> u32 {
 /// Finds the frames in a stream of any bytes.
 ///
 /// It keeps at most [`MAX_STUFFED_BYTES`] and looks at each byte a fixed number of times.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub struct Decoder {
     part: Vec<u8>,
     // Bytes of a run that is already longer than any frame; they are counted and not kept.
@@ -319,7 +319,7 @@ mod tests {
         };
         let golden: &[u8] = &[
             0x00, // between frames
-            0x06, b'S', b'A', 1, 1, 2, // magic, version, direction, kind; a zero follows
+            0x06, b'S', b'A', 2, 1, 2, // magic, version, direction, kind; a zero follows
             0x01, 0x01, // two more zeros: reserved
             0x1c, 8, 7, 6, 5, 4, 3, 2, 1, // sequence number
             0xee, 0xee, 0xee, 0xee, 0xee, 0xee, 0xee, 0xee, 0xee, 0xee, 0xee, 0xee, 0xee, 0xee,
@@ -331,7 +331,7 @@ mod tests {
         let mut plain = wire[1..wire.len() - 1].to_vec();
         let length = unstuff(&mut plain).expect("stuffed");
         assert_eq!(length, HEADER_BYTES + 2 + CHECKSUM_BYTES);
-        assert_eq!(&plain[..8], b"SA\x01\x01\x02\0\0\0");
+        assert_eq!(&plain[..8], b"SA\x02\x01\x02\0\0\0");
         assert_eq!(plain[8..16], [8, 7, 6, 5, 4, 3, 2, 1]);
         assert_eq!(plain[16..32], [0xee; 16]);
         assert_eq!(
@@ -359,8 +359,8 @@ mod tests {
             plain.extend_from_slice(&sum.to_le_bytes());
             Frame::parse(&plain)
         };
-        assert_eq!(changed(AT_VERSION, 1), Ok(frame.clone()));
-        assert_eq!(changed(AT_VERSION, 2), Err(Fault::Version(2)));
+        assert_eq!(changed(AT_VERSION, 2), Ok(frame.clone()));
+        assert_eq!(changed(AT_VERSION, 1), Err(Fault::Version(1)));
         for (at, value) in [
             (0, b'X'),
             (AT_DIRECTION, 0),

@@ -11,12 +11,15 @@
 //!    way shows as a gap in the sequence numbers and ends the session; it is never skipped.
 //! 3. **No command runs in a life that has not been set up.** After a restore the clock is set and the
 //!    random number generator reseeded before the agent answers [`message::Ready`], and only then
-//!    is a command accepted.
+//!    is a command accepted. Its processes stand still from before the capture until the host has released the life.
+//! 4. **No command runs twice.** It has a key of 128 random bits; it is accepted, and runs when the host says go; a key
+//!    that has been used is answered with what became of it.
 //!
 //! This crate does no input or output, reads no clock and starts no thread: events go in, actions
 //! come out.
 #![forbid(unsafe_code)]
 
+pub mod files;
 pub mod flow;
 pub mod frame;
 pub mod guest;
@@ -27,7 +30,7 @@ mod stuffing;
 mod identity;
 
 pub use frame::Frame;
-pub use identity::{Epoch, Nonce};
+pub use identity::{Epoch, ExecKey, Nonce, ParseIdError};
 
 /// How many ports an agent serves.
 pub const PORT_COUNT: u32 = 8;

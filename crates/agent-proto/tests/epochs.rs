@@ -7,16 +7,16 @@
 
 use std::collections::BTreeSet;
 
-use stead_agent_proto::frame::{Decoder, Direction, Fault, Item};
+use stead_agent_proto::frame::{Direction, Fault, Item};
 use stead_agent_proto::guest::{
-    Action, Agent, CommandKey, FreezeFailure, FrozenMounts, Identity, STEPS, StepResult,
+    Action, Agent, Config, FreezeFailure, FrozenMounts, STEPS, StepResult,
 };
 use stead_agent_proto::host;
 use stead_agent_proto::message::*;
-use stead_agent_proto::{Epoch, Frame, Nonce};
+use stead_agent_proto::{Epoch, ExecKey, Frame, Nonce};
 
-fn identity() -> Identity {
-    Identity {
+fn config() -> Config {
+    Config {
         agent_version: "test".into(),
         boot_id: "boot".into(),
         max_commands: 100,
@@ -50,13 +50,27 @@ fn setup() -> Setup {
     Setup {
         wall_clock_ns: 1,
         seed: Seed([7; 64]),
-        hostname: None,
+        identity: Identity::Keep,
     }
 }
 
-fn exec(id: u64) -> HostMessage {
+fn key(nonce: u64, id: u64) -> ExecKey {
+    let mut key = [0; 16];
+    key[..8].copy_from_slice(&nonce.to_le_bytes());
+    key[8..].copy_from_slice(&id.to_le_bytes());
+    ExecKey(key)
+}
+
+fn release(id: u64) -> HostMessage {
+    let request = Request::Release;
+    HostMessage::Request { id, request }
+}
+
+fn exec(nonce: u64, id: u64) -> HostMessage {
     HostMessage::Exec {
         id,
+        key: key(nonce, id),
+        again: None,
         request: ExecRequest {
             argv: vec!["true".into()],
             stdin: true,
@@ -68,7 +82,7 @@ fn exec(id: u64) -> HostMessage {
 fn done() -> StepResult {
     StepResult {
         outcome: Ok(PhaseOutcome::Done),
-        clock_behind_ns: None,
+        detail: PhaseDetail::None,
         duration_ns: 1,
     }
 }
@@ -82,6 +96,10 @@ enum Event {
     Setup(u8, u64, u32),
     /// Exec `id` in life, session, port, sequence number.
     Exec(u8, u64, u32, u64, u64),
+    /// Go `id` in the same.
+    Go(u8, u64, u32, u64, u64),
+    /// The release in the same.
+    Release(u8, u64, u32, u64, u64),
     /// The oldest outstanding step is done (true) or fails.
     Step(bool),
     /// The oldest command that waits is asked for.
@@ -97,9 +115,11 @@ enum Event {
 struct World {
     agent: Agent,
     steps: Vec<(u32, Nonce, Phase)>,
-    starts: Vec<CommandKey>,
-    // Every command ever released; keyed by session and number.
-    released: BTreeSet<CommandKey>,
+    starts: Vec<ExecKey>,
+    // Every command ever released; a key names session and number.
+    released: BTreeSet<ExecKey>,
+    // Lives that were released.
+    open: BTreeSet<u8>,
     // Lives that another hello has replaced.
     replaced: BTreeSet<u8>,
     last_life: Option<u8>,
@@ -108,10 +128,11 @@ struct World {
 impl World {
     fn new() -> Self {
         Self {
-            agent: Agent::new(identity()),
+            agent: Agent::new(config()),
             steps: Vec::new(),
             starts: Vec::new(),
             released: BTreeSet::new(),
+            open: BTreeSet::new(),
             replaced: BTreeSet::new(),
             last_life: None,
         }
@@ -146,9 +167,24 @@ impl World {
                 self.take(actions);
             }
             Event::Exec(life, nonce, port, seq, id) => {
+                let exec = exec(nonce, id);
+                let actions = self.agent.on_item(port, to_guest(life, nonce, seq, &exec));
+                self.take(actions);
+            }
+            Event::Go(life, nonce, port, seq, id) => {
+                let go = HostMessage::Go { id };
+                let actions = self.agent.on_item(port, to_guest(life, nonce, seq, &go));
+                self.take(actions);
+            }
+            Event::Release(life, nonce, port, seq, id) => {
+                let release = release(id);
+                let before = self.agent.is_released();
                 let actions = self
                     .agent
-                    .on_item(port, to_guest(life, nonce, seq, &exec(id)));
+                    .on_item(port, to_guest(life, nonce, seq, &release));
+                if self.agent.is_released() && !before {
+                    self.open.insert(life);
+                }
                 self.take(actions);
             }
             Event::Step(success) => {
@@ -173,8 +209,8 @@ impl World {
                 let key = self.starts.remove(0);
                 if self.agent.may_start(key) {
                     self.check_released(key);
-                    let actions = self.agent.started(key);
-                    assert_eq!(actions.len(), 1, "a released command is accepted");
+                    let actions = self.agent.started(key, 7, 1);
+                    assert_eq!(actions.len(), 1, "the host of a released command is told");
                     self.take(actions);
                 }
             }
@@ -203,8 +239,16 @@ impl World {
                     port, nonce, phase, ..
                 } => self.steps.push((port, nonce, phase)),
                 Action::Start { key, .. } => self.starts.push(key),
-                Action::Send { .. }
-                | Action::Purge { .. }
+                Action::Flush { port } => while self.agent.next_frame(port).is_some() {},
+                Action::Resize { .. }
+                | Action::FreezeWorkload { .. }
+                | Action::ThawWorkload
+                | Action::Pong { .. }
+                | Action::FileBegin { .. }
+                | Action::FileData { .. }
+                | Action::FileEnd { .. }
+                | Action::FileRoom { .. }
+                | Action::FileGone { .. }
                 | Action::Stdin { .. }
                 | Action::StdinEnd { .. }
                 | Action::Signal { .. }
@@ -217,7 +261,7 @@ impl World {
         }
     }
 
-    /// A whole handshake.
+    /// A whole handshake, and its release.
     fn begin(&mut self, life: u8, nonce: u64, port: u32) {
         self.apply(Event::Hello(life, nonce, port, false));
         self.apply(Event::Setup(life, nonce, port));
@@ -228,15 +272,18 @@ impl World {
             self.agent.attached(port),
             Some((Epoch([life; 16]), Nonce(nonce)))
         );
+        self.apply(Event::Release(life, nonce, port, 2, 1));
+        assert!(self.agent.is_released());
     }
 
-    fn check_released(&mut self, key: CommandKey) {
+    fn check_released(&mut self, key: ExecKey) {
         assert!(self.released.insert(key), "{key:?} was started twice");
-        let (epoch, nonce) = self
-            .agent
-            .attached(key.port)
-            .expect("only an attached port starts commands");
-        assert_eq!(nonce, key.nonce, "only the session that asked");
+        let asker = Nonce(u64::from_le_bytes(key.0[..8].try_into().unwrap()));
+        let (epoch, _) = (0..3)
+            .filter_map(|port| self.agent.attached(port))
+            .find(|(_, nonce)| *nonce == asker)
+            .expect("only for the session that asked, and while it is attached");
+        assert!(self.open.contains(&epoch.0[0]), "only in a released life");
         assert_eq!(Some(epoch), self.agent.epoch(), "only in the current epoch");
         assert!(
             !self.replaced.contains(&epoch.0[0]),
@@ -281,29 +328,30 @@ fn search(world: &World, alphabet: &[Event], depth: usize, visited: &mut usize) 
 fn no_order_of_frames_starts_a_command_of_a_life_that_has_passed() {
     let alphabet = [
         Event::Hello(1, 10, 0, false),
-        Event::Setup(1, 10, 0),
         Event::Hello(2, 20, 0, false),
         Event::Setup(2, 20, 0),
-        Event::Hello(2, 21, 1, true),
-        Event::Exec(1, 10, 0, 2, 1),
-        Event::Exec(2, 20, 0, 2, 1),
-        Event::Exec(2, 21, 1, 1, 1),
+        Event::Exec(1, 10, 0, 3, 2),
+        Event::Go(1, 10, 0, 4, 2),
+        Event::Release(2, 20, 0, 2, 1),
+        Event::Exec(2, 20, 0, 3, 2),
+        Event::Go(2, 20, 0, 4, 2),
         Event::Step(true),
         Event::Launch,
     ];
-    // A handshake is long, so begin where what matters is near: life 1 attached, and life 2 one step from it.
+    // A handshake is long, so begin where what matters is near: life 1 released, and life 2 one step from its acknowledgement.
     let mut begun = World::new();
     begun.begin(1, 10, 0);
     let mut visited = 0;
-    search(&begun, &alphabet, 6, &mut visited);
+    search(&begun, &alphabet, 5, &mut visited);
     let mut waiting = begun.clone();
-    waiting.apply(Event::Exec(1, 10, 0, 2, 1));
+    waiting.apply(Event::Exec(1, 10, 0, 3, 2));
+    waiting.apply(Event::Go(1, 10, 0, 4, 2));
     waiting.apply(Event::Hello(2, 20, 0, false));
     waiting.apply(Event::Setup(2, 20, 0));
-    for _ in 0..3 {
+    for _ in 0..4 {
         waiting.apply(Event::Step(true));
     }
-    search(&waiting, &alphabet, 5, &mut visited);
+    search(&waiting, &alphabet, 6, &mut visited);
     assert!(visited > 500_000, "{visited} states were looked at");
 }
 
@@ -314,22 +362,21 @@ fn failing_steps_leaving_hosts_and_garbage_keep_the_same_promises() {
         Event::Hello(3, 30, 1, false),
         Event::Setup(3, 30, 1),
         Event::Hello(2, 21, 1, true),
-        Event::Exec(2, 20, 0, 2, 1),
-        Event::Step(true),
+        Event::Exec(2, 20, 0, 3, 2),
+        Event::Go(2, 20, 0, 4, 2),
         Event::Step(false),
         Event::Gone(0),
         Event::Garbage(1),
         Event::Launch,
     ];
     let mut begun = World::new();
-    begun.apply(Event::Hello(2, 20, 0, false));
-    begun.apply(Event::Setup(2, 20, 0));
-    for _ in 0..3 {
-        begun.apply(Event::Step(true));
-    }
+    begun.begin(2, 20, 0);
     let mut visited = 0;
-    search(&begun, &alphabet, 6, &mut visited);
-    assert!(visited > 500_000, "{visited} states were looked at");
+    search(&begun, &alphabet, 5, &mut visited);
+    begun.apply(Event::Hello(3, 30, 1, false));
+    begun.apply(Event::Setup(3, 30, 1));
+    search(&begun, &alphabet, 5, &mut visited);
+    assert!(visited > 200_000, "{visited} states were looked at");
 }
 
 #[test]
@@ -341,7 +388,7 @@ fn an_epoch_whose_handshake_was_overtaken_does_not_come_back() {
     world.apply(Event::Step(true));
     world.apply(Event::Hello(3, 30, 2, false));
     world.apply(Event::Setup(3, 30, 2));
-    for _ in 0..5 {
+    for _ in 0..6 {
         world.apply(Event::Step(true));
     }
     assert_eq!(world.agent.epoch(), Some(Epoch([3; 16])));
@@ -358,7 +405,8 @@ fn an_epoch_whose_handshake_was_overtaken_does_not_come_back() {
 fn the_search_can_fail_when_a_start_is_not_asked_for() {
     let mut world = World::new();
     world.begin(1, 10, 0);
-    world.apply(Event::Exec(1, 10, 0, 2, 1));
+    world.apply(Event::Exec(1, 10, 0, 3, 2));
+    world.apply(Event::Go(1, 10, 0, 4, 2));
     let stale = world.starts[0];
     world.apply(Event::Hello(2, 20, 0, false));
     let unguarded =
@@ -373,10 +421,11 @@ fn the_search_can_fail_when_a_start_is_not_asked_for() {
 fn a_gap_in_the_sequence_ends_the_session_and_a_repetition_is_ignored() {
     let mut world = World::new();
     world.begin(1, 10, 0);
-    world.apply(Event::Exec(1, 10, 0, 2, 1));
-    world.apply(Event::Exec(1, 10, 0, 2, 1));
+    world.apply(Event::Exec(1, 10, 0, 3, 2));
+    world.apply(Event::Go(1, 10, 0, 4, 2));
+    world.apply(Event::Go(1, 10, 0, 4, 2));
     assert_eq!(world.starts.len(), 1, "the repetition starts nothing");
-    world.apply(Event::Exec(1, 10, 0, 4, 2));
+    world.apply(Event::Exec(1, 10, 0, 6, 3));
     assert_eq!(
         world.agent.attached(0),
         None,
@@ -388,57 +437,44 @@ fn a_gap_in_the_sequence_ends_the_session_and_a_repetition_is_ignored() {
 
 #[test]
 fn ready_is_never_sent_before_every_step_is_done() {
-    for failing in 0..=4 {
-        let mut agent = Agent::new(identity());
-        let hailed = agent.on_item(
+    for failing in 0..=STEPS.len() {
+        let mut agent = Agent::new(config());
+        agent.on_item(
             0,
             to_guest(1, 10, 0, &HostMessage::Hello(hello(Reason::Fork))),
         );
-        assert!(
-            matches!(&hailed[..], [Action::Send { wire, .. }] if matches!(read(wire), GuestMessage::Hail(_)))
-        );
+        assert!(matches!(said(&mut agent, 0)[..], [GuestMessage::Hail(_)]));
         let mut actions = agent.on_item(0, to_guest(1, 10, 1, &HostMessage::Setup(setup())));
         let mut steps = 0;
-        let answer = loop {
-            let found = actions.remove(0);
-            match found {
-                Action::Step {
-                    port, nonce, phase, ..
-                } => {
-                    let outcome = if steps == failing {
-                        Err("broken".into())
-                    } else {
-                        Ok(PhaseOutcome::Done)
-                    };
-                    steps += 1;
-                    actions.extend(agent.step_done(
-                        port,
-                        nonce,
-                        phase,
-                        StepResult { outcome, ..done() },
-                    ));
-                }
-                Action::Send { wire, .. } => break read(&wire),
-                other => panic!("{other:?}"),
-            }
-        };
-        match answer {
-            GuestMessage::Ready(ready) => {
-                assert_eq!(failing, 4);
+        while let Some(Action::Step {
+            port, nonce, phase, ..
+        }) = actions.pop()
+        {
+            assert_eq!(said(&mut agent, 0), [], "nothing is said before the end");
+            let outcome = if steps == failing {
+                Err("broken".into())
+            } else {
+                Ok(PhaseOutcome::Done)
+            };
+            steps += 1;
+            actions = agent.step_done(port, nonce, phase, StepResult { outcome, ..done() });
+        }
+        match &said(&mut agent, 0)[..] {
+            [GuestMessage::Ready(ready)] => {
+                assert_eq!(failing, STEPS.len());
                 let phases: Vec<Phase> = ready.phases.iter().map(|report| report.phase).collect();
-                let all = [
-                    Phase::Epoch,
-                    Phase::Sessions,
-                    Phase::Thaw,
-                    Phase::Clock,
-                    Phase::Entropy,
-                    Phase::Hostname,
-                ];
-                assert_eq!(phases, all);
+                assert_eq!(
+                    phases,
+                    [&[Phase::Epoch, Phase::Sessions][..], &STEPS].concat()
+                );
+                assert_eq!((ready.epoch, ready.released), (Epoch([1; 16]), false));
             }
-            GuestMessage::Failed(failed) => {
-                assert!(failing < 4);
-                assert_eq!(failed.error, "broken");
+            [GuestMessage::Failed(failed)] => {
+                assert!(failing < STEPS.len());
+                assert_eq!(
+                    (failed.phase, &failed.error[..]),
+                    (STEPS[failing], "broken")
+                );
                 assert_eq!(
                     agent.epoch(),
                     None,
@@ -450,43 +486,45 @@ fn ready_is_never_sent_before_every_step_is_done() {
     }
 }
 
-fn read(wire: &[u8]) -> GuestMessage {
-    let (mut decoder, mut input) = (Decoder::new(), wire);
-    match decoder.next_item(&mut input) {
-        Some(Item::Frame(frame)) => GuestMessage::from_frame(&frame).unwrap(),
-        other => panic!("{other:?}"),
-    }
+/// All that the agent has to say to a port.
+fn said(agent: &mut Agent, port: u32) -> Vec<GuestMessage> {
+    std::iter::from_fn(|| agent.next_frame(port))
+        .map(|(frame, _)| GuestMessage::from_frame(&frame).unwrap())
+        .collect()
+}
+
+/// What the agent says to a port after it was told something.
+fn told(agent: &mut Agent, port: u32, item: Item) -> Vec<GuestMessage> {
+    agent.on_item(port, item);
+    said(agent, port)
 }
 
 #[test]
 fn a_reattach_needs_the_current_epoch() {
-    let mut agent = Agent::new(identity());
+    let mut agent = Agent::new(config());
     let reattach =
         |life, nonce| to_guest(life, nonce, 0, &HostMessage::Hello(hello(Reason::Reattach)));
-    let answer = |actions: Vec<Action>| match actions.last() {
-        Some(Action::Send { wire, .. }) => read(wire),
-        other => panic!("{other:?}"),
-    };
-    assert!(matches!(
-        answer(agent.on_item(3, reattach(1, 5))),
-        GuestMessage::Failed(_)
-    ));
+    let refused = |said: Vec<GuestMessage>| matches!(said[..], [.., GuestMessage::Failed(_)]);
+    assert!(refused(told(&mut agent, 3, reattach(1, 5))));
     complete(&mut agent, 0, 1, 10);
-    assert!(matches!(
-        answer(agent.on_item(3, reattach(2, 6))),
-        GuestMessage::Failed(_)
-    ));
-    assert!(matches!(
-        answer(agent.on_item(3, reattach(1, 7))),
-        GuestMessage::Ready(_)
-    ));
+    assert!(refused(told(&mut agent, 3, reattach(2, 6))));
+    match &told(&mut agent, 3, reattach(1, 7))[..] {
+        [GuestMessage::Ready(ready)] => assert!(ready.released),
+        other => panic!("{other:?}"),
+    }
 }
 
+/// A whole handshake, and its release with the sequence number 2 and the number 1.
 fn complete(agent: &mut Agent, port: u32, life: u8, nonce: u64) {
-    agent.on_item(
-        port,
-        to_guest(life, nonce, 0, &HostMessage::Hello(hello(Reason::Restore))),
-    );
+    acknowledge(agent, port, life, nonce);
+    agent.on_item(port, to_guest(life, nonce, 2, &release(1)));
+    said(agent, port);
+    assert!(agent.is_released());
+}
+
+fn acknowledge(agent: &mut Agent, port: u32, life: u8, nonce: u64) {
+    let hello = HostMessage::Hello(hello(Reason::Restore));
+    agent.on_item(port, to_guest(life, nonce, 0, &hello));
     let mut actions = agent.on_item(port, to_guest(life, nonce, 1, &HostMessage::Setup(setup())));
     while let Some(Action::Step {
         port, nonce, phase, ..
@@ -494,81 +532,73 @@ fn complete(agent: &mut Agent, port: u32, life: u8, nonce: u64) {
     {
         actions = agent.step_done(port, nonce, phase, done());
     }
+    said(agent, port);
     assert_eq!(agent.epoch(), Some(Epoch([life; 16])));
+    assert!(!agent.is_released());
 }
 
 #[test]
 fn a_host_of_another_version_is_told_so() {
-    let mut agent = Agent::new(identity());
+    let mut agent = Agent::new(config());
     let other = Item::Garbage {
         bytes: 60,
-        fault: Fault::Version(2),
+        fault: Fault::Version(1),
     };
-    match &agent.on_item(0, other)[..] {
-        [Action::Send { wire, .. }] => match read(wire) {
-            GuestMessage::Failed(failed) => {
-                assert!(failed.error.contains("version 2"), "{failed:?}")
-            }
-            other => panic!("{other:?}"),
-        },
+    match &told(&mut agent, 0, other)[..] {
+        [GuestMessage::Failed(failed)] => {
+            assert!(failed.error.contains("version 1"), "{failed:?}");
+        }
         other => panic!("{other:?}"),
+    }
+}
+
+fn request(id: u64, request: Request) -> HostMessage {
+    HostMessage::Request { id, request }
+}
+
+fn refusal(said: &[GuestMessage]) -> Option<&Rejection> {
+    match said {
+        [GuestMessage::Rejected { reason, .. }] => Some(reason),
+        _ => None,
     }
 }
 
 #[test]
 fn a_freeze_is_undone_when_its_owner_leaves_and_the_next_thaw_says_so() {
-    let mut agent = Agent::new(identity());
+    let mut agent = Agent::new(config());
     complete(&mut agent, 0, 1, 10);
-    let request = |id, request| HostMessage::Request { id, request };
-    let freeze = to_guest(1, 10, 2, &request(1, Request::Freeze { limit_ms: 5 }));
+    let freeze = to_guest(1, 10, 3, &request(2, Request::Freeze { limit_ms: 5 }));
+    assert_eq!(agent.on_item(0, freeze), [Action::Freeze { limit_ms: 5 }]);
+    agent.freeze_done(Ok(mounts()));
     assert!(matches!(
-        agent.on_item(0, freeze)[..],
-        [Action::Freeze { limit_ms: 5 }]
+        said(&mut agent, 0)[..],
+        [GuestMessage::Done { .. }]
     ));
-    assert!(matches!(
-        agent.freeze_done(Ok(mounts()))[..],
-        [Action::Send { .. }]
-    ));
-    let refused = agent.on_item(0, to_guest(1, 10, 3, &exec(2)));
-    match &refused[..] {
-        [Action::Send { wire, .. }] => {
-            assert_eq!(
-                read(wire),
-                GuestMessage::Rejected {
-                    id: 2,
-                    reason: Rejection::Frozen
-                }
-            );
-        }
-        other => panic!("{other:?}"),
-    }
+    let refused = told(&mut agent, 0, to_guest(1, 10, 4, &exec(10, 3)));
+    assert_eq!(refusal(&refused), Some(&Rejection::Frozen));
     let gone = agent.on_host_gone(0);
     assert!(gone.contains(&Action::Thaw), "{gone:?}");
     assert!(agent.thaw_done(Ok(())).is_empty());
     let again = to_guest(1, 11, 0, &HostMessage::Hello(hello(Reason::Reattach)));
-    agent.on_item(0, again);
-    let thaw = agent.on_item(0, to_guest(1, 11, 1, &request(1, Request::Thaw)));
-    match &thaw[..] {
-        [Action::Send { wire, .. }] => match read(wire) {
+    told(&mut agent, 0, again);
+    let thaw = to_guest(1, 11, 1, &request(1, Request::Thaw));
+    match &told(&mut agent, 0, thaw)[..] {
+        [
             GuestMessage::Done {
                 outcome: Done::Failed(why),
                 ..
-            } => assert!(why.contains("disconnected"), "{why}"),
-            other => panic!("{other:?}"),
-        },
+            },
+        ] => assert!(why.contains("disconnected"), "{why}"),
         other => panic!("{other:?}"),
     }
 }
 
 #[test]
 fn a_freeze_whose_owner_left_before_it_was_complete_is_undone() {
-    let mut agent = Agent::new(identity());
+    let mut agent = Agent::new(config());
     complete(&mut agent, 0, 1, 10);
-    let freeze = HostMessage::Request {
-        id: 1,
-        request: Request::Freeze { limit_ms: 5 },
-    };
-    agent.on_item(0, to_guest(1, 10, 2, &freeze));
+    let freeze = request(2, Request::Freeze { limit_ms: 5 });
+    agent.on_item(0, to_guest(1, 10, 3, &freeze));
     assert!(
         !agent.on_host_gone(0).contains(&Action::Thaw),
         "there is nothing to thaw yet"
@@ -581,29 +611,21 @@ fn a_freeze_whose_owner_left_before_it_was_complete_is_undone() {
 
 #[test]
 fn what_could_not_be_thawed_accepts_no_command_and_is_thawed_again_until_it_is() {
-    let mut agent = Agent::new(identity());
+    let mut agent = Agent::new(config());
     complete(&mut agent, 0, 1, 10);
-    let request = |id, request| HostMessage::Request { id, request };
-    agent.on_item(
-        0,
-        to_guest(1, 10, 2, &request(1, Request::Freeze { limit_ms: 5 })),
-    );
-    let failure = FreezeFailure {
+    let freeze = request(2, Request::Freeze { limit_ms: 5 });
+    agent.on_item(0, to_guest(1, 10, 3, &freeze));
+    agent.freeze_done(Err(FreezeFailure {
         error: "neither frozen nor thawed".into(),
         still_frozen: true,
-    };
+    }));
     assert!(matches!(
-        agent.freeze_done(Err(failure))[..],
-        [Action::Send { .. }]
+        said(&mut agent, 0)[..],
+        [GuestMessage::Done { .. }]
     ));
     assert!(agent.is_frozen(), "it says what it knows");
-    let refused = agent.on_item(0, to_guest(1, 10, 3, &exec(2)));
-    assert!(
-        !refused
-            .iter()
-            .any(|action| matches!(action, Action::Start { .. })),
-        "{refused:?}"
-    );
+    let refused = told(&mut agent, 0, to_guest(1, 10, 4, &exec(10, 3)));
+    assert_eq!(refusal(&refused), Some(&Rejection::Frozen));
     for failed_before in 0..3 {
         assert_eq!(agent.freeze_expired(), [Action::Thaw], "{failed_before}");
         agent.thaw_done(Err("refused".into()));
@@ -623,60 +645,64 @@ fn what_could_not_be_thawed_accepts_no_command_and_is_thawed_again_until_it_is()
 /// The hello is heard, and then the end of an earlier connection: the new session is gone, and its host does not know.
 #[test]
 fn a_request_in_a_session_that_the_agent_has_lost_is_denied_and_not_left_unanswered() {
-    let mut agent = Agent::new(identity());
+    let mut agent = Agent::new(config());
     complete(&mut agent, 0, 1, 10);
     let mut session = host::Session::new(Epoch([1; 16]), Nonce(11));
     let reattach = hello(Reason::Reattach);
     session.hello(reattach).unwrap();
     agent.on_item(0, to_guest(1, 11, 0, &HostMessage::Hello(reattach)));
     session.on_item(to_host(11, 0, &ready())).unwrap();
-    session.exec(ExecRequest::default()).unwrap();
+    session
+        .exec(key(11, 1), None, ExecRequest::default())
+        .unwrap();
     agent.on_host_gone(0);
-    let asked = agent.on_item(0, to_guest(1, 11, 1, &exec(1)));
-    let [Action::Send { wire, .. }] = &asked[..] else {
-        panic!("{asked:?}");
-    };
-    let found = session.on_item(decoded(wire));
+    agent.on_item(0, to_guest(1, 11, 1, &exec(11, 1)));
+    let (denial, _) = agent.next_frame(0).unwrap();
+    let found = session.on_item(Item::Frame(denial));
     assert!(
         matches!(found, Err(stead_agent_proto::ProtocolError::SessionLost(_))),
         "{found:?}"
     );
     // What another life asks is not answered; an agent that was restarted knows none and denies everybody.
-    let ping = HostMessage::Request {
-        id: 2,
-        request: Request::Ping,
-    };
-    for request in [exec(1), ping] {
-        assert_eq!(agent.on_item(0, to_guest(9, 11, 1, &request)), []);
-        let restarted = Agent::new(identity()).on_item(0, to_guest(1, 11, 1, &request));
+    for message in [exec(11, 1), request(2, Request::Ping)] {
+        assert_eq!(told(&mut agent, 0, to_guest(9, 11, 1, &message)), []);
+        let mut restarted = Agent::new(config());
+        let denied = told(&mut restarted, 0, to_guest(1, 11, 1, &message));
         assert!(
-            matches!(restarted[..], [Action::Send { .. }]),
-            "{restarted:?}"
+            matches!(denied[..], [GuestMessage::SessionBroken { .. }]),
+            "{denied:?}"
         );
     }
 }
 
 #[test]
-fn a_host_that_says_hello_again_and_again_and_reads_nothing_leaves_nothing_to_write() {
-    let mut agent = Agent::new(identity());
-    for nonce in 0..3 {
-        agent.on_item(
-            0,
-            to_guest(1, nonce, 0, &HostMessage::Hello(hello(Reason::Boot))),
-        );
-        assert_eq!(agent.on_unread(0), [Action::Purge { port: 0 }]);
+fn a_host_that_asks_and_never_reads_leaves_little_to_write_and_loses_its_session() {
+    let mut agent = Agent::new(config());
+    for nonce in 0..20_000 {
+        let hello = HostMessage::Hello(hello(Reason::Boot));
+        agent.on_item(0, to_guest(1, nonce, 0, &hello));
     }
-    assert_eq!(agent.on_unread(7), [Action::Purge { port: 7 }]);
-    complete(&mut agent, 0, 1, 10);
-    let ended = agent.on_unread(0);
-    assert!(
-        matches!(ended[..], [Action::Purge { port: 0 }, Action::Send { .. }]),
-        "a session is told why it ends: {ended:?}"
+    assert!(said(&mut agent, 0).len() < 10_000);
+    complete(&mut agent, 0, 1, 30_000);
+    for id in 2..200_000 {
+        let list = request(id, Request::List);
+        agent.on_item(0, to_guest(1, 30_000, id + 1, &list));
+        if agent.attached(0).is_none() {
+            break;
+        }
+    }
+    assert_eq!(
+        agent.attached(0),
+        None,
+        "a host that reads nothing is not served for ever"
     );
-}
-
-fn decoded(mut wire: &[u8]) -> Item {
-    Decoder::new().next_item(&mut wire).unwrap()
+    assert!(
+        matches!(
+            said(&mut agent, 0)[..],
+            [GuestMessage::SessionBroken { .. }]
+        ),
+        "it is told why"
+    );
 }
 
 fn to_host(nonce: u64, seq: u64, message: &GuestMessage) -> Item {
@@ -692,10 +718,12 @@ fn to_host(nonce: u64, seq: u64, message: &GuestMessage) -> Item {
 
 fn ready() -> GuestMessage {
     GuestMessage::Ready(Ready {
+        epoch: Epoch([1; 16]),
         agent_version: "t".into(),
         boot_id: "b".into(),
-        clock_behind_ns: None,
         phases: vec![],
+        workload: WorkloadState::Running,
+        released: false,
     })
 }
 
@@ -745,9 +773,9 @@ fn a_host_sets_up_only_a_guest_that_has_hailed_and_is_ready_only_after_it() {
     }
 }
 
-/// Every sequence of guest messages up to a bound: the host never accepts an answer it did not ask for.
+/// Every sequence of guest messages up to a bound: the host never takes an answer that it did not ask for.
 #[test]
-fn no_order_of_guest_messages_gives_an_exit_without_a_command() {
+fn no_order_of_guest_messages_gives_an_exit_without_a_command_that_was_told_to_go() {
     let exit = |id| GuestMessage::Exit {
         id,
         status: ExitStatus::Code(0),
@@ -757,13 +785,24 @@ fn no_order_of_guest_messages_gives_an_exit_without_a_command() {
         stream: OutputStream::Stdout,
         data: vec![1; bytes].into(),
     };
+    let started = |stdin_window_bytes| GuestMessage::Started {
+        id: 1,
+        pid: 7,
+        stdin_window_bytes,
+    };
     let alphabet = [
         ready(),
         GuestMessage::Accepted { id: 1 },
         GuestMessage::Accepted { id: 2 },
+        started(0),
+        started(u32::MAX),
         GuestMessage::Rejected {
             id: 1,
-            reason: Rejection::Busy,
+            reason: Rejection::Frozen,
+        },
+        GuestMessage::Known {
+            id: 1,
+            state: CommandState::Running,
         },
         output(5),
         output(0),
@@ -776,22 +815,26 @@ fn no_order_of_guest_messages_gives_an_exit_without_a_command() {
             outcome: Done::Ok,
         },
     ];
-    let mut accepted_runs = 0;
-    let mut indices = [0usize; 4];
+    let mut ended_runs = 0;
+    let mut indices = [0usize; 5];
     loop {
         let mut session = host::Session::new(Epoch([1; 16]), Nonce(9));
         session.hello(hello(Reason::Reattach)).unwrap();
         session.on_item(to_host(9, 0, &ready())).unwrap();
-        session
-            .exec(ExecRequest {
-                argv: vec!["x".into()],
-                ..ExecRequest::default()
-            })
-            .unwrap();
+        let request = ExecRequest {
+            argv: vec!["x".into()],
+            ..ExecRequest::default()
+        };
+        session.exec(key(9, 1), None, request).unwrap();
         let mut trace = Vec::new();
         for (seq, &index) in (1..).zip(&indices) {
             match session.on_item(to_host(9, seq, &alphabet[index])) {
-                Ok(Some(event)) => trace.push(event),
+                Ok(Some(event)) => {
+                    if event == (host::Event::Accepted { id: 1 }) {
+                        session.go(1).unwrap();
+                    }
+                    trace.push(event);
+                }
                 // Credit for an input that has ended says nothing.
                 Ok(None) => assert!(matches!(alphabet[index], GuestMessage::StdinCredit { .. })),
                 Err(_) => break,
@@ -799,16 +842,20 @@ fn no_order_of_guest_messages_gives_an_exit_without_a_command() {
         }
         let exit_at = trace
             .iter()
-            .position(|event| matches!(event, host::Event::Exit(_)));
+            .position(|event| matches!(event, host::Event::Exit { .. }));
         if let Some(at) = exit_at {
-            accepted_runs += 1;
-            assert_eq!(trace[0], host::Event::Accepted);
+            ended_runs += 1;
+            let begun = [
+                host::Event::Accepted { id: 1 },
+                host::Event::Started { id: 1, pid: 7 },
+            ];
+            assert_eq!(trace[..2], begun);
             assert_eq!(at, trace.len() - 1, "nothing follows an exit: {trace:?}");
         }
         assert!(
             !trace
                 .iter()
-                .any(|event| matches!(event, host::Event::Done(_) | host::Event::Ready(_)))
+                .any(|event| matches!(event, host::Event::Done { .. } | host::Event::Ready(_)))
         );
         let Some(place) = indices.iter().position(|&index| index + 1 < alphabet.len()) else {
             break;
@@ -816,8 +863,5 @@ fn no_order_of_guest_messages_gives_an_exit_without_a_command() {
         indices[..place].fill(0);
         indices[place] += 1;
     }
-    assert!(
-        accepted_runs > 0,
-        "the search must meet a command that ends"
-    );
+    assert!(ended_runs > 0, "the search must meet a command that ends");
 }

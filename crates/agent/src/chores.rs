@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
-use stead_agent_proto::guest::{Chore, RequestKey};
+use stead_agent_proto::guest::{Chore, StreamKey};
 
 use crate::core::Core;
 
@@ -15,18 +15,18 @@ const MAX_WAITING: usize = 16;
 /// Where chores are put.
 #[derive(Debug)]
 pub(crate) struct Chores {
-    waiting: SyncSender<(RequestKey, Chore)>,
+    waiting: SyncSender<(StreamKey, Chore)>,
 }
 
 impl Chores {
     /// Where chores are put, and where they are taken from.
-    pub(crate) fn new() -> (Self, Receiver<(RequestKey, Chore)>) {
+    pub(crate) fn new() -> (Self, Receiver<(StreamKey, Chore)>) {
         let (waiting, due) = sync_channel(MAX_WAITING);
         (Self { waiting }, due)
     }
 
     /// Puts a chore at the end, or says that too many wait.
-    pub(crate) fn put(&self, key: RequestKey, chore: Chore) -> Result<(), String> {
+    pub(crate) fn put(&self, key: StreamKey, chore: Chore) -> Result<(), String> {
         self.waiting
             .try_send((key, chore))
             .map_err(|error| format!("{MAX_WAITING} requests wait already: {error}"))
@@ -34,7 +34,7 @@ impl Chores {
 }
 
 /// Does chores for ever.
-pub(crate) fn run(core: &Arc<Core>, due: &Receiver<(RequestKey, Chore)>) {
+pub(crate) fn run(core: &Arc<Core>, due: &Receiver<(StreamKey, Chore)>) {
     while let Ok((key, chore)) = due.recv() {
         let result = perform(chore).map_err(|error| error.to_string());
         core.tell(|agent| agent.chore_done(key, result));

@@ -8,15 +8,15 @@
 //! The thread waits level-triggered for everything at once: output (while there is credit and room), the end of
 //! the process, room in its input, the inbox's bell, and its time. Nothing it waits for can be missed.
 //!
-//! When nobody listens any more (the host has gone, another epoch has begun) the command goes on, and its
-//! output is read and thrown away; its input stays open without bytes, because an end would make it
+//! When nobody listens any more (the host has gone, another epoch has begun) the command goes on, and the last of its
+//! output is kept for who attaches; its input stays open without bytes, because an end would make it
 //! take half an input for a whole one.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
@@ -26,28 +26,32 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open,
     pidfd_send_signal, waitid,
 };
+use stead_agent_proto::ExecKey;
 use stead_agent_proto::flow::MAX_CHUNK_BYTES;
-use stead_agent_proto::guest::{CommandKey, Room};
-use stead_agent_proto::message::{ExecRequest, ExitStatus, OutputStream, Rejection};
+use stead_agent_proto::message::{ExecRequest, ExitStatus, OutputStream, Pty, Rejection};
 
 use crate::account;
 use crate::core::Core;
 use crate::error::{self, AgentError, Attempt};
 use crate::inbox::Inbox;
 use crate::launch::{Failure, Launcher, Streams};
+use crate::pty::{Terminal, TerminalSize};
 use crate::reaper::Owned;
 
 const STACK_BYTES: usize = 256 * 1024;
+/// How long a terminal may be silent after its command before the command's output counts as complete. The kernel passes on
+/// what was written a little later; when nobody has the terminal open any more, it says so and nothing is waited for.
+const LAST_WORDS: Duration = Duration::from_millis(100);
 
 /// Begins a command on a thread of its own.
 pub(crate) fn spawn(
     core: Arc<Core>,
-    key: CommandKey,
+    key: ExecKey,
     request: ExecRequest,
     inbox: Arc<Inbox>,
 ) -> Result<(), String> {
     thread::Builder::new()
-        .name(format!("command {}", key.id))
+        .name("command".to_owned())
         .stack_size(STACK_BYTES)
         .spawn(move || match start(&core, key, &request, &inbox) {
             Ok(running) => running.run(),
@@ -70,14 +74,18 @@ fn rejection(error: &AgentError) -> Rejection {
 
 fn start(
     core: &Arc<Core>,
-    key: CommandKey,
+    key: ExecKey,
     request: &ExecRequest,
     inbox: &Arc<Inbox>,
 ) -> Result<Running, Rejection> {
     let own = rustix::process::getuid().as_raw().to_string();
     let account =
         account::resolve(request.user.as_deref().unwrap_or(&own)).map_err(Rejection::Invalid)?;
-    let (streams, ends) = pipes(request.stdin).map_err(|error| rejection(&error))?;
+    let (streams, ends) = match &request.pty {
+        Some(wanted) => terminal(wanted, request.stdin, account.uid),
+        None => pipes(request.stdin),
+    }
+    .map_err(|error| rejection(&error))?;
     let mut launcher = Launcher::prepare(request, &account).map_err(|error| rejection(&error))?;
     // The point of no return, under the lock: after another epoch has begun it cannot be passed.
     let released = core.with(|state| {
@@ -93,28 +101,29 @@ fn start(
         None => Some(Rejection::Invalid("the session has ended".to_owned())),
     };
     if let Some(reason) = failure {
-        give_up(&mut launcher);
+        launcher.give_up();
         return Err(reason);
     }
     let deadline = (request.timeout_ms > 0)
         .then(|| Instant::now() + Duration::from_millis(request.timeout_ms));
     // One that was not quick enough is ended like any other command over its time: part of it may have run.
     if let Err(Failure { step, errno }) = await_answer(&mut launcher, deadline) {
-        give_up(&mut launcher);
+        launcher.give_up();
         return Err(Rejection::Start { step, errno });
     }
     let pid = Pid::from_child(&launcher.child);
     let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
         Ok(pidfd) => pidfd,
         Err(error) => {
-            give_up(&mut launcher);
+            launcher.give_up();
             return Err(Rejection::Start {
                 step: "watch the command, which was killed".to_owned(),
                 errno: error.raw_os_error(),
             });
         }
     };
-    core.tell(|agent| agent.started(key));
+    let number = u32::try_from(pid.as_raw_nonzero().get()).unwrap_or(0);
+    core.tell(|agent| agent.started(key, number, now_ns()));
     Ok(Running {
         core: Arc::clone(core),
         key,
@@ -122,11 +131,12 @@ fn start(
         pid,
         pidfd,
         owned: Some(launcher.owned),
+        terminal: ends.terminal,
         stdin: ends.stdin,
         pending: VecDeque::new(),
         stdin_end: false,
         outputs: [
-            Output::new(OutputStream::Stdout, ends.stdout),
+            Output::new(OutputStream::Stdout, Some(ends.stdout)),
             Output::new(OutputStream::Stderr, ends.stderr),
         ],
         deadline,
@@ -136,16 +146,12 @@ fn start(
     })
 }
 
-/// Ends a launcher and takes its remains.
-fn give_up(launcher: &mut Launcher) {
-    // One that has ended by itself takes the signal without a complaint.
-    if let Err(error) = launcher
-        .child
-        .kill()
-        .and_then(|()| launcher.child.wait().map(drop))
-    {
-        eprintln!("stead-agent: end a launcher: {error}");
-    }
+/// The guest's wall clock in nanoseconds since 1970.
+fn now_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| {
+        u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+    })
 }
 
 /// Waits until the program runs or its time is over: a file system that hangs may hold it up.
@@ -185,9 +191,26 @@ fn time_left(deadline: Option<Instant>) -> Option<Timespec> {
 
 /// The agent's ends of a command's streams; they do not block.
 struct Ends {
+    // Instead of pipes: one for input and output, which is hung up when the last of the ends is closed.
+    terminal: Option<Terminal>,
     stdin: Option<OwnedFd>,
     stdout: OwnedFd,
-    stderr: OwnedFd,
+    stderr: Option<OwnedFd>,
+}
+
+fn terminal(wanted: &Pty, with_stdin: bool, owner: u32) -> Result<(Streams, Ends), AgentError> {
+    let (terminal, streams) = Terminal::open(size(wanted.rows, wanted.cols), owner)?;
+    let ends = Ends {
+        stdin: with_stdin.then(|| terminal.side()).transpose()?,
+        stdout: terminal.side()?,
+        stderr: None,
+        terminal: Some(terminal),
+    };
+    Ok((streams, ends))
+}
+
+fn size(rows: u16, columns: u16) -> TerminalSize {
+    TerminalSize { rows, columns }
 }
 
 fn pipes(with_stdin: bool) -> Result<(Streams, Ends), AgentError> {
@@ -201,9 +224,10 @@ fn pipes(with_stdin: bool) -> Result<(Streams, Ends), AgentError> {
     let (own_stdout, stdout) = pipe()?;
     let (own_stderr, stderr) = pipe()?;
     let ends = Ends {
+        terminal: None,
         stdin: own_stdin,
         stdout: unblocked(own_stdout)?,
-        stderr: unblocked(own_stderr)?,
+        stderr: Some(unblocked(own_stderr)?),
     };
     Ok((
         Streams {
@@ -238,10 +262,10 @@ struct Output {
 }
 
 impl Output {
-    fn new(stream: OutputStream, pipe: OwnedFd) -> Self {
+    fn new(stream: OutputStream, pipe: Option<OwnedFd>) -> Self {
         Self {
             stream,
-            pipe: Some(pipe),
+            pipe,
             left_bytes: None,
         }
     }
@@ -255,12 +279,13 @@ impl Output {
 #[derive(Debug)]
 struct Running {
     core: Arc<Core>,
-    key: CommandKey,
+    key: ExecKey,
     inbox: Arc<Inbox>,
     pid: Pid,
     pidfd: OwnedFd,
     // Held until the command has been reaped.
     owned: Option<Owned>,
+    terminal: Option<Terminal>,
     stdin: Option<OwnedFd>,
     pending: VecDeque<Vec<u8>>,
     stdin_end: bool,
@@ -318,13 +343,9 @@ impl Running {
         let key = self.key;
         let outputs = &self.outputs;
         self.core.with(|state| {
-            let port_has_room = state.port_has_room(key);
             [0, 1].map(|at| {
                 let open = outputs[at].pipe.is_some() && outputs[at].left_bytes != Some(0);
-                open && match state.agent.room(key, outputs[at].stream) {
-                    Room::Unheard => true,
-                    Room::Bytes(bytes) => bytes > 0 && port_has_room,
-                }
+                open && state.agent.output_room(key, outputs[at].stream) > 0
             })
         })
     }
@@ -337,13 +358,15 @@ impl Running {
             fds.push(PollFd::new(&self.pidfd, PollFlags::IN));
         }
         let mut stdin_at = None;
-        if let Some(stdin) = &self.stdin {
+        // A terminal that is hung up would wake it for ever.
+        let is_watched = self.terminal.is_none() || self.has_input();
+        if let Some(stdin) = self.stdin.as_ref().filter(|_| is_watched) {
             stdin_at = Some(fds.len());
             // Without input to write, only the end of the reader is of interest.
-            let events = if self.pending.is_empty() {
-                PollFlags::empty()
-            } else {
+            let events = if self.has_input() {
                 PollFlags::OUT
+            } else {
+                PollFlags::empty()
             };
             fds.push(PollFd::new(stdin, events));
         }
@@ -354,11 +377,7 @@ impl Running {
                 fds.push(PollFd::new(pipe, PollFlags::IN));
             }
         }
-        let limit = if self.status.is_none() {
-            time_left(self.deadline)
-        } else {
-            None
-        };
+        let limit = time_left(self.deadline);
         match poll(&mut fds, limit.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => unreachable!("own descriptors cannot be waited for: {error}"),
@@ -367,7 +386,7 @@ impl Running {
         Ready {
             bell: events(Some(0)).contains(PollFlags::IN),
             ended: !events(ended_at).is_empty(),
-            stdin: events(stdin_at).contains(PollFlags::OUT),
+            stdin: events(stdin_at).intersects(PollFlags::OUT | PollFlags::HUP),
             stdin_closed: events(stdin_at).contains(PollFlags::ERR),
             outputs: output_at.map(|at| !events(at).is_empty()),
         }
@@ -379,6 +398,12 @@ impl Running {
             self.pending.extend(letters.stdin);
             self.stdin_end |= letters.stdin_end;
             self.close_finished_stdin();
+        }
+        if let Some((rows, columns)) = letters.size
+            && let Some(terminal) = &self.terminal
+            && let Err(error) = terminal.resize(size(rows, columns))
+        {
+            eprintln!("stead-agent: {}", error::chain(&error));
         }
         for number in letters.signals {
             if let Some(signal) = Signal::from_named_raw(number).filter(|_| self.status.is_none()) {
@@ -395,8 +420,14 @@ impl Running {
         }
     }
 
+    /// Whether there is something to write: input, or a terminal's end of input.
+    fn has_input(&self) -> bool {
+        !self.pending.is_empty() || (self.stdin_end && self.terminal.is_some())
+    }
+
     fn write_stdin(&mut self) {
         let (Some(stdin), Some(front)) = (&self.stdin, self.pending.front_mut()) else {
+            self.end_terminal_input();
             return;
         };
         match rustix::io::write(stdin, front) {
@@ -406,10 +437,7 @@ impl Running {
                     self.pending.pop_front();
                 }
                 let key = self.key;
-                self.core.with(|state| {
-                    let grant = state.agent.stdin_consumed(key, written);
-                    state.send_action(grant);
-                });
+                self.core.tell(|agent| agent.stdin_consumed(key, written));
                 self.close_finished_stdin();
             }
             Err(Errno::AGAIN | Errno::INTR) => {}
@@ -417,8 +445,23 @@ impl Running {
         }
     }
 
+    /// A terminal's input is not closed: its end is typed. A terminal that reads byte by byte has none.
+    fn end_terminal_input(&mut self) {
+        let (Some(terminal), Some(stdin)) = (&self.terminal, &self.stdin) else {
+            return;
+        };
+        let typed = match terminal.end_of_input() {
+            Ok(Some(code)) => rustix::io::write(stdin, &[code]).map(drop),
+            Ok(None) => Ok(()),
+            Err(_) => Err(Errno::IO),
+        };
+        if !matches!(typed, Err(Errno::AGAIN | Errno::INTR)) {
+            self.on_stdin_closed();
+        }
+    }
+
     fn close_finished_stdin(&mut self) {
-        if self.stdin_end && self.pending.is_empty() {
+        if self.stdin_end && self.pending.is_empty() && self.terminal.is_none() {
             self.stdin = None;
         }
     }
@@ -427,10 +470,7 @@ impl Running {
         self.stdin = None;
         self.pending.clear();
         let key = self.key;
-        self.core.with(|state| {
-            let notice = state.agent.stdin_closed(key);
-            state.send_action(notice);
-        });
+        self.core.tell(|agent| agent.stdin_closed(key));
     }
 
     fn read_output(&mut self, at: usize) {
@@ -439,10 +479,7 @@ impl Running {
         let Some(pipe) = &output.pipe else {
             return;
         };
-        let room = match self.core.with(|state| state.agent.room(key, stream)) {
-            Room::Bytes(bytes) => bytes,
-            Room::Unheard => self.buffer.len(),
-        };
+        let room = self.core.with(|state| state.agent.output_room(key, stream));
         let left = output.left_bytes.map_or(usize::MAX, |left| {
             usize::try_from(left).unwrap_or(usize::MAX)
         });
@@ -457,10 +494,7 @@ impl Running {
                     *left -= count as u64;
                 }
                 let data = &self.buffer[..count];
-                self.core.with(|state| {
-                    let frame = state.agent.output(key, stream, data);
-                    state.send_action(frame);
-                });
+                self.core.tell(|agent| agent.output(key, stream, data));
             }
             Err(Errno::AGAIN | Errno::INTR) => {}
             Err(_) => output.pipe = None,
@@ -486,6 +520,11 @@ impl Running {
         });
         self.stdin = None;
         self.pending.clear();
+        self.deadline = None;
+        if self.terminal.is_some() {
+            self.deadline = Some(Instant::now() + LAST_WORDS);
+            return;
+        }
         for output in &mut self.outputs {
             let waiting = output.pipe.as_ref().map(rustix::io::ioctl_fionread);
             match waiting {
@@ -496,9 +535,25 @@ impl Running {
         }
     }
 
+    /// A command that has ended may have left others at its terminal: nothing came from it for a while, then that is all.
+    fn on_last_words(&mut self) {
+        for output in &mut self.outputs {
+            let waiting = output.pipe.as_ref().map(rustix::io::ioctl_fionread);
+            match waiting {
+                Some(Ok(0)) => output.left_bytes = Some(0),
+                // The host is slow, or it goes on writing.
+                Some(Ok(_)) => self.deadline = Some(Instant::now() + LAST_WORDS),
+                Some(Err(_)) => output.pipe = None,
+                None => {}
+            }
+        }
+    }
+
     fn on_deadline(&mut self) {
         self.deadline = None;
-        if self.status.is_none() {
+        if self.status.is_some() {
+            self.on_last_words();
+        } else {
             self.timed_out = true;
             self.signal_group(Signal::KILL);
             // A launcher that has not become the command yet leads no group.
@@ -515,10 +570,7 @@ impl Running {
             unreachable!("a command is finished when it has ended");
         };
         let key = self.key;
-        self.core.with(|state| {
-            let exit = state.agent.exited(key, status);
-            state.send_action(exit);
-        });
+        self.core.tell(|agent| agent.exited(key, status));
         let pipes = self
             .outputs
             .into_iter()

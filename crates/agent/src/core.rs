@@ -1,27 +1,28 @@
 //! The state machine and its hands: one lock, under which every action that must not be overtaken is done.
 //!
-//! Sending, waking and passing input on never block and are done under the lock, in order. Starting a command
-//! releases it under the lock (see [`crate::command`]). Only the steps of a handshake, which may
-//! take time, are given back to the port's reader.
+//! Waking and passing input on never block and are done under the lock, in order. What is to be written is pulled by each
+//! port's writer, which is woken. Starting a command releases it under the lock (see [`crate::command`]). Only the steps of a
+//! handshake, which may take time, are given back to the port's reader.
 
 use std::collections::HashMap;
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use stead_agent_proto::Nonce;
+use stead_agent::files::Files;
 use stead_agent_proto::frame::Item;
-use stead_agent_proto::guest::{Action, Agent, CommandKey, Identity};
+use stead_agent_proto::guest::{Action, Agent, StreamKey};
 use stead_agent_proto::message::{self, ExecRequest, Phase, Rejection};
+use stead_agent_proto::{ExecKey, Frame, Nonce};
 
 use crate::chores::Chores;
 use crate::command;
 use crate::drain::Drain;
-use crate::freeze::Order;
+use crate::file_streams;
+use crate::freeze;
 use crate::inbox::Inbox;
-use crate::outbox::Outbox;
 use crate::setup::Setup;
-use crate::shutdown;
+use crate::{shutdown, standstill};
 
 const LAST_ANSWER_LIMIT: Duration = Duration::from_secs(2);
 
@@ -32,17 +33,35 @@ pub(crate) struct Core {
     // Held for a whole handshake, so that the steps of two never mix.
     steps: Mutex<()>,
     setup: Setup,
-    freezer: Sender<Order>,
+    orders: Orders,
     chores: Chores,
     pub(crate) drain: Drain,
+    pub(crate) files: Files,
+}
+
+/// Where the threads take their orders that freeze and thaw.
+#[derive(Debug)]
+pub(crate) struct Orders {
+    /// File systems.
+    pub(crate) freezer: Sender<freeze::Order>,
+    /// Processes.
+    pub(crate) standstill: Sender<standstill::Order>,
 }
 
 /// What the lock protects.
 #[derive(Debug)]
 pub(crate) struct State {
     pub(crate) agent: Agent,
-    ports: HashMap<u32, Arc<Outbox>>,
-    commands: HashMap<CommandKey, Arc<Inbox>>,
+    ports: HashMap<u32, Port>,
+    commands: HashMap<ExecKey, Arc<Inbox>>,
+    files: HashMap<StreamKey, Arc<file_streams::Inlet>>,
+}
+
+/// What a port's writer waits for.
+#[derive(Debug, Default)]
+struct Port {
+    changed: Arc<Condvar>,
+    is_writing: bool,
 }
 
 /// A step of a handshake that is due.
@@ -51,43 +70,85 @@ struct Due {
     port: u32,
     nonce: Nonce,
     phase: Phase,
-    setup: message::Setup,
+    setup: Box<message::Setup>,
 }
 
 impl Core {
     pub(crate) fn new(
-        identity: Identity,
+        agent: Agent,
         setup: Setup,
-        freezer: Sender<Order>,
+        orders: Orders,
         chores: Chores,
         drain: Drain,
     ) -> Self {
         Self {
             state: Mutex::new(State {
-                agent: Agent::new(identity),
+                agent,
                 ports: HashMap::new(),
                 commands: HashMap::new(),
+                files: HashMap::new(),
             }),
             steps: Mutex::new(()),
             setup,
-            freezer,
+            orders,
             chores,
             drain,
+            files: Files::default(),
         }
     }
 
-    /// Makes a port known; what is sent to it goes into the outbox that this gives.
-    pub(crate) fn open_port(&self, port: u32) -> Arc<Outbox> {
-        let outbox = Arc::new(Outbox::default());
-        self.lock().ports.insert(port, Arc::clone(&outbox));
-        outbox
+    /// Makes a port known: [`Core::next_frame`] waits for what is to be written to it.
+    pub(crate) fn open_port(&self, port: u32) {
+        self.lock().ports.insert(port, Port::default());
     }
 
-    /// Forgets a port.
+    /// Forgets a port; its writer ends.
     pub(crate) fn close_port(self: &Arc<Self>, port: u32) {
-        self.apply(|agent| agent.on_host_gone(port));
-        if let Some(outbox) = self.lock().ports.remove(&port) {
-            outbox.close();
+        self.tell(|agent| agent.on_host_gone(port));
+        if let Some(closed) = self.lock().ports.remove(&port) {
+            closed.changed.notify_all();
+        }
+    }
+
+    /// How many ports serve hosts.
+    pub(crate) fn open_ports(&self) -> u32 {
+        u32::try_from(self.lock().ports.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Waits for the next frame that is to be written to the port, after the one before was written; nothing when the
+    /// port is closed.
+    pub(crate) fn next_frame(self: &Arc<Self>, port: u32) -> Option<Frame> {
+        let mut state = self.lock();
+        loop {
+            let line = state.ports.get_mut(&port)?;
+            line.is_writing = false;
+            let changed = Arc::clone(&line.changed);
+            if let Some((frame, actions)) = state.agent.next_frame(port) {
+                if let Some(line) = state.ports.get_mut(&port) {
+                    line.is_writing = true;
+                }
+                self.perform_all(&mut state, actions);
+                return Some(frame);
+            }
+            changed.notify_all();
+            state = changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Waits until all that is to be said to the port was written, the port is closed, or the time is over.
+    fn wait_until_written(&self, port: u32, limit: Duration) {
+        let end = Instant::now() + limit;
+        let mut state = self.lock();
+        while let Some(line) = state.ports.get(&port) {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() || !(line.is_writing || state.agent.has_frame(port)) {
+                return;
+            }
+            let changed = Arc::clone(&line.changed);
+            state = changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
     }
 
@@ -126,19 +187,30 @@ impl Core {
     }
 
     /// Hands an order to the freezer's thread.
-    pub(crate) fn order(&self, order: Order) {
+    pub(crate) fn order(&self, order: freeze::Order) {
         assert!(
-            self.freezer.send(order).is_ok(),
+            self.orders.freezer.send(order).is_ok(),
             "the freezer's thread never ends"
+        );
+    }
+
+    fn order_standstill(&self, order: standstill::Order) {
+        assert!(
+            self.orders.standstill.send(order).is_ok(),
+            "the thread that freezes processes never ends"
         );
     }
 
     fn apply(self: &Arc<Self>, event: impl FnOnce(&mut Agent) -> Vec<Action>) -> Option<Due> {
         let mut state = self.lock();
         let actions = event(&mut state.agent);
+        self.perform_all(&mut state, actions)
+    }
+
+    fn perform_all(self: &Arc<Self>, state: &mut State, actions: Vec<Action>) -> Option<Due> {
         let mut due = None;
         for action in actions {
-            if let Some(step) = self.perform(&mut state, action) {
+            if let Some(step) = self.perform(state, action) {
                 due = Some(step);
             }
         }
@@ -160,62 +232,72 @@ impl Core {
                     setup,
                 });
             }
-            Action::Send { port, wire } => state.send(port, wire),
-            Action::Purge { port } => {
-                if let Some(outbox) = state.ports.get(&port) {
-                    outbox.purge();
-                }
-            }
+            Action::Flush { port } => state.flush(port),
             Action::Start { key, request } => self.start(state, key, request),
             Action::Stdin { key, data } => state.inbox(key, |inbox| inbox.put_stdin(data)),
             Action::StdinEnd { key } => state.inbox(key, Inbox::end_stdin),
             Action::Signal { key, signal } => state.inbox(key, |inbox| inbox.put_signal(signal)),
+            Action::Resize { key, rows, cols } => {
+                state.inbox(key, |inbox| inbox.put_size(rows, cols));
+            }
             Action::Wake { key } => state.inbox(key, Inbox::ring),
-            Action::Freeze { limit_ms } => self.order(Order::Freeze { limit_ms }),
-            Action::Thaw => self.order(Order::Thaw),
+            Action::Freeze { limit_ms } => self.order(freeze::Order::Freeze { limit_ms }),
+            Action::Thaw => self.order(freeze::Order::Thaw),
+            Action::FreezeWorkload { limit_ms } => {
+                self.order_standstill(standstill::Order::Freeze { limit_ms });
+            }
+            Action::ThawWorkload => self.order_standstill(standstill::Order::Thaw),
+            Action::Pong { key } => {
+                let answers = state.agent.pong(key, resident_kib());
+                self.perform_all(state, answers);
+            }
             Action::Chore { key, chore } => {
                 if let Err(busy) = self.chores.put(key, chore) {
-                    for answer in state.agent.chore_done(key, Err(busy)) {
-                        // An answer is always a frame.
-                        if let Action::Send { port, wire } = answer {
-                            state.send(port, wire);
-                        }
-                    }
+                    let answers = state.agent.chore_done(key, Err(busy));
+                    self.perform_all(state, answers);
                 }
             }
             Action::Shutdown { port, kind } => {
-                let outbox = state.ports.get(&port).cloned();
+                let core = Arc::clone(self);
                 shutdown::begin(kind, move || {
-                    if let Some(outbox) = outbox {
-                        outbox.wait_until_written(LAST_ANSWER_LIMIT);
-                    }
+                    core.wait_until_written(port, LAST_ANSWER_LIMIT)
                 });
             }
+            Action::FileBegin { stream, op } => self.begin_file(state, stream, op),
+            Action::FileData { stream, data } => state.file(stream, |inlet| inlet.put(data)),
+            // What is written says itself where it ends.
+            Action::FileEnd { .. } => {}
+            Action::FileRoom { stream } => state.file(stream, file_streams::Inlet::ring),
+            Action::FileGone { stream } => state.file(stream, file_streams::Inlet::close),
         }
         None
     }
 
-    fn start(self: &Arc<Self>, state: &mut State, key: CommandKey, request: ExecRequest) {
+    fn begin_file(self: &Arc<Self>, state: &mut State, stream: StreamKey, op: Vec<u8>) {
+        let inlet = Arc::new(file_streams::Inlet::default());
+        state.files.insert(stream, Arc::clone(&inlet));
+        if let Err(error) = file_streams::spawn(Arc::clone(self), stream, op, inlet) {
+            let step = format!("start a thread: {error}");
+            let reason = Rejection::Start { step, errno: 0 };
+            let answers = state.agent.file_refused(stream, reason);
+            state.forget_file(stream);
+            self.perform_all(state, answers);
+        }
+    }
+
+    fn start(self: &Arc<Self>, state: &mut State, key: ExecKey, request: Box<ExecRequest>) {
         let begun = Inbox::new()
             .map_err(|error| crate::error::chain(&error))
             .and_then(|inbox| {
                 let inbox = Arc::new(inbox);
                 state.commands.insert(key, Arc::clone(&inbox));
-                if let Some(outbox) = state.ports.get(&key.port) {
-                    outbox.ring_for(Arc::clone(&inbox));
-                }
-                command::spawn(Arc::clone(self), key, request, inbox)
+                command::spawn(Arc::clone(self), key, *request, inbox)
             });
         if let Err(step) = begun {
+            let reason = Rejection::Start { step, errno: 0 };
+            let answers = state.agent.rejected(key, reason);
             state.forget(key);
-            for action in state
-                .agent
-                .rejected(key, Rejection::Start { step, errno: 0 })
-            {
-                if let Action::Send { port, wire } = action {
-                    state.send(port, wire);
-                }
-            }
+            self.perform_all(state, answers);
         }
     }
 
@@ -225,35 +307,40 @@ impl Core {
 }
 
 impl State {
-    /// Sends the frame of an action, when there is one.
-    pub(crate) fn send_action(&mut self, action: Option<Action>) {
-        if let Some(Action::Send { port, wire }) = action {
-            self.send(port, wire);
-        }
-    }
-
-    /// Whether the command's port takes more output.
-    pub(crate) fn port_has_room(&self, key: CommandKey) -> bool {
-        self.ports
-            .get(&key.port)
-            .is_none_or(|outbox| outbox.has_room())
-    }
-
     /// Forgets a command of which nothing is left.
-    pub(crate) fn forget(&mut self, key: CommandKey) {
+    pub(crate) fn forget(&mut self, key: ExecKey) {
         self.commands.remove(&key);
         self.agent.command_gone(key);
     }
 
-    fn send(&mut self, port: u32, wire: Vec<u8>) {
-        if let Some(outbox) = self.ports.get(&port) {
-            outbox.put(wire);
+    /// Forgets an operation on files that has ended.
+    pub(crate) fn forget_file(&mut self, stream: StreamKey) {
+        self.files.remove(&stream);
+    }
+
+    fn file(&self, stream: StreamKey, put: impl FnOnce(&file_streams::Inlet)) {
+        if let Some(inlet) = self.files.get(&stream) {
+            put(inlet);
         }
     }
 
-    fn inbox(&self, key: CommandKey, put: impl FnOnce(&Inbox)) {
+    fn flush(&self, port: u32) {
+        if let Some(line) = self.ports.get(&port) {
+            line.changed.notify_all();
+        }
+    }
+
+    fn inbox(&self, key: ExecKey, put: impl FnOnce(&Inbox)) {
         if let Some(inbox) = self.commands.get(&key) {
             put(inbox);
         }
     }
+}
+
+/// The agent's resident memory in KiB; 0 when the kernel does not say.
+fn resident_kib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    line.and_then(|line| line.split_ascii_whitespace().next()?.parse().ok())
+        .unwrap_or(0)
 }

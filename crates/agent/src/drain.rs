@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
-use stead_agent_proto::guest::CommandKey;
+use stead_agent_proto::ExecKey;
 
 use crate::core::Core;
 use crate::error::{AgentError, Attempt};
@@ -31,7 +31,7 @@ pub(crate) struct Drainer {
 /// What a command left behind.
 #[derive(Debug)]
 struct Left {
-    key: CommandKey,
+    key: ExecKey,
     pipes: Vec<OwnedFd>,
 }
 
@@ -49,7 +49,7 @@ impl Drain {
     }
 
     /// Takes over what the command left; it is forgotten once all pipes are closed.
-    pub(crate) fn take_over(&self, key: CommandKey, pipes: Vec<OwnedFd>) {
+    pub(crate) fn take_over(&self, key: ExecKey, pipes: Vec<OwnedFd>) {
         let handed = self.handed.lock().unwrap_or_else(PoisonError::into_inner);
         assert!(
             handed.send(Left { key, pipes }).is_ok(),

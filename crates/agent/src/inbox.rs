@@ -28,6 +28,8 @@ pub(crate) struct Letters {
     pub(crate) stdin: VecDeque<Vec<u8>>,
     /// No input comes after it.
     pub(crate) stdin_end: bool,
+    /// The size that the command's terminal is to have.
+    pub(crate) size: Option<(u16, u16)>,
     /// Signals in order.
     pub(crate) signals: VecDeque<i32>,
 }
@@ -60,6 +62,10 @@ impl Inbox {
 
     pub(crate) fn end_stdin(&self) {
         self.with(|letters| letters.stdin_end = true);
+    }
+
+    pub(crate) fn put_size(&self, rows: u16, cols: u16) {
+        self.with(|letters| letters.size = Some((rows, cols)));
     }
 
     pub(crate) fn put_signal(&self, signal: i32) {

@@ -17,7 +17,6 @@ use stead_agent_proto::frame::{DELIMITER, Decoder};
 
 use crate::core::Core;
 use crate::error::{AgentError, Attempt};
-use crate::outbox::Outbox;
 
 const READ_BYTES: usize = 32 * 1024;
 const STACK_BYTES: usize = 256 * 1024;
@@ -67,21 +66,16 @@ pub(crate) fn serve(core: &Arc<Core>, port: u32, mut line: Line) -> Result<(), A
     let mut second = line
         .second()
         .attempt(|| format!("open port {port} a second time"))?;
-    let outbox = core.open_port(port);
-    let written = Arc::clone(&outbox);
+    core.open_port(port);
+    let shared = Arc::clone(core);
     let writer = thread::Builder::new()
         .name(format!("port {port} out"))
         .stack_size(STACK_BYTES)
-        .spawn(move || {
-            let result = written.write_to(&mut second);
-            written.close();
-            result
-        })
+        .spawn(move || write(&shared, port, &mut second))
         .attempt(|| format!("start a writer for port {port}"));
     let result = match writer {
         Ok(writer) => {
-            let result =
-                read(core, port, &mut line, &outbox).attempt(|| format!("read port {port}"));
+            let result = read(core, port, &mut line).attempt(|| format!("read port {port}"));
             core.close_port(port);
             finish(&line, writer);
             result
@@ -108,7 +102,15 @@ fn finish(line: &Line, writer: thread::JoinHandle<io::Result<()>>) {
     drop(writer.join());
 }
 
-fn read(core: &Arc<Core>, port: u32, line: &mut Line, outbox: &Outbox) -> io::Result<()> {
+/// Writes what is to be said until the port is closed or cannot be written.
+fn write(core: &Arc<Core>, port: u32, line: &mut Line) -> io::Result<()> {
+    while let Some(frame) = core.next_frame(port) {
+        line.write_all(&frame.encode().map_err(io::Error::other)?)?;
+    }
+    Ok(())
+}
+
+fn read(core: &Arc<Core>, port: u32, line: &mut Line) -> io::Result<()> {
     let mut decoder = Decoder::new();
     let mut buffer = vec![0; READ_BYTES];
     loop {
@@ -131,9 +133,6 @@ fn read(core: &Arc<Core>, port: u32, line: &mut Line, outbox: &Outbox) -> io::Re
         let mut input = &buffer[..count];
         while let Some(item) = decoder.next_item(&mut input) {
             core.on_item(port, item);
-            if outbox.is_flooded() {
-                core.tell(|agent| agent.on_unread(port));
-            }
         }
     }
 }

@@ -12,17 +12,19 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use stead_agent_proto::guest::Identity;
+use stead_agent_proto::guest::{Agent, Config};
 use stead_agent_proto::{PORT_COUNT, PORT_NAME_PREFIX};
 
 use crate::chores::{self, Chores};
-use crate::core::Core;
+use crate::core::{Core, Orders};
 use crate::drain::Drain;
 use crate::error::{AgentError, Attempt, chain};
 use crate::freeze::{self, Freezer};
 use crate::port::{self, Line};
 use crate::setup::Setup;
-use crate::{init, reaper};
+use crate::standstill::{self, Standstill, Unable};
+use crate::workload::Workload;
+use crate::{init, pty, reaper};
 
 const PORTS_FOLDER: &str = "/sys/class/virtio-ports";
 const MAX_COMMANDS: u32 = 256;
@@ -90,6 +92,19 @@ impl Options {
         matches!(self.source, Source::Virtio)
     }
 
+    fn standstill(&self) -> Box<dyn Standstill> {
+        if !self.is_machine() {
+            return Box::new(Unable);
+        }
+        match Workload::discover() {
+            Ok(workload) => Box::new(workload),
+            Err(error) => {
+                eprintln!("stead-agent: processes cannot be frozen: {}", chain(&error));
+                Box::new(Unable)
+            }
+        }
+    }
+
     /// Over a socket the agent serves less than a machine, and leaves the machine's own alone unless told.
     fn freezer(&self) -> Freezer {
         let program = self.freeze_program.clone();
@@ -109,6 +124,7 @@ pub(crate) fn run(arguments: &[OsString]) -> Result<(), AgentError> {
     let options = Options::parse(arguments)?;
     if std::process::id() == 1 {
         init::mount_kernel_file_systems()?;
+        pty::mount_terminals()?;
         spawn("reaper", reaper::run)?;
     }
     if options.is_machine() {
@@ -136,7 +152,7 @@ fn protect() {
 fn build(options: &Options) -> Result<Arc<Core>, AgentError> {
     let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id")
         .attempt(|| "read the boot id".to_owned())?;
-    let identity = Identity {
+    let config = Config {
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
         boot_id: boot_id.trim().chars().take(64).collect(),
         max_commands: MAX_COMMANDS,
@@ -146,13 +162,27 @@ fn build(options: &Options) -> Result<Arc<Core>, AgentError> {
     setup.clock = options.clock;
     setup.entropy = options.entropy;
     setup.hostname = options.hostname;
-    let (orders, ordered) = channel();
+    let (freezer, ordered) = channel();
+    let (standing, told) = channel();
     let (chores, due) = Chores::new();
     let (drain, drainer) = Drain::new()?;
-    let core = Arc::new(Core::new(identity, setup, orders, chores, drain));
+    let standstill = options.standstill();
+    let mut agent = Agent::new(config);
+    if standstill.is_frozen() {
+        agent = agent.with_frozen_workload();
+    }
+    let orders = Orders {
+        freezer,
+        standstill: standing,
+    };
+    let core = Arc::new(Core::new(agent, setup, orders, chores, drain));
     let freezer = options.freezer();
     let shared = Arc::clone(&core);
     spawn("freezer", move || freezer.run(&shared, &ordered))?;
+    let shared = Arc::clone(&core);
+    spawn("standstill", move || {
+        standstill::run(&shared, standstill, &told)
+    })?;
     let shared = Arc::clone(&core);
     spawn("chores", move || chores::run(&shared, &due))?;
     let shared = Arc::clone(&core);

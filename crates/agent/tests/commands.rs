@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 #[tokio::test]
 async fn output_input_and_exit_codes_come_through() {
     let agent = Agent::start();
-    let mut link = agent.ready(1).await;
+    let link = agent.ready(1).await;
     for code in [0, 1, 42, 255] {
         let script = format!("cat; echo out; echo err >&2; exit {code}");
         let output = link.exec_capture(sh(&script), b"in ").await.unwrap();
@@ -28,7 +28,7 @@ async fn output_input_and_exit_codes_come_through() {
 #[tokio::test]
 async fn megabytes_go_in_and_come_back_unchanged() {
     let agent = Agent::start();
-    let mut link = agent.ready(1).await;
+    let link = agent.ready(1).await;
     let mut state = 1u64;
     let input: Vec<u8> = std::iter::repeat_with(|| {
         state = state
@@ -50,7 +50,7 @@ async fn megabytes_go_in_and_come_back_unchanged() {
 #[tokio::test]
 async fn a_command_that_ignores_its_input_ends_all_the_same() {
     let agent = Agent::start();
-    let mut link = agent.ready(1).await;
+    let link = agent.ready(1).await;
     let input = vec![b'x'; 4_000_000];
     let output = link
         .exec_capture(
@@ -70,7 +70,7 @@ async fn a_command_that_ignores_its_input_ends_all_the_same() {
 #[tokio::test]
 async fn environment_folder_and_arguments_are_those_of_the_request() {
     let agent = Agent::start();
-    let mut link = agent.ready(1).await;
+    let link = agent.ready(1).await;
     let odd: &[u8] = b"\xff\xfe not text";
     let request = ExecRequest {
         argv: vec![
@@ -107,7 +107,7 @@ async fn environment_folder_and_arguments_are_those_of_the_request() {
 #[tokio::test]
 async fn a_command_runs_as_the_user_it_is_given_with_that_user_s_groups() {
     let agent = Agent::start();
-    let mut link = agent.ready(1).await;
+    let link = agent.ready(1).await;
     let as_user = |user: &str| ExecRequest {
         user: Some(user.into()),
         ..sh(
@@ -134,7 +134,7 @@ async fn a_command_runs_as_the_user_it_is_given_with_that_user_s_groups() {
 #[tokio::test]
 async fn what_cannot_be_started_is_rejected_with_the_reason_and_the_link_goes_on() {
     let agent = Agent::start();
-    let mut link = agent.ready(1).await;
+    let link = agent.ready(1).await;
     let request = |argv: &str| ExecRequest {
         argv: vec![argv.into()],
         ..ExecRequest::default()
@@ -203,7 +203,7 @@ async fn what_cannot_be_started_is_rejected_with_the_reason_and_the_link_goes_on
 #[tokio::test]
 async fn signals_reach_the_whole_group() {
     let agent = Agent::start();
-    let mut link = agent.ready(1).await;
+    let link = agent.ready(1).await;
     let (sender, signals) = mpsc::channel(4);
     let (mut reader, stdout) = tokio::io::duplex(1024);
     let script = "trap 'echo main' USR1; (trap 'echo child; exit' USR1; echo up; while :; do sleep 0.02; done) & wait; wait; exit 7";
@@ -229,7 +229,7 @@ async fn signals_reach_the_whole_group() {
 #[tokio::test]
 async fn a_command_over_its_time_is_killed_with_its_group() {
     let agent = Agent::start();
-    let mut link = agent.ready(1).await;
+    let link = agent.ready(1).await;
     let note = agent.folder.path().join("child");
     let script = format!(
         "trap '' TERM INT HUP; sleep 1000 & echo $! > {}; echo begun; wait",
@@ -259,7 +259,7 @@ async fn a_command_over_its_time_is_killed_with_its_group() {
 #[tokio::test]
 async fn time_that_is_over_before_the_program_was_found_is_time_that_is_over() {
     let agent = Agent::start();
-    let mut link = agent.ready(1).await;
+    let link = agent.ready(1).await;
     let request = ExecRequest {
         argv: vec!["no-such-program".into()],
         env: vec![("PATH".into(), "/n:".repeat(20_000).as_bytes().into())],
@@ -280,7 +280,7 @@ async fn time_that_is_over_before_the_program_was_found_is_time_that_is_over() {
 #[tokio::test]
 async fn a_slow_reader_gets_everything_and_costs_the_agent_no_memory() {
     let agent = Agent::start();
-    let mut link = agent.ready(1).await;
+    let link = agent.ready(1).await;
     let total: usize = 48 << 20;
     let (mut reader, stdout) = tokio::io::duplex(64 * 1024);
     let io = ExecIo {
@@ -319,7 +319,7 @@ async fn a_slow_reader_gets_everything_and_costs_the_agent_no_memory() {
 #[tokio::test]
 async fn an_exit_does_not_wait_for_a_background_process_that_keeps_the_output_open() {
     let agent = Agent::start();
-    let mut link = agent.ready(1).await;
+    let link = agent.ready(1).await;
     let note = agent.folder.path().join("alive");
     let go = agent.folder.path().join("go");
     let script = format!(
@@ -350,7 +350,7 @@ async fn an_exit_does_not_wait_for_a_background_process_that_keeps_the_output_op
 #[tokio::test]
 async fn everything_written_before_the_exit_is_delivered_before_the_exit() {
     let agent = Agent::start();
-    let mut link = agent.ready(1).await;
+    let link = agent.ready(1).await;
     for round in 0..60 {
         let size = 1 + round * 1931;
         let script = format!("head -c {size} /dev/zero; head -c {size} /dev/zero >&2");
@@ -365,7 +365,7 @@ async fn eight_ports_run_commands_at_once() {
     let _first = agent.ready(1).await;
     let mut tasks = tokio::task::JoinSet::new();
     for port in 0..8u8 {
-        let mut link = agent.attached(1).await;
+        let link = agent.attached(1).await;
         tasks.spawn(async move {
             for round in 0..5usize {
                 let input = vec![port; 200_000 + round];
@@ -386,7 +386,7 @@ async fn eight_ports_run_commands_at_once() {
 #[tokio::test]
 async fn a_hundred_commands_leave_nothing_behind() {
     let agent = Agent::start();
-    let mut link = agent.ready(1).await;
+    let link = agent.ready(1).await;
     link.exec_capture(sh("true"), b"").await.unwrap();
     let descriptors = agent.descriptors();
     for _ in 0..100 {
@@ -409,7 +409,7 @@ async fn a_hundred_commands_leave_nothing_behind() {
 #[tokio::test]
 async fn too_much_output_is_refused_and_the_command_killed() {
     let agent = Agent::start();
-    let mut link = agent.ready(1).await;
+    let link = agent.ready(1).await;
     let note = agent.folder.path().join("pid");
     let script = format!(
         "echo $$ > {}; trap '' HUP; exec cat /dev/zero",
@@ -432,7 +432,7 @@ async fn too_much_output_is_refused_and_the_command_killed() {
 #[tokio::test]
 async fn a_stream_that_fails_on_the_host_hangs_the_command_up() {
     let agent = Agent::start();
-    let mut link = agent.ready(1).await;
+    let link = agent.ready(1).await;
     let note = agent.folder.path().join("pid");
     let (reader, stdout) = tokio::io::duplex(10);
     drop(reader);
@@ -455,7 +455,7 @@ async fn a_stream_that_fails_on_the_host_hangs_the_command_up() {
 #[tokio::test]
 async fn input_that_trickles_arrives_as_it_comes() {
     let agent = Agent::start();
-    let mut link = agent.ready(1).await;
+    let link = agent.ready(1).await;
     let (mut typed, stdin) = tokio::io::duplex(100);
     let (mut shown, stdout) = tokio::io::duplex(100);
     let (_sender, signals) = mpsc::channel(1);

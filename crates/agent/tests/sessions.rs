@@ -166,7 +166,7 @@ async fn half_a_request_and_a_new_one_are_never_one_command() {
 async fn a_command_goes_on_when_the_host_disconnects_and_its_output_is_thrown_away() {
     let agent = Agent::start();
     let note = agent.folder.path().join("done");
-    let mut link = agent.ready(1).await;
+    let link = agent.ready(1).await;
     // Far more output than pipe and credit hold: it would block for ever if nobody read it.
     let script = format!(
         "head -c 5000000 /dev/zero; head -c 5000000 /dev/zero >&2; echo done > {}",
@@ -190,7 +190,7 @@ async fn a_command_goes_on_when_the_host_disconnects_and_its_output_is_thrown_aw
 async fn half_an_input_is_never_taken_for_a_whole_one_when_the_host_disconnects() {
     let agent = Agent::start();
     let folder = agent.folder.path().to_owned();
-    let mut link = agent.ready(1).await;
+    let link = agent.ready(1).await;
     let script = format!(
         "echo $$ > {0}/pid; cat > {0}/part; mv {0}/part {0}/whole",
         folder.display()
@@ -794,7 +794,7 @@ async fn a_freeze_that_hangs_is_killed_and_its_file_system_is_thawed_like_the_ot
 #[tokio::test]
 async fn an_agent_on_a_socket_neither_freezes_nor_shuts_down_the_machine() {
     let agent = Agent::start();
-    let mut link = agent.ready(1).await;
+    let link = agent.ready(1).await;
     let found = link.freeze(Duration::from_secs(1)).await;
     assert!(
         matches!(found, Err(LinkError::RequestFailed { .. })),

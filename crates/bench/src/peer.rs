@@ -9,7 +9,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use stead_agent_link::{AgentLink, Epoch, ExecRequest, ExitStatus, Greeting, Reason};
+use stead_agent_link::{AgentLink, Epoch, ExecRequest, ExitStatus, Greeting, Identity, Reason};
 use stead_engine::SandboxInfo;
 use stead_template::BuiltTemplate;
 use tokio::process::{Child, Command};
@@ -109,11 +109,12 @@ impl PeerSpec {
             } else {
                 Reason::Boot
             },
-            hostname: None,
+            identity: Identity::Keep,
         };
         link.handshake(&greeting, AGENT_WITHIN)
             .await
             .doing("reach a peer's agent")?;
+        link.release().await.doing("release a peer's agent")?;
         Ok(Peer {
             image: image.to_owned(),
             process,

@@ -715,10 +715,10 @@ pub struct MergeRecoverArgs {
 pub enum BackupCommand {
     /// Back up the whole disk, and begin a bitmap of what changes from then on
     #[command(
-        after_help = "An image must not be in use. All disks of a running sandbox are taken at one instant, its file systems frozen; it runs on.\n\nExample:\n  stead backup full disk.qcow2 --bitmap daily --to /backups/web\n  stead backup full web --bitmap daily --to /backups/web"
+        after_help = "An image must not be in use. All disks of a running sandbox are taken at one instant, its file systems frozen; it runs on.\n\nExample:\n  stead backup full disk.qcow2 --bitmap daily --to /backups/web\n  stead backup full web --bitmap daily --to /backups/web\n  stead backup full disk.qcow2 --qmp /run/vm/qmp --bitmap daily --to s3://backups/web"
     )]
     Full(BackupFullArgs),
-    /// Back up what changed since the last backup in the folder
+    /// Back up what changed since the last backup in the folder or store
     #[command(
         after_help = "Where a disk's bitmap or the backup that it began with cannot be relied on,\na full backup of that disk is made and the reason is said.\n\nExample:\n  stead backup incremental disk.qcow2 --bitmap daily --to /backups/web --no-fallback"
     )]
@@ -733,9 +733,14 @@ pub enum BackupCommand {
         after_help = "The exit status is 5 when something is damaged.\n\nExample:\n  stead backup verify /backups/web\n  stead backup verify /backups/web 3f2a"
     )]
     Verify(BackupVerifyArgs),
-    /// List the backups in a folder
+    /// List the backups in a folder or a store
     #[command(after_help = "Example:\n  stead backup ls /backups/web --json | jq '.[].id'")]
     Ls(BackupLsArgs),
+    /// Remove a backup that no other stands on
+    #[command(
+        after_help = "In a store no backup stands on another; `stead gc` gives back the room.\n\nExample:\n  stead backup rm /backups/web 3f2a"
+    )]
+    Rm(BackupRmArgs),
 }
 
 #[derive(Debug, Args)]
@@ -747,9 +752,16 @@ pub struct BackupArgs {
     /// Name of the bitmaps; each gets the id of the backup that it begins with behind it (NAME@ID)
     #[arg(long, value_name = "NAME")]
     pub bitmap: String,
-    /// Folder of backups; it is made if it is not there
-    #[arg(long, value_name = "DIR")]
+    /// Folder of backups, which is made if it is not there; or a store: its URL, or a folder that is one
+    #[arg(long, value_name = "DIR|STORE")]
     pub to: PathBuf,
+    /// QMP socket of the VM that runs on DISK, where that is not a sandbox: its disk is backed up while it runs
+    #[arg(long, value_name = "SOCKET")]
+    pub qmp: Option<PathBuf>,
+    /// Folder with room for a copy of what is backed up with --qmp, meanwhile [default: that of the backups; for a store the
+    /// data directory]
+    #[arg(long, value_name = "DIR", requires = "qmp")]
+    pub staging: Option<PathBuf>,
     /// Do not compress a full backup
     #[arg(long)]
     pub no_compress: bool,
@@ -781,8 +793,8 @@ pub enum DiskFormat {
 
 #[derive(Debug, Args)]
 pub struct BackupRestoreArgs {
-    /// Folder of backups
-    #[arg(value_name = "DIR")]
+    /// Folder of backups, or a store
+    #[arg(value_name = "DIR|STORE")]
     pub from: PathBuf,
     /// The beginning of a backup's id, or `latest`
     #[arg(value_name = "BACKUP")]
@@ -800,8 +812,8 @@ pub struct BackupRestoreArgs {
 
 #[derive(Debug, Args)]
 pub struct BackupVerifyArgs {
-    /// Folder of backups
-    #[arg(value_name = "DIR")]
+    /// Folder of backups, or a store
+    #[arg(value_name = "DIR|STORE")]
     pub folder: PathBuf,
     /// The beginning of a backup's id, or `latest`; those that it stands on are read, too [default: all]
     #[arg(value_name = "BACKUP")]
@@ -810,7 +822,17 @@ pub struct BackupVerifyArgs {
 
 #[derive(Debug, Args)]
 pub struct BackupLsArgs {
-    /// Folder of backups
-    #[arg(value_name = "DIR")]
+    /// Folder of backups, or a store
+    #[arg(value_name = "DIR|STORE")]
     pub folder: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct BackupRmArgs {
+    /// Folder of backups, or a store
+    #[arg(value_name = "DIR|STORE")]
+    pub folder: PathBuf,
+    /// The beginning of a backup's id, or `latest`
+    #[arg(value_name = "BACKUP")]
+    pub backup: String,
 }

@@ -398,7 +398,8 @@ impl Engine {
         };
         let stays_paused = plan.stays_paused;
         let sandbox = plan.sandbox.clone();
-        let (captured, ram) = blocking(move || {
+        let standstill = self.prepare_standstill(&plan.sandbox).await;
+        let (captured, ram, standstill) = blocking(move || {
             let request = CaptureRequest {
                 overlays: &overlays,
                 ram: match &ram {
@@ -406,6 +407,7 @@ impl Engine {
                     CapturedRam::InPlace(_) => None,
                 },
                 state_bytes_max: stead_vmm::STATE_BYTES_MAX,
+                at: &|moment| standstill.at(moment),
             };
             let taken = if stays_paused {
                 vm.capture_paused(&request)
@@ -413,11 +415,13 @@ impl Engine {
                 vm.capture(&request)
             };
             match taken {
-                Ok(captured) => Ok((captured, ram)),
+                Ok(captured) => Ok((captured, ram, standstill)),
                 Err(source) => Err(vm_error("capture", &sandbox, source)),
             }
         })
         .await?;
+        self.report_standstill(&standstill);
+        drop(standstill);
         crate::job::crash_point("checkpoint", "staged");
         let Captured {
             device_state,
@@ -860,9 +864,9 @@ impl Engine {
     /// Lets the VM of an interrupted capture run on and says which files its disks write to.
     pub(crate) async fn resume_interrupted(&self, sandbox: &Sandbox) -> Result<Vec<PathBuf>> {
         let mut vm = self.connect_vm(sandbox).await?;
-        let sandbox = sandbox.clone();
-        blocking(move || {
-            let failed = |source| vm_error("resume", &sandbox, source);
+        let resumed = sandbox.clone();
+        let in_use = blocking(move || {
+            let failed = |source| vm_error("resume", &resumed, source);
             let recovered = vm.recover_running().map_err(failed)?;
             Ok(recovered
                 .chains
@@ -870,7 +874,9 @@ impl Engine {
                 .map(|chain| chain.top().path.clone())
                 .collect())
         })
-        .await
+        .await?;
+        self.let_go_on(sandbox).await;
+        Ok(in_use)
     }
 
     /// The store's folder, if it is one.

@@ -31,7 +31,7 @@ use stead_sys::durable::{self, Existing};
 use stead_sys::space;
 
 use crate::error::{AtFile, EngineError, Kind, Result};
-use crate::event::{Event, Watch};
+use crate::event::MergeEvents;
 use crate::job::{Job, Undo};
 use crate::layers::{self, DEPTH_MAX};
 use crate::materialise::content_of;
@@ -86,6 +86,8 @@ pub struct MergedLayer {
 struct Group {
     /// A fresh id: the new file's name until it takes the top's.
     made: String,
+    /// Those of the disk that stay above it, topmost first.
+    above: Vec<LayerRow>,
     /// The top first; at least two.
     merged: Vec<LayerRow>,
     /// All that lies below them, topmost first.
@@ -100,6 +102,23 @@ impl Group {
     fn ids(&self) -> Vec<&str> {
         let all = self.merged.iter().chain(&self.below);
         all.map(|layer| layer.id.as_str()).collect()
+    }
+}
+
+/// The files of a [`Group`], each part the topmost first.
+struct GroupFiles {
+    above: Vec<stead_qcow2::LayerFile>,
+    merged: Vec<stead_qcow2::LayerFile>,
+    below: Vec<stead_qcow2::LayerFile>,
+}
+
+impl GroupFiles {
+    fn as_layers(&self) -> stead_merge::FuseLayers<'_> {
+        stead_merge::FuseLayers {
+            above: &self.above,
+            merged: &self.merged,
+            below: &self.below,
+        }
     }
 }
 
@@ -195,12 +214,15 @@ impl Engine {
         let mut groups = HashMap::new();
         for disk in disks {
             let found = groups_in(&uses, sandbox, &disk.layer);
+            let chain = uses.chain(&disk.layer);
             let found: Vec<Group> = found
                 .into_iter()
                 .map(|(merged, below)| {
                     let made = id::long()?;
+                    let above = chain.iter().take_while(|layer| layer.id != merged[0].id);
                     Ok(Group {
                         made,
+                        above: above.cloned().collect(),
                         merged,
                         below,
                     })
@@ -257,18 +279,23 @@ impl Engine {
         Ok(())
     }
 
-    /// The files of a group, those that are merged first, and how many these are.
-    fn files_of(&self, group: &Group) -> (Vec<stead_qcow2::LayerFile>, usize) {
-        let rows: Vec<LayerRow> = group.merged.iter().chain(&group.below).cloned().collect();
-        (layers::files(&self.dir, &rows), group.merged.len())
+    /// The files of a group.
+    fn files_of(&self, group: &Group) -> GroupFiles {
+        let files = |rows: &[LayerRow]| layers::files(&self.dir, rows);
+        GroupFiles {
+            above: files(&group.above),
+            merged: files(&group.merged),
+            below: files(&group.below),
+        }
     }
 
     /// Both stand side by side until the switch.
     fn check_compact_room(&self, sandbox: &Sandbox, groups: &[&Group]) -> Result<()> {
         let mut needed = 0;
         for group in groups {
-            let (files, count) = self.files_of(group);
-            needed += stead_merge::fuse_needs_bytes(&files, count).map_err(EngineError::from)?;
+            let files = self.files_of(group);
+            needed +=
+                stead_merge::fuse_needs_bytes(files.as_layers()).map_err(EngineError::from)?;
         }
         let folder = self.dir.layers();
         let available = space::available_bytes(&folder).at("ask for room on", &folder)?;
@@ -340,16 +367,18 @@ impl Engine {
 
     /// Makes the new file beside the others, whole and compared.
     async fn make(&self, sandbox: &Sandbox, group: &Group) -> Result<()> {
-        let (files, count) = self.files_of(group);
+        let files = self.files_of(group);
         let made = layers::path_of(&self.dir, &group.made, layers::QCOW2);
         let (watch, path) = (self.watch.clone(), made.clone());
         blocking(move || {
-            let tell = |event| tell(&watch, event);
+            let events = MergeEvents::new(&watch, "compact");
+            let tell = |event| events.tell(event);
             let watching = stead_merge::Watch {
                 tell: &tell,
                 cancel: Some(watch.wish_to_stop()),
             };
-            stead_merge::fuse(&files, count, (&path, 0o600), watching).map_err(EngineError::from)
+            stead_merge::fuse(files.as_layers(), (&path, 0o600), watching)
+                .map_err(EngineError::from)
         })
         .await
         .map_err(|error| error.left("the sandbox's disks are as they were"))?;
@@ -533,18 +562,6 @@ fn groups_in(
     groups
 }
 
-fn tell(watch: &Watch, event: stead_merge::Event) {
-    match event {
-        stead_merge::Event::Step(step) => watch.step("compact", step.to_string()),
-        stead_merge::Event::Progress { done, total } => watch.tell(Event::Progress {
-            what: "read back".to_owned(),
-            done,
-            total,
-        }),
-        stead_merge::Event::Notice(text) => watch.notice(text),
-    }
-}
-
 /// The same error in our words. What stands now is for the caller to say: he may undo more than the merge.
 impl From<MergeError> for EngineError {
     fn from(error: MergeError) -> Self {
@@ -557,6 +574,7 @@ impl From<MergeError> for EngineError {
             stead_merge::Kind::Incompatible => Kind::Incompatible,
             stead_merge::Kind::NoSpace => Kind::NoSpace,
             stead_merge::Kind::Vm => Kind::Vm,
+            stead_merge::Kind::Store => Kind::Store,
             stead_merge::Kind::Cancelled => Kind::Cancelled,
         };
         EngineError::new(kind, error.attempt(), error.found()).next(error.next_step())

@@ -11,8 +11,8 @@
 use std::time::{Duration, Instant};
 
 use stead_agent_link::{
-    AgentLink, Epoch, ExecIo, ExecRequest, ExitStatus, LinkError, Phase, Rejection, Running,
-    ShutdownKind,
+    AgentLink, Command, Epoch, ExecIo, ExecRequest, ExitStatus, LinkError, Phase, Ready, Rejection,
+    ShutdownKind, WorkloadState,
 };
 use stead_agent_proto::message::Bytes;
 use stead_sys::lock::{Attempt, FileLock};
@@ -92,7 +92,12 @@ impl EngineError {
                 })
             }
             Rejection::Invalid(_) => Some(NotStarted::NotRunnable),
-            Rejection::Busy | Rejection::Frozen | Rejection::TooManyCommands { .. } => None,
+            Rejection::TooManyStreams { .. }
+            | Rejection::Frozen
+            | Rejection::WorkloadFrozen
+            | Rejection::NotReleased
+            | Rejection::TooManyCommands { .. }
+            | Rejection::Unknown(_) => None,
         }
     }
 }
@@ -127,6 +132,10 @@ impl Session {
     pub(crate) fn link(&mut self) -> &mut AgentLink {
         &mut self.port.link
     }
+
+    pub(crate) fn link_ref(&self) -> &AgentLink {
+        &self.port.link
+    }
 }
 
 impl Engine {
@@ -159,10 +168,13 @@ impl Engine {
             stderr,
         };
         let request = request(command);
-        let begun = Instant::now();
+        let key = stead_agent_link::new_key()
+            .map_err(|source| agent_error("exec in", &sandbox, source))?;
+        let (mut first, begun) = (None, Instant::now());
         let mut again = false;
         loop {
-            let start = session.link().start(request.clone());
+            let asked = session.link().epoch();
+            let start = session.link().start_as(key, first, request.clone());
             let error = match until_started(start, &mut signals).await {
                 (Some(Ok(running)), early) => {
                     let ended = run_on(running, io, early, signals).await;
@@ -174,7 +186,9 @@ impl Engine {
                 (Some(Err(_rejected)), Some(_signal)) => return Err(not_begun(name)),
                 (None, _signal) => return Err(unanswered(name)),
             };
+            first = first.or(asked);
             if self.thaws_soon(&error, begun) {
+                self.mend_if_abandoned(&sandbox).await?;
                 tokio::time::sleep(RETRY).await;
             } else if is_of_another_life(&error) && !again {
                 // Its agent was restarted before it had read the request, and says so.
@@ -210,6 +224,7 @@ impl Engine {
                     });
                 }
                 Err(error) if self.thaws_soon(&error, begun) => {
+                    self.mend_if_abandoned(&sandbox).await?;
                     tokio::time::sleep(RETRY).await;
                 }
                 Err(error) => return Err(agent_error("exec in", &sandbox, error)),
@@ -217,16 +232,30 @@ impl Engine {
         }
     }
 
-    /// Whether the command was only refused because a disk-only checkpoint is being taken: it did not
+    /// Whether the command was only refused because a checkpoint is being taken: it did not
     /// run, and may be sent again.
     fn thaws_soon(&self, error: &LinkError, begun: Instant) -> bool {
         let frozen = matches!(
             error,
             LinkError::Rejected {
-                reason: Rejection::Frozen
+                reason: Rejection::Frozen | Rejection::WorkloadFrozen | Rejection::NotReleased
             }
         );
         frozen && begun.elapsed() < self.settings.wait
+    }
+
+    /// Has a guest go on that no operation holds up any more.
+    async fn mend_if_abandoned(&self, sandbox: &Sandbox) -> Result<()> {
+        let jobs = self.records.jobs().await?;
+        if jobs
+            .iter()
+            .any(|job| job.sandbox.as_ref() == Some(&sandbox.id))
+        {
+            return Ok(());
+        }
+        let (_lock, now) = self.lock_sandbox(&sandbox.id, "let go on").await?;
+        drop(self.attach_locked(&now, ATTACH_TIMEOUT).await?);
+        Ok(())
     }
 
     async fn running(&self, name: &str, attempt: &str) -> Result<Sandbox> {
@@ -244,7 +273,7 @@ impl Engine {
             return Err(no_agent(sandbox));
         };
         let (number, lock) = self.free_port(launch, sandbox).await?;
-        let mut port = self.attach_to(sandbox, number, ATTACH_TIMEOUT).await?;
+        let (mut port, _ready) = self.attach_to(sandbox, number, ATTACH_TIMEOUT).await?;
         let memory_bytes = self.machine_of(sandbox)?.qemu.memory_bytes;
         let limit = SILENCE_LIMIT + stead_vmm::longest_pause(memory_bytes);
         port.link.set_silence_limit(limit);
@@ -257,7 +286,7 @@ impl Engine {
         sandbox: &Sandbox,
         number: u8,
         timeout: Duration,
-    ) -> Result<AgentPort> {
+    ) -> Result<(AgentPort, Ready)> {
         let (Some(launch), Some(epoch)) = (&sandbox.launch, &sandbox.epoch) else {
             return Err(no_agent(sandbox));
         };
@@ -265,11 +294,12 @@ impl Engine {
             EngineError::internal("read the sandbox's epoch", "").because(source)
         })?;
         let mut port = AgentPort::connect(&self.dir.run(launch), number, &sandbox.name).await?;
-        port.link
-            .attach(epoch, timeout)
+        let ready = port
+            .link
+            .reattach(epoch, timeout)
             .await
             .map_err(|source| agent_error("reach the agent of", sandbox, source))?;
-        Ok(port)
+        Ok((port, ready))
     }
 
     /// A session for a command. An agent that has forgotten its epoch is given a new one; one that does not answer while an
@@ -311,7 +341,8 @@ impl Engine {
     }
 
     /// A session on the first port, for one who holds the sandbox's lock: a guest that was rebooted, or whose
-    /// agent was restarted, lives a life that nobody has greeted yet. Nobody else can be greeting it.
+    /// agent was restarted, lives a life that nobody has greeted yet. Nobody else can be greeting it. Processes that a capture
+    /// has left standing, whose command has died, go on: no other capture can be under way.
     pub(crate) async fn attach_locked(
         &self,
         sandbox: &Sandbox,
@@ -326,7 +357,13 @@ impl Engine {
                 self.records.set_epoch(&sandbox.id, &epoch).await?;
                 port
             }
-            (attached, _) => attached?,
+            (attached, _) => {
+                let (port, ready) = attached?;
+                mend(&port, &ready)
+                    .await
+                    .map_err(|source| agent_error("let the processes go on of", sandbox, source))?;
+                port
+            }
         };
         Ok(Session { port, _lock: None })
     }
@@ -386,6 +423,15 @@ impl Engine {
     }
 }
 
+/// Thaws what stands still, and releases an epoch that was acknowledged and not released.
+async fn mend(port: &AgentPort, ready: &Ready) -> std::result::Result<(), LinkError> {
+    match (ready.released, ready.workload) {
+        (true, WorkloadState::Running) => Ok(()),
+        (true, WorkloadState::Frozen) => port.link.thaw_workload().await,
+        (false, _) => port.link.release().await.map(drop),
+    }
+}
+
 /// The next signal; for ever if nobody sends any more.
 async fn next(signals: &mut mpsc::Receiver<i32>) -> i32 {
     match signals.recv().await {
@@ -411,7 +457,7 @@ async fn until_started<T>(
 
 /// Runs a command to its end, passing on first the signal that came early.
 async fn run_on<I, O, E>(
-    running: Running<'_>,
+    running: Command,
     io: ExecIo<I, O, E>,
     early: Option<i32>,
     mut signals: mpsc::Receiver<i32>,
@@ -527,6 +573,7 @@ fn request(command: ExecCommand) -> ExecRequest {
                 .unwrap_or(u64::MAX)
                 .max(1)
         }),
+        ..ExecRequest::default()
     }
 }
 

@@ -14,7 +14,7 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use stead_agent_link::{AgentLink, Epoch, Greeting};
+use stead_agent_link::{AgentLink, Epoch, Greeting, Identity};
 use stead_sys::process::ProcessId;
 use stead_sys::{copy, durable, space};
 use stead_vmm::{Boot, Disk, Launch, Layer, LayerFormat, Ram, RunAs, StateFormat, Vm};
@@ -395,25 +395,25 @@ impl AgentPort {
         })
     }
 
-    /// Has the agent begin a fresh epoch and returns it.
+    /// Has the agent begin a fresh epoch, releases it and returns it: from here on the guest's processes run and commands
+    /// are accepted.
     pub(crate) async fn greet(&mut self, reason: Reason, timeout: Duration) -> Result<String> {
         let epoch = Epoch(id::random()?);
         let greeting = Greeting {
             epoch,
             reason,
-            hostname: None,
+            identity: Identity::Keep,
         };
-        self.link
-            .handshake(&greeting, timeout)
-            .await
-            .map_err(|source| {
-                EngineError::new(
-                    Kind::Agent,
-                    format!("make sandbox {} ready", self.sandbox),
-                    "the guest's agent has not acknowledged the epoch",
-                )
-                .because(source)
-            })?;
+        let failed = |what: &'static str| {
+            let attempt = format!("make sandbox {} ready", self.sandbox);
+            move |source| EngineError::new(Kind::Agent, attempt, what).because(source)
+        };
+        let unacknowledged = failed("the guest's agent has not acknowledged the epoch");
+        let unreleased = failed("the guest's agent has not let its processes go on");
+        let acknowledged = self.link.handshake(&greeting, timeout).await;
+        acknowledged.map_err(unacknowledged)?;
+        self.link.set_request_limit(timeout);
+        self.link.release().await.map_err(unreleased)?;
         Ok(epoch.to_string())
     }
 }

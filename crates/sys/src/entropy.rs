@@ -30,12 +30,11 @@ struct PoolInfo {
 
 const _: () = assert!(size_of::<PoolInfo>() == 8 + SEED_BYTES);
 
-/// Mixes `seed` into the generator behind `random` (an open `/dev/urandom`), credits all its bits
-/// and makes the generator rekey from it before this returns.
+/// Mixes `seed` into the generator behind `random` (an open `/dev/urandom`) and credits all its bits.
 ///
 /// # Errors
 /// When the kernel refuses: the caller lacks `CAP_SYS_ADMIN`, or `random` is another device.
-pub fn reseed(random: &File, seed: &[u8; SEED_BYTES]) -> io::Result<()> {
+pub fn credit(random: &File, seed: &[u8; SEED_BYTES]) -> io::Result<()> {
     let info = PoolInfo {
         entropy_bits: (SEED_BYTES * 8) as c_int,
         buffer_bytes: SEED_BYTES as c_int,
@@ -44,6 +43,14 @@ pub fn reseed(random: &File, seed: &[u8; SEED_BYTES]) -> io::Result<()> {
     // SAFETY: the opcode takes a pointer to `rand_pool_info`; `PoolInfo` has its layout (asserted
     // above), `buffer_bytes` is the length of the buffer that follows, and the kernel only reads.
     unsafe { ioctl::ioctl(random, Setter::<RNDADDENTROPY, PoolInfo>::new(info)) }?;
+    Ok(())
+}
+
+/// Has the generator behind `random` draw a new key from its pool before this returns.
+///
+/// # Errors
+/// As [`credit`].
+pub fn rekey(random: &File) -> io::Result<()> {
     // SAFETY: the opcode takes no argument and touches no memory of ours.
     unsafe { ioctl::ioctl(random, NoArg::<RNDRESEEDCRNG>::new()) }?;
     Ok(())
@@ -56,7 +63,9 @@ mod tests {
     #[test]
     fn another_device_is_refused() {
         let null = File::open("/dev/null").expect("open");
-        let error = reseed(&null, &[1; SEED_BYTES]).expect_err("not a random device");
-        assert_eq!(error.raw_os_error(), Some(25), "ENOTTY");
+        for refused in [credit(&null, &[1; SEED_BYTES]), rekey(&null)] {
+            let error = refused.expect_err("not a random device");
+            assert_eq!(error.raw_os_error(), Some(25), "ENOTTY");
+        }
     }
 }

@@ -54,8 +54,16 @@ pub struct NewOverlay {
     pub path: PathBuf,
 }
 
+/// A moment of a capture that others wait for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Moment {
+    /// All is prepared, and the vCPUs are told to stop next.
+    Stopping,
+    /// The vCPUs run again.
+    Resumed,
+}
+
 /// What a capture needs.
-#[derive(Debug)]
 pub struct CaptureRequest<'a> {
     /// One overlay for each disk of the VM.
     pub overlays: &'a [NewOverlay],
@@ -65,6 +73,18 @@ pub struct CaptureRequest<'a> {
     pub ram: Option<&'a File>,
     /// The longest device state accepted, in bytes ([`STATE_BYTES_MAX`]).
     pub state_bytes_max: u64,
+    /// Told of each moment when it has come; the capture waits for it. After an error the guest runs on, and it is not told.
+    pub at: &'a dyn Fn(Moment),
+}
+
+impl std::fmt::Debug for CaptureRequest<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CaptureRequest")
+            .field("overlays", &self.overlays)
+            .field("ram", &self.ram)
+            .field("state_bytes_max", &self.state_bytes_max)
+            .finish_non_exhaustive()
+    }
 }
 
 /// How the RAM was taken.
@@ -164,6 +184,7 @@ impl Vm {
         let (mut captured, stopped) = self.take(request)?;
         self.go_on(&mut captured)?;
         captured.times.paused = stopped.elapsed();
+        (request.at)(Moment::Resumed);
         let started = Instant::now();
         captured.chains = self
             .freeze_layers()
@@ -226,6 +247,7 @@ impl Vm {
             Err(error) => return Err(self.give_up(CapturePhase::Prepare, error, &[]).into()),
         };
         times.prepare = started.elapsed();
+        (request.at)(Moment::Stopping);
         let mut phase = CapturePhase::Stop;
         let stopped = Instant::now();
         match self.take_stopped(request, &prepared, &mut phase, &mut times) {

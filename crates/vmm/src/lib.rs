@@ -25,6 +25,7 @@
 //! docs/devel/migration on the stream and the capability `x-ignore-shared`.
 #![forbid(unsafe_code)]
 
+pub mod block_backup;
 pub mod block_jobs;
 mod capture;
 pub mod dir;
@@ -47,7 +48,8 @@ mod vm;
 
 pub use capture::longest_pause;
 pub use capture::{
-    CaptureRequest, Captured, CapturedDisks, NewOverlay, PhaseTimes, RamMethod, STATE_BYTES_MAX,
+    CaptureRequest, Captured, CapturedDisks, Moment, NewOverlay, PhaseTimes, RamMethod,
+    STATE_BYTES_MAX,
 };
 pub use disks::{DiskChain, LayerNode};
 pub use error::{CaptureError, CapturePhase, Error, GuestAfter, Result};

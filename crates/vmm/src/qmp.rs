@@ -119,8 +119,57 @@ impl Qmp {
     /// # Errors
     /// As [`Qmp::execute`].
     pub fn give_descriptor(&mut self, name: &str, descriptor: BorrowedFd<'_>) -> Result<()> {
-        let command = "getfd";
-        let (id, line) = self.request(command, json!({ "fdname": name }));
+        let arguments = json!({ "fdname": name });
+        self.execute_with::<Value>("getfd", arguments, descriptor)
+            .map(drop)
+    }
+
+    /// Gives QEMU the open file `descriptor` for as long as something uses it; the path that it is opened by.
+    /// [`Qmp::take_back_descriptors`] knows it by `owner`.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn lend_descriptor(&mut self, owner: &str, descriptor: BorrowedFd<'_>) -> Result<String> {
+        #[derive(Deserialize)]
+        struct Lent {
+            #[serde(rename = "fdset-id")]
+            set: u64,
+        }
+        let arguments = json!({ "opaque": owner });
+        let lent: Lent = self.execute_with("add-fd", arguments, descriptor)?;
+        Ok(format!("/dev/fdset/{}", lent.set))
+    }
+
+    /// Takes back what was lent to `owner`; what is open stays so until it is closed.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn take_back_descriptors(&mut self, owner: &str) -> Result<()> {
+        #[derive(Deserialize)]
+        struct Lent {
+            opaque: Option<String>,
+        }
+        #[derive(Deserialize)]
+        struct Set {
+            #[serde(rename = "fdset-id")]
+            set: u64,
+            fds: Vec<Lent>,
+        }
+        let sets: Vec<Set> = self.execute("query-fdsets", json!({}))?;
+        let is_owners = |lent: &Lent| lent.opaque.as_deref() == Some(owner);
+        for set in sets.iter().filter(|set| set.fds.iter().any(is_owners)) {
+            self.execute::<Value>("remove-fd", json!({ "fdset-id": set.set }))?;
+        }
+        Ok(())
+    }
+
+    fn execute_with<T: DeserializeOwned>(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        descriptor: BorrowedFd<'_>,
+    ) -> Result<T> {
+        let (id, line) = self.request(command, arguments);
         self.set_write_bound(command, ANSWER_WITHIN)?;
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = SendAncillaryBuffer::new(&mut space);
@@ -135,8 +184,7 @@ impl Qmp {
         )
         .map_err(|error| connection(command, error.into()))?;
         self.send(command, &line[sent..], ANSWER_WITHIN)?;
-        self.answer::<Value>(command, id, ANSWER_WITHIN)?;
-        Ok(())
+        self.answer(command, id, ANSWER_WITHIN)
     }
 
     /// The events that came since the last call, oldest first; at most 256 are kept.

@@ -11,10 +11,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use stead_agent_link::{AgentLink, Epoch, ExecRequest, Greeting, Reason};
+use stead_agent_link::{AgentLink, Epoch, ExecRequest, Greeting, Identity, Reason};
 use stead_agent_proto::frame::{Decoder, Direction, Item};
-use stead_agent_proto::message::{GuestMessage, Hello, HostMessage, Message, Seed, Setup};
-use stead_agent_proto::{Frame, Nonce};
+use stead_agent_proto::message::{GuestMessage, Hello, HostMessage, Message, Request, Seed, Setup};
+use stead_agent_proto::{ExecKey, Frame, Nonce};
 
 pub const LIMIT: Duration = Duration::from_secs(120);
 
@@ -67,12 +67,15 @@ impl Agent {
         link.handshake(&greeting(life), LIMIT)
             .await
             .expect("handshake");
+        link.release().await.expect("release");
         link
     }
 
     pub async fn attached(&self, life: u8) -> AgentLink {
         let mut link = self.link().await;
-        link.attach(Epoch([life; 16]), LIMIT).await.expect("attach");
+        link.reattach(Epoch([life; 16]), LIMIT)
+            .await
+            .expect("attach");
         link
     }
 
@@ -114,7 +117,7 @@ pub fn greeting(life: u8) -> Greeting {
     Greeting {
         epoch: Epoch([life; 16]),
         reason: Reason::Restore,
-        hostname: None,
+        identity: Identity::Keep,
     }
 }
 
@@ -197,7 +200,7 @@ impl RawHost {
         let setup = HostMessage::Setup(Setup {
             wall_clock_ns: 1,
             seed: Seed([3; 64]),
-            hostname: None,
+            identity: Identity::Keep,
         });
         loop {
             match self.next().expect("an answer") {
@@ -208,9 +211,17 @@ impl RawHost {
         }
     }
 
+    /// A whole handshake and its release, with the number 1.
     pub fn ready(&mut self, reason: Reason) {
         let answer = self.greet(reason);
         assert!(matches!(answer, GuestMessage::Ready(_)), "{answer:?}");
+        let request = Request::Release;
+        self.send(&HostMessage::Request { id: 1, request });
+        let answer = self.next();
+        assert!(
+            matches!(answer, Some(GuestMessage::Done { .. })),
+            "{answer:?}"
+        );
     }
 
     /// The next message of any session; nothing at the end of the connection.
@@ -235,7 +246,17 @@ impl RawHost {
         }
     }
 
+    /// Asks for a command and says go, without waiting for either answer.
     pub fn exec(&mut self, id: u64, request: ExecRequest) {
-        self.send(&HostMessage::Exec { id, request });
+        let mut key = [0; 16];
+        key[..8].copy_from_slice(&self.nonce.0.to_le_bytes());
+        key[8..].copy_from_slice(&id.to_le_bytes());
+        self.send(&HostMessage::Exec {
+            id,
+            key: ExecKey(key),
+            again: None,
+            request,
+        });
+        self.send(&HostMessage::Go { id });
     }
 }

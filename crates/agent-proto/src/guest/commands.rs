@@ -1,0 +1,858 @@
+//! Commands: noted, started once, listened to by at most one session, remembered when they have ended.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use super::replay::{ENDED_BYTES, LARGE_BYTES, LARGE_COMMANDS, Replay, SMALL_BYTES};
+use super::session::{Attached, Stdin, Stream, unexpected};
+use super::{Action, Agent, MAX_STREAMS, REMEMBERED_COMMANDS, StreamKey, bounded_text};
+use crate::flow::{MIN_WINDOW_BYTES, ReceiveWindow, STREAM_WINDOW_BYTES};
+use crate::message::{
+    Attachment, Bytes, CommandEntry, CommandState, ExecRequest, ExitStatus, GuestMessage, Kept,
+    LISTED_ARGV_BYTES, OutputStream, Rejection, StdinState,
+};
+use crate::{Epoch, ExecKey, ProtocolError};
+
+/// How many bytes of noted requests a session holds at most.
+const MAX_NOTED_BYTES: usize = 1024 * 1024;
+/// How many open inputs get a whole window; more of them get the least.
+const LARGE_INPUTS: usize = 32;
+
+/// What the agent knows of commands.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
+pub(super) struct Commands {
+    table: BTreeMap<ExecKey, Command>,
+    // Those that run or whose output is held open by somebody.
+    live: BTreeSet<ExecKey>,
+    // Those of the table that have ended, the oldest first.
+    ended: VecDeque<ExecKey>,
+    has_forgotten: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Command {
+    epoch: Epoch,
+    argv: Vec<Bytes>,
+    pty: bool,
+    progress: Progress,
+    pub(super) owner: Option<StreamKey>,
+    pub(super) outputs: [Replay; 2],
+    input: Option<Input>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Progress {
+    Starting,
+    Released,
+    Running {
+        pid: u32,
+        started_ns: u64,
+    },
+    Ended {
+        pid: u32,
+        started_ns: u64,
+        status: ExitStatus,
+    },
+}
+
+/// An input that is open.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Input {
+    received: u64,
+    // What came in sessions that are gone and was not taken yet: it is taken first, and nobody gets credit for it.
+    orphaned: usize,
+}
+
+impl Command {
+    fn new(request: &ExecRequest, epoch: Epoch, owner: StreamKey, capacity: usize) -> Self {
+        Self {
+            epoch,
+            argv: listed(&request.argv),
+            pty: request.pty.is_some(),
+            progress: Progress::Starting,
+            owner: Some(owner),
+            outputs: [Replay::new(capacity), Replay::new(capacity)],
+            input: (request.stdin || request.pty.is_some()).then_some(Input {
+                received: 0,
+                orphaned: 0,
+            }),
+        }
+    }
+
+    pub(super) fn state(&self) -> CommandState {
+        match self.progress {
+            Progress::Starting | Progress::Released | Progress::Running { .. } => {
+                CommandState::Running
+            }
+            Progress::Ended { status, .. } => CommandState::Ended(status),
+        }
+    }
+
+    fn pid(&self) -> Option<u32> {
+        match self.progress {
+            Progress::Starting | Progress::Released => None,
+            Progress::Running { pid, .. } | Progress::Ended { pid, .. } => Some(pid),
+        }
+    }
+
+    fn entry(&self, key: ExecKey) -> CommandEntry {
+        let started_ns = match self.progress {
+            Progress::Starting | Progress::Released => 0,
+            Progress::Running { started_ns, .. } | Progress::Ended { started_ns, .. } => started_ns,
+        };
+        CommandEntry {
+            key,
+            epoch: self.epoch,
+            argv: self.argv.clone(),
+            pid: self.pid(),
+            pty: self.pty,
+            started_ns,
+            attached: self.owner.is_some(),
+            output: self.kept(),
+            state: self.state(),
+        }
+    }
+
+    fn kept(&self) -> [Kept; 2] {
+        [self.outputs[0].kept(), self.outputs[1].kept()]
+    }
+
+    fn kept_bytes(&self) -> usize {
+        self.outputs.iter().map(Replay::len).sum()
+    }
+}
+
+impl Commands {
+    pub(super) fn get(&self, key: ExecKey) -> Option<&Command> {
+        self.table.get(&key)
+    }
+
+    pub(super) fn get_mut(&mut self, key: ExecKey) -> Option<&mut Command> {
+        self.table.get_mut(&key)
+    }
+
+    /// How many live commands are listened to, and how many are not.
+    pub(super) fn count_live(&self) -> (u32, u32) {
+        let heard = |key: &&ExecKey| {
+            self.get(**key)
+                .is_some_and(|command| command.owner.is_some())
+        };
+        let attached = self.live.iter().filter(heard).count();
+        let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        (count(attached), count(self.live.len() - attached))
+    }
+
+    /// Takes the end of a session for its command: nobody listens, and nobody gets credit for what it had sent. One that has
+    /// not been released will not run.
+    pub(super) fn let_go(&mut self, attached: &Attached) {
+        let Some(command) = self.table.get_mut(&attached.key) else {
+            return;
+        };
+        if command.progress == Progress::Starting {
+            self.table.remove(&attached.key);
+            return;
+        }
+        command.owner = None;
+        if let (Some(input), Stdin::Open(window)) = (&mut command.input, &attached.stdin) {
+            input.orphaned += usize::try_from(window.kept_bytes()).unwrap_or(usize::MAX);
+        }
+    }
+
+    /// What is kept of each output of one more command.
+    fn next_capacity(&self) -> usize {
+        let is_large = |command: &&Command| {
+            command.outputs[0].capacity() == LARGE_BYTES
+                && !matches!(command.progress, Progress::Ended { .. })
+        };
+        if self.table.values().filter(is_large).count() < LARGE_COMMANDS {
+            LARGE_BYTES
+        } else {
+            SMALL_BYTES
+        }
+    }
+
+    fn input_window(&self) -> u32 {
+        let open = self
+            .table
+            .values()
+            .filter(|command| command.input.is_some());
+        if open.count() < LARGE_INPUTS {
+            STREAM_WINDOW_BYTES
+        } else {
+            MIN_WINDOW_BYTES
+        }
+    }
+
+    /// Remembers one that has ended, and forgets the oldest when there are too many.
+    fn remember(&mut self, key: ExecKey) {
+        self.ended.push_back(key);
+        let mut kept: usize = self
+            .ended
+            .iter()
+            .filter_map(|key| self.get(*key))
+            .map(Command::kept_bytes)
+            .sum();
+        for old in &self.ended {
+            if kept <= ENDED_BYTES {
+                break;
+            }
+            if let Some(command) = self.table.get_mut(old)
+                && command.owner.is_none()
+            {
+                kept -= command.kept_bytes();
+                command.outputs.iter_mut().for_each(Replay::clear);
+            }
+        }
+        if self.ended.len() > REMEMBERED_COMMANDS {
+            let table = &self.table;
+            let unheard = |key: &ExecKey| table.get(key).is_none_or(|old| old.owner.is_none());
+            if let Some(at) = self.ended.iter().position(unheard)
+                && let Some(oldest) = self.ended.remove(at)
+            {
+                self.table.remove(&oldest);
+                self.has_forgotten = true;
+            }
+        }
+    }
+
+    /// All that is known of commands, the newest last.
+    pub(super) fn entries(&self) -> impl Iterator<Item = CommandEntry> {
+        let ended = self.ended.iter();
+        let running = self
+            .table
+            .iter()
+            .filter(|(_, command)| !matches!(command.progress, Progress::Ended { .. }))
+            .map(|(key, _)| key);
+        ended
+            .chain(running)
+            .filter_map(|&key| self.get(key).map(|command| command.entry(key)))
+    }
+}
+
+impl Agent {
+    /// What is known of a command that was first asked for in `epoch`.
+    #[must_use]
+    pub fn command_state(&self, key: ExecKey, epoch: Epoch) -> CommandState {
+        match self.commands.get(key) {
+            Some(command) => command.state(),
+            None if self.commands.has_forgotten || !self.has_known(epoch) => {
+                CommandState::Forgotten
+            }
+            None => CommandState::NotRun,
+        }
+    }
+
+    /// Whether the command may be started now. True at most once for a command; the caller starts it before
+    /// it hands the machine to anyone else.
+    pub fn may_start(&mut self, key: ExecKey) -> bool {
+        if self.find_hindrance().is_some() {
+            return false;
+        }
+        let epoch = self.epoch();
+        match self.commands.get_mut(key) {
+            Some(command)
+                if command.progress == Progress::Starting && Some(command.epoch) == epoch =>
+            {
+                command.progress = Progress::Released;
+                true
+            }
+            Some(_) | None => false,
+        }
+    }
+
+    /// Notes that the command runs as process `pid` since `now_ns` by the guest's clock.
+    pub fn started(&mut self, key: ExecKey, pid: u32, now_ns: u64) -> Vec<Action> {
+        let window = self.commands.input_window();
+        let Some(command) = self.commands.get_mut(key) else {
+            return Vec::new();
+        };
+        if command.progress != Progress::Released {
+            return Vec::new();
+        }
+        let started_ns = now_ns;
+        command.progress = Progress::Running { pid, started_ns };
+        let (owner, takes_input) = (command.owner, command.input.is_some());
+        let Some(owner) = owner else {
+            return Vec::new();
+        };
+        match self.attached_mut(owner) {
+            Some(attached) if attached.awaits_start => {
+                attached.awaits_start = false;
+                if takes_input {
+                    attached.stdin = Stdin::Open(ReceiveWindow::new(window));
+                }
+            }
+            // It was attached to meanwhile.
+            Some(_) | None => return Vec::new(),
+        }
+        let message = GuestMessage::Started {
+            id: owner.id,
+            pid,
+            stdin_window_bytes: if takes_input { window } else { 0 },
+        };
+        self.send(owner, &message)
+    }
+
+    /// Notes that the command could not be started, and nothing of it has run; [`Agent::command_gone`] follows.
+    pub fn rejected(&mut self, key: ExecKey, reason: Rejection) -> Vec<Action> {
+        let hindrance = self.find_hindrance();
+        let Some(command) = self.commands.get(key) else {
+            return Vec::new();
+        };
+        let reason = match command.progress {
+            Progress::Starting => hindrance.unwrap_or(reason),
+            Progress::Released => reason,
+            Progress::Running { .. } | Progress::Ended { .. } => return Vec::new(),
+        };
+        let owner = command.owner;
+        self.commands.table.remove(&key);
+        owner.map_or_else(Vec::new, |owner| {
+            self.close_stream(owner);
+            self.send(
+                owner,
+                &GuestMessage::Rejected {
+                    id: owner.id,
+                    reason: bounded(reason),
+                },
+            )
+        })
+    }
+
+    /// How many bytes of the output may be read now; none means: wait to be woken.
+    #[must_use]
+    pub fn output_room(&self, key: ExecKey, stream: OutputStream) -> usize {
+        let Some(command) = self.commands.get(key) else {
+            // Nothing is known of it any more: what it writes is read and thrown away.
+            return usize::MAX;
+        };
+        let output = &command.outputs[stream.place()];
+        let sent = command.owner.and_then(|owner| self.sent(owner));
+        match sent {
+            None => usize::MAX,
+            Some(sent) => {
+                let unsent = output.end().saturating_sub(sent[stream.place()]);
+                let unsent = usize::try_from(unsent).unwrap_or(usize::MAX);
+                output.capacity().saturating_sub(unsent)
+            }
+        }
+    }
+
+    /// What the command wrote: kept, and sent to who listens. More than [`Agent::output_room`] allowed is kept too: somebody
+    /// may have attached since.
+    pub fn output(&mut self, key: ExecKey, stream: OutputStream, data: &[u8]) -> Vec<Action> {
+        let place = stream.place();
+        let owner = self.commands.get(key).and_then(|command| command.owner);
+        let sent = owner.and_then(|owner| self.sent(owner));
+        let needed = sent.map_or(u64::MAX, |sent| sent[place]);
+        let Some(command) = self.commands.get_mut(key) else {
+            return Vec::new();
+        };
+        command.outputs[place].push(data, needed);
+        flush(owner)
+    }
+
+    /// Notes that the command took `bytes` of its input.
+    pub fn stdin_consumed(&mut self, key: ExecKey, bytes: usize) -> Vec<Action> {
+        let Some(command) = self.commands.get_mut(key) else {
+            return Vec::new();
+        };
+        let (Some(input), owner) = (&mut command.input, command.owner) else {
+            return Vec::new();
+        };
+        let unpaid = input.orphaned.min(bytes);
+        input.orphaned -= unpaid;
+        let Some(owner) = owner.filter(|_| bytes > unpaid) else {
+            return Vec::new();
+        };
+        let Some(Stdin::Open(window)) = self.attached_mut(owner).map(|found| &mut found.stdin)
+        else {
+            return Vec::new();
+        };
+        let id = owner.id;
+        match window.consume(bytes - unpaid) {
+            Some(bytes) => self.send(owner, &GuestMessage::StdinCredit { id, bytes }),
+            None => Vec::new(),
+        }
+    }
+
+    /// Notes that the command has closed its input.
+    pub fn stdin_closed(&mut self, key: ExecKey) -> Vec<Action> {
+        let Some(command) = self.commands.get_mut(key) else {
+            return Vec::new();
+        };
+        command.input = None;
+        let Some(owner) = command.owner else {
+            return Vec::new();
+        };
+        let Some(attached) = self.attached_mut(owner) else {
+            return Vec::new();
+        };
+        let Stdin::Open(window) = &attached.stdin else {
+            return Vec::new();
+        };
+        attached.stdin = Stdin::ClosedByCommand(window.clone());
+        self.send(owner, &GuestMessage::StdinClosed { id: owner.id })
+    }
+
+    /// Notes that the command has ended and all its output was given to [`Agent::output`].
+    pub fn exited(&mut self, key: ExecKey, status: ExitStatus) -> Vec<Action> {
+        let Some(command) = self.commands.get_mut(key) else {
+            return Vec::new();
+        };
+        let Progress::Running { pid, started_ns } = command.progress else {
+            return Vec::new();
+        };
+        command.progress = Progress::Ended {
+            pid,
+            started_ns,
+            status,
+        };
+        command.input = None;
+        let owner = command.owner;
+        self.commands.remember(key);
+        flush(owner)
+    }
+
+    /// Notes that nothing of the command is left: it has ended and nobody holds its output open.
+    pub fn command_gone(&mut self, key: ExecKey) {
+        self.commands.live.remove(&key);
+    }
+
+    pub(super) fn on_exec(
+        &mut self,
+        at: StreamKey,
+        key: ExecKey,
+        again: Option<Epoch>,
+        request: ExecRequest,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), ProtocolError> {
+        self.take_id(at)?;
+        if let Some(known) = self.find_known(key, again) {
+            self.reply(
+                at,
+                GuestMessage::Known {
+                    id: at.id,
+                    state: known,
+                },
+                actions,
+            );
+            return Ok(());
+        }
+        let refused = self
+            .find_refusal(at)
+            .or_else(|| self.find_noted_excess(at, &request))
+            .or_else(|| find_fault(&request).map(|fault| Rejection::Invalid(fault.to_owned())));
+        if let Some(reason) = refused {
+            self.reply(at, GuestMessage::Rejected { id: at.id, reason }, actions);
+            return Ok(());
+        }
+        let request = Box::new(request);
+        self.open_stream(at, Stream::Noted { key, request });
+        self.reply(at, GuestMessage::Accepted { id: at.id }, actions);
+        Ok(())
+    }
+
+    /// What became of a key that was used before.
+    fn find_known(&self, key: ExecKey, again: Option<Epoch>) -> Option<CommandState> {
+        let state = match again {
+            Some(epoch) => self.command_state(key, epoch),
+            None => self.commands.get(key)?.state(),
+        };
+        (state != CommandState::NotRun).then_some(state)
+    }
+
+    pub(super) fn find_refusal(&mut self, at: StreamKey) -> Option<Rejection> {
+        self.find_hindrance()
+            .or_else(|| self.find_stream_excess(at))
+    }
+
+    pub(super) fn find_stream_excess(&mut self, at: StreamKey) -> Option<Rejection> {
+        let open = self.session(at.port, at.nonce)?.streams.len();
+        (open >= MAX_STREAMS).then_some(Rejection::TooManyStreams {
+            limit: u32::try_from(MAX_STREAMS).unwrap_or(u32::MAX),
+        })
+    }
+
+    fn find_noted_excess(&mut self, at: StreamKey, request: &ExecRequest) -> Option<Rejection> {
+        let session = self.session(at.port, at.nonce)?;
+        let noted = session.streams.values().map(|stream| match stream {
+            Stream::Noted { request, .. } => request_bytes(request),
+            Stream::Command(_) | Stream::File(_) => 0,
+        });
+        let sum: usize = noted.sum();
+        (sum + request_bytes(request) > MAX_NOTED_BYTES).then(|| {
+            let limit = session.streams.len();
+            Rejection::TooManyStreams {
+                limit: u32::try_from(limit).unwrap_or(u32::MAX),
+            }
+        })
+    }
+
+    pub(super) fn on_go(
+        &mut self,
+        at: StreamKey,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), ProtocolError> {
+        let Some(Stream::Noted { key, request }) = self.take_noted(at) else {
+            return Err(unexpected("go", "without a command that was accepted"));
+        };
+        if let Some(state) = self.find_known(key, None) {
+            self.reply(at, GuestMessage::Known { id: at.id, state }, actions);
+            return Ok(());
+        }
+        let limit = self.config.max_commands;
+        let live = self.commands.live.len();
+        let full = u32::try_from(live).map_or(true, |count| count >= limit);
+        let excess = full.then_some(Rejection::TooManyCommands { limit });
+        if let Some(reason) = self.find_hindrance().or(excess) {
+            self.reply(at, GuestMessage::Rejected { id: at.id, reason }, actions);
+            return Ok(());
+        }
+        let Some(epoch) = self.epoch() else {
+            return Ok(());
+        };
+        let capacity = self.commands.next_capacity();
+        let command = Command::new(&request, epoch, at, capacity);
+        self.commands.table.insert(key, command);
+        self.commands.live.insert(key);
+        let mut attached = Attached::new(key, [0; 2]);
+        attached.awaits_start = true;
+        self.open_stream(at, Stream::Command(Box::new(attached)));
+        actions.push(Action::Start { key, request });
+        Ok(())
+    }
+
+    pub(super) fn on_attach(
+        &mut self,
+        at: StreamKey,
+        key: ExecKey,
+        from: [u64; 2],
+        actions: &mut Vec<Action>,
+    ) -> Result<(), ProtocolError> {
+        self.take_id(at)?;
+        let released = self.is_released();
+        let refused = (!released)
+            .then_some(Rejection::NotReleased)
+            .or_else(|| self.find_stream_excess(at))
+            .or_else(|| self.find_unattachable(key, from));
+        if let Some(reason) = refused {
+            self.reply(at, GuestMessage::Rejected { id: at.id, reason }, actions);
+            return Ok(());
+        }
+        self.take_away(key, "another session listens to it", actions);
+        let window = self.commands.input_window();
+        let Some(command) = self.commands.get_mut(key) else {
+            return Ok(());
+        };
+        let kept = command.kept();
+        let first = [0, 1].map(|place| from[place].max(kept[place].first));
+        command.owner = Some(at);
+        let stdin = command.input.as_ref().map(|input| StdinState {
+            received: input.received,
+            window_bytes: window,
+        });
+        let pid = command.pid();
+        let mut attached = Attached::new(key, first);
+        if stdin.is_some() {
+            attached.stdin = Stdin::Open(ReceiveWindow::new(window));
+        }
+        self.open_stream(at, Stream::Command(Box::new(attached)));
+        let at_place = Attachment { pid, first, stdin };
+        let message = GuestMessage::Attached {
+            id: at.id,
+            at: at_place,
+        };
+        self.reply(at, message, actions);
+        actions.push(Action::Wake { key });
+        Ok(())
+    }
+
+    fn find_unattachable(&self, key: ExecKey, from: [u64; 2]) -> Option<Rejection> {
+        let Some(command) = self.commands.get(key) else {
+            let known = self.epoch().unwrap_or(Epoch([0; 16]));
+            return Some(Rejection::Unknown(self.command_state(key, known)));
+        };
+        if command.progress == Progress::Starting {
+            // Who has said go is still to be told of it.
+            return Some(Rejection::Unknown(CommandState::Running));
+        }
+        let kept = command.kept();
+        let beyond = [0, 1].iter().any(|&place| from[place] > kept[place].end);
+        beyond.then(|| Rejection::Invalid("the output is not that long".to_owned()))
+    }
+
+    /// Ends the stream of whoever listens to the command.
+    fn take_away(&mut self, key: ExecKey, why: &str, actions: &mut Vec<Action>) {
+        let Some(owner) = self.commands.get(key).and_then(|command| command.owner) else {
+            return;
+        };
+        if let Some(attached) = self.attached_mut(owner).cloned() {
+            self.commands.let_go(&attached);
+        }
+        self.close_stream(owner);
+        let reason = why.to_owned();
+        self.reply(
+            owner,
+            GuestMessage::Detached {
+                id: owner.id,
+                reason,
+            },
+            actions,
+        );
+    }
+
+    pub(super) fn on_detach(
+        &mut self,
+        at: StreamKey,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), ProtocolError> {
+        let reason = "as it was asked".to_owned();
+        if self.take_noted(at).is_some() {
+            self.reply(at, GuestMessage::Detached { id: at.id, reason }, actions);
+            return Ok(());
+        }
+        let Some(attached) = self.attached_mut(at).cloned() else {
+            return self.expect_past(at, "detach");
+        };
+        let is_starting = self
+            .commands
+            .get(attached.key)
+            .is_some_and(|command| command.progress == Progress::Starting);
+        if is_starting {
+            // It goes on to run: the host has said go. Only who has started can be let go.
+            if let Some(command) = self.commands.get_mut(attached.key) {
+                command.owner = None;
+            }
+        } else {
+            self.commands.let_go(&attached);
+        }
+        self.close_stream(at);
+        self.reply(at, GuestMessage::Detached { id: at.id, reason }, actions);
+        actions.push(Action::Wake { key: attached.key });
+        Ok(())
+    }
+
+    pub(super) fn on_stdin(
+        &mut self,
+        at: StreamKey,
+        data: Vec<u8>,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), ProtocolError> {
+        let Some(attached) = self.attached_mut(at) else {
+            // The command ended while this was on its way.
+            return self.expect_past(at, "stdin");
+        };
+        let key = attached.key;
+        match &mut attached.stdin {
+            Stdin::Open(window) => window.receive(data.len())?,
+            Stdin::ClosedByCommand(window) => return window.receive(data.len()),
+            Stdin::Ended => return Err(unexpected("stdin", "past the end of stdin")),
+        }
+        if let Some(input) = self
+            .commands
+            .get_mut(key)
+            .and_then(|found| found.input.as_mut())
+        {
+            input.received += data.len() as u64;
+            actions.push(Action::Stdin { key, data });
+        }
+        Ok(())
+    }
+
+    pub(super) fn on_stdin_end(
+        &mut self,
+        at: StreamKey,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), ProtocolError> {
+        let Some(attached) = self.attached_mut(at) else {
+            return self.expect_past(at, "end of stdin");
+        };
+        let key = attached.key;
+        match std::mem::replace(&mut attached.stdin, Stdin::Ended) {
+            Stdin::Open(_) => {
+                if let Some(command) = self.commands.get_mut(key) {
+                    command.input = None;
+                }
+                actions.push(Action::StdinEnd { key });
+                Ok(())
+            }
+            Stdin::ClosedByCommand(_) => Ok(()),
+            Stdin::Ended => Err(unexpected("end of stdin", "past the end of stdin")),
+        }
+    }
+
+    pub(super) fn on_signal(
+        &mut self,
+        at: StreamKey,
+        signal: i32,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), ProtocolError> {
+        if !(1..=31).contains(&signal) {
+            return Err(unexpected("signal", "limited to signals 1 to 31"));
+        }
+        match self.attached_mut(at).map(|attached| attached.key) {
+            Some(key) => {
+                actions.push(Action::Signal { key, signal });
+                Ok(())
+            }
+            None => self.expect_past(at, "signal"),
+        }
+    }
+
+    pub(super) fn on_resize(
+        &mut self,
+        at: StreamKey,
+        rows: u16,
+        cols: u16,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), ProtocolError> {
+        match self.attached_mut(at).map(|attached| attached.key) {
+            Some(key) => {
+                actions.push(Action::Resize { key, rows, cols });
+                Ok(())
+            }
+            None => self.expect_past(at, "resize"),
+        }
+    }
+
+    pub(super) fn on_credit(
+        &mut self,
+        at: StreamKey,
+        stream: OutputStream,
+        bytes: u32,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), ProtocolError> {
+        match self.attached_mut(at) {
+            Some(attached) => {
+                attached.windows[stream.place()].grant(bytes)?;
+                actions.push(Action::Flush { port: at.port });
+                Ok(())
+            }
+            None => self.expect_past(at, "credit"),
+        }
+    }
+
+    fn sent(&self, at: StreamKey) -> Option<[u64; 2]> {
+        let super::Port::Attached(session) = &self.ports.get(&at.port)?.port else {
+            return None;
+        };
+        match session.streams.get(&at.id)? {
+            Stream::Command(attached) if session.nonce == at.nonce => Some(attached.sent),
+            Stream::Command(_) | Stream::Noted { .. } | Stream::File(_) => None,
+        }
+    }
+
+    fn attached_mut(&mut self, at: StreamKey) -> Option<&mut Attached> {
+        self.session(at.port, at.nonce)?.command(at.id)
+    }
+
+    fn take_noted(&mut self, at: StreamKey) -> Option<Stream> {
+        let session = self.session(at.port, at.nonce)?;
+        let is_noted = matches!(session.streams.get(&at.id), Some(Stream::Noted { .. }));
+        is_noted.then(|| session.streams.remove(&at.id)).flatten()
+    }
+
+    pub(super) fn open_stream(&mut self, at: StreamKey, stream: Stream) {
+        if let Some(session) = self.session(at.port, at.nonce) {
+            session.streams.insert(at.id, stream);
+        }
+    }
+
+    pub(super) fn close_stream(&mut self, at: StreamKey) {
+        if let Some(session) = self.session(at.port, at.nonce) {
+            session.streams.remove(&at.id);
+        }
+    }
+
+    pub(super) fn reply(
+        &mut self,
+        at: StreamKey,
+        message: GuestMessage,
+        actions: &mut Vec<Action>,
+    ) {
+        let sent = self.send(at, &message);
+        actions.extend(sent);
+    }
+}
+
+fn flush(owner: Option<StreamKey>) -> Vec<Action> {
+    owner
+        .map(|owner| Action::Flush { port: owner.port })
+        .into_iter()
+        .collect()
+}
+
+fn request_bytes(request: &ExecRequest) -> usize {
+    let words: usize = request.argv.iter().map(|word| word.0.len() + 32).sum();
+    let variables = request.env.iter();
+    let env: usize = variables
+        .map(|(name, value)| name.0.len() + value.0.len() + 64)
+        .sum();
+    words + env + 256
+}
+
+fn listed(argv: &[Bytes]) -> Vec<Bytes> {
+    let mut left = LISTED_ARGV_BYTES;
+    let mut out = Vec::new();
+    for word in argv.iter().take(LISTED_ARGV_BYTES / 4) {
+        if left == 0 {
+            break;
+        }
+        let length = word.0.len().min(left);
+        out.push(Bytes::from(&word.0[..length]));
+        left -= length;
+    }
+    out
+}
+
+fn find_fault(request: &ExecRequest) -> Option<&'static str> {
+    let has_zero = |bytes: &Bytes| bytes.0.contains(&0);
+    if request
+        .argv
+        .first()
+        .is_none_or(|program| program.0.is_empty())
+    {
+        return Some("there is no program to run");
+    }
+    if request.argv.iter().any(has_zero) {
+        return Some("an argument has a zero byte");
+    }
+    let wrong_name = |name: &Bytes| name.0.is_empty() || name.0.contains(&b'=') || has_zero(name);
+    if request
+        .env
+        .iter()
+        .any(|(name, value)| wrong_name(name) || has_zero(value))
+    {
+        return Some("an environment variable has an empty name, '=' in its name or a zero byte");
+    }
+    if request
+        .cwd
+        .as_ref()
+        .is_some_and(|cwd| cwd.0.is_empty() || has_zero(cwd))
+    {
+        return Some("the folder to start in is empty or has a zero byte");
+    }
+    if request
+        .pty
+        .as_ref()
+        .is_some_and(|pty| pty.term.contains('\0'))
+    {
+        return Some("the name of the terminal has a zero byte");
+    }
+    None
+}
+
+pub(super) fn bounded(reason: Rejection) -> Rejection {
+    match reason {
+        Rejection::Invalid(text) => Rejection::Invalid(bounded_text(text)),
+        Rejection::Start { step, errno } => Rejection::Start {
+            step: bounded_text(step),
+            errno,
+        },
+        Rejection::TooManyStreams { .. }
+        | Rejection::Frozen
+        | Rejection::WorkloadFrozen
+        | Rejection::NotReleased
+        | Rejection::TooManyCommands { .. }
+        | Rejection::Unknown(_) => reason,
+    }
+}
