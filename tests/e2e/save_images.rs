@@ -256,25 +256,34 @@ fn a_checkpoint_becomes_a_save_image_and_a_save_image_a_checkpoint_without_a_vm(
     );
     assert!(worker.qemus().is_empty(), "nothing was started");
 
-    // And back, by way of an image that libvirt saved.
-    let libvirt = Libvirt::start(&folder.path().join("libvirt"), "gzip");
-    libvirt.ok(&["restore", to]);
-    let seen = number(&libvirt.console_line("a", "tick "));
+    worker.ok(&["save", "restore", to, "--name", "b"]);
+    let seen = ticks(&worker, "b");
     assert!(seen > at, "{at} then {seen}");
+
+    // And back, by way of an image that libvirt saved.
+    let ours = folder.path().join("ours.save");
+    let stop = worker.json(&["save", "write", "b", text(&ours), "--stop"]);
+    assert_eq!(stop["overlays"].as_array().map(Vec::len), Some(1));
+    let libvirt = Libvirt::start(&folder.path().join("libvirt"), "gzip");
+    libvirt.ok(&["restore", text(&ours)]);
+    let later = number(&libvirt.console_line("b", "tick "));
+    assert!(later > seen, "{seen} then {later}");
     let theirs = folder.path().join("theirs.save");
-    libvirt.ok(&["save", "a", text(&theirs)]);
+    libvirt.ok(&["save", "b", text(&theirs)]);
     drop(libvirt);
     worker.fails(&["save", "convert", text(&theirs), "checkpoint:one"], 4);
     worker.ok(&["save", "convert", text(&theirs), "checkpoint:two"]);
     write_to_overlay(&folder.path().join("one.save.vda.qcow2"));
     let moved = worker.fails(&["save", "convert", to, "checkpoint:three"], 5);
     assert!(moved.to_string().contains("vda"), "{moved}");
-    fs::remove_file(&image).expect("remove");
-    fs::remove_file(&theirs).expect("remove");
+    worker.ok(&["rm", "--force", "b"]);
+    for image in [&image, &ours, &theirs] {
+        fs::remove_file(image).expect("remove");
+    }
     worker.ok(&["gc"]);
     assert_eq!(worker.checkpoints().len(), 2);
     worker.ok(&["fork", "two", "--name", "back"]);
-    assert!(ticks(&worker, "back") > seen);
+    assert!(ticks(&worker, "back") > later);
     assert_eq!(worker.shell("back", "cat /root/kept"), "kept");
     worker.ok(&["fork", "one", "--name", "first"]);
     assert!(ticks(&worker, "first") > at);

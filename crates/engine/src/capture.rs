@@ -31,6 +31,7 @@ use crate::materialise::content_of;
 use crate::records::{LayerRow, RamSharing, Records, Sandbox, SandboxDisk, SandboxState};
 use crate::restore::micros;
 use crate::sandbox::{vm_error, wrong_state};
+use crate::standstill::Standstill;
 use crate::store::{CheckpointBody, CheckpointInfo, store_error};
 use crate::{Engine, blobs, blocking, id, launch, paths};
 
@@ -115,6 +116,8 @@ pub(crate) struct Plan {
     pub ram: Option<String>,
     /// Whether the RAM is read from where it is: for a VM that stays paused until everything is durable.
     pub ram_in_place: bool,
+    /// Whether the guest's processes are not made to stand still: of a save image, which libvirt may restore.
+    pub processes_run: bool,
     /// The bitmap that begins in each overlay, for a backup.
     bitmaps: Vec<Option<Vec<u8>>>,
 }
@@ -263,6 +266,7 @@ impl Engine {
             launch,
             name: None,
             ram_in_place: false,
+            processes_run: false,
             stays_paused,
             disks,
             bitmaps: Vec::new(),
@@ -398,7 +402,11 @@ impl Engine {
         };
         let stays_paused = plan.stays_paused;
         let sandbox = plan.sandbox.clone();
-        let standstill = self.prepare_standstill(&plan.sandbox).await;
+        let standstill = if plan.processes_run {
+            Standstill::of_nobody()
+        } else {
+            self.prepare_standstill(&plan.sandbox).await
+        };
         let (captured, ram, standstill) = blocking(move || {
             let request = CaptureRequest {
                 overlays: &overlays,

@@ -91,6 +91,7 @@ impl Engine {
         let mut plan = self
             .plan_instant("save", sandbox, launch, false, request.stop)
             .await?;
+        plan.processes_run = true;
         // It ends when the image is complete, so nobody waits for it.
         plan.ram_in_place = request.stop && plan.sandbox.ram_sharing == Some(RamSharing::Shared);
         let file = std::path::absolute(&request.file).at("find", &request.file)?;
