@@ -387,8 +387,7 @@ impl Engine {
             }
         })
         .await?;
-        self.report_standstill(&standstill);
-        drop(standstill);
+        self.end_standstill(&plan.sandbox, standstill).await;
         crate::job::crash_point("checkpoint", "staged");
         self.keep_ram(partial, &staged, ram).await?;
         let Captured {
