@@ -357,3 +357,27 @@ fn a_backup_into_a_store_that_is_killed_at_any_step_is_whole_or_absent_and_forge
         world.worker.ok(&line);
     }
 }
+
+#[test]
+fn a_store_that_takes_no_more_costs_the_backup_only() {
+    let world = World::new();
+    let disk = world.disk();
+    let line = world.line("full", &disk);
+    let before = fs::read(world.disk()).expect("read");
+    // Files may be so many blocks of 512 bytes long; the chunks need more.
+    for blocks in [400, 2000, 6000] {
+        let stead = world.worker.command(&line);
+        let limited = format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$@\"");
+        let mut command = Command::new("sh");
+        command.args(["-c", &limited, "sh"]);
+        command.arg(stead.get_program()).args(stead.get_args());
+        let output = command.output().expect("run");
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success(), "{blocks}: {text}");
+        assert!(world.list().is_empty(), "{blocks}");
+        assert!(fs::read(world.disk()).expect("read") == before, "{blocks}");
+    }
+    let made = world.make("full");
+    world.require(&made["id"], &world.disk());
+    world.is_whole();
+}

@@ -393,7 +393,7 @@ async fn a_machine_boots_from_the_initramfs_and_is_set_up_before_its_first_comma
         let mut other = machine.link(port).await;
         other.reattach(Epoch([1; 16]), BOOT_LIMIT).await.unwrap();
         assert_eq!(
-            text(&mut other, &format!("echo {port}")).await,
+            text(&other, &format!("echo {port}")).await,
             port.to_string()
         );
     }

@@ -428,8 +428,7 @@ impl Engine {
             }
         })
         .await?;
-        self.report_standstill(&standstill);
-        drop(standstill);
+        self.end_standstill(&plan.sandbox, standstill).await;
         crate::job::crash_point("checkpoint", "staged");
         let Captured {
             device_state,

@@ -81,6 +81,14 @@ impl Agent {
         let Some(epoch) = self.epoch() else {
             return Vec::new();
         };
+        if let Workload::Thawing { asked, .. } = self.workload
+            && self.session(asked.port, asked.nonce).is_none()
+        {
+            // A capture fell into the thawing: who had asked for it is of another life.
+            let (asked, releases) = (key, Some(epoch));
+            self.workload = Workload::Thawing { asked, releases };
+            return Vec::new();
+        }
         match &mut self.workload {
             Workload::Running => {
                 self.release(epoch);
