@@ -10,6 +10,7 @@ mod crash;
 mod damage;
 mod demo;
 mod exec;
+mod files;
 mod interrupted;
 mod life;
 mod save;
