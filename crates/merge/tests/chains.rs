@@ -1,7 +1,8 @@
 //! Random lives of a disk, beside a model: written to, layered, merged offline and under a QEMU, with `stead` or QEMU
 //! killed at any time. The disk is always the model's, and a bitmap brings its backup up to date or is visibly gone.
 //!
-//! `STEAD_SOAK` is how many lives there are; without it a few. A story that fails names its seed.
+//! `STEAD_SOAK` is how many lives there are (1: many); without it a few. A story that fails names its seed, and
+//! `STEAD_SEED` begins there.
 
 #![allow(
     clippy::disallowed_methods,
@@ -14,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use common::vm::{Vm, Writer};
 use common::{content, restored, sh, silent};
@@ -29,6 +30,8 @@ const PIECE: usize = 64 << 10;
 const EVENTS: usize = 14;
 /// How many lives there are in the everyday tests.
 const LIVES: u64 = 3;
+/// And with `STEAD_SOAK=1`.
+const LIVES_SOAKED: u64 = 200;
 /// How long a merge may go on before somebody is killed, in milliseconds.
 const KILLED_WITHIN_MS: usize = 150;
 
@@ -494,8 +497,24 @@ fn the_merge_that_is_killed() {
 
 #[test]
 fn whatever_happens_to_a_disk_it_is_the_models_and_no_bitmap_lies_or_goes_silently() {
-    let lives = std::env::var("STEAD_SOAK").map_or(LIVES, |lives| lives.parse().unwrap_or(200));
-    let first = std::env::var("STEAD_SEED").map_or(1, |seed| seed.parse().expect("a number"));
+    let number = |name: &str| std::env::var(name).ok()?.parse::<u64>().ok();
+    let soaked = std::env::var_os("STEAD_SOAK").is_some();
+    let lives = match number("STEAD_SOAK") {
+        Some(lives @ 2..) => lives,
+        Some(_) | None => {
+            if soaked {
+                LIVES_SOAKED
+            } else {
+                LIVES
+            }
+        }
+    };
+    // Another round of a soak has other lives.
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .expect("after 1970");
+    let first = if soaked { now.as_secs() } else { 1 };
+    let first = number("STEAD_SEED").unwrap_or(first);
     for seed in first..first + lives {
         let mut life = Life::begin(seed);
         for _ in 0..EVENTS {
