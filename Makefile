@@ -17,8 +17,9 @@ AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo --preserve-env=STEAD_TEMPLAT
 
 # Installed packages are kept here and shared by all templates built in this tree.
 export STEAD_TEMPLATE_CACHE ?= $(CURDIR)/target/template-cache
-# A guest takes a core and half a gigabyte: more than four tests at a time only slow each other down.
-export RUST_TEST_THREADS ?= $(shell n=$$(nproc); echo $$(( n < 4 ? n : 4 )))
+# A guest takes a core and half a gigabyte, and a test waits for its guest for a part of its time: one test more than
+# cores, and never more than four, which would only slow each other down.
+export RUST_TEST_THREADS ?= $(shell n=$$(nproc); echo $$(( n < 4 ? n + 1 : 4 )))
 
 .PHONY: help
 help: ## list the targets

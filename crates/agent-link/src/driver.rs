@@ -31,6 +31,9 @@ use crate::silence::{Quiet, Silence};
 /// While more than this is unsent, no input is encoded: what is said of other commands must not wait for long.
 const OUTGOING_FULL_BYTES: usize = 128 * 1024;
 
+/// An operation on files has fewer replies that take no credit.
+const MAX_FILE_REPLIES: usize = 4;
+
 /// Gets the answer to an order.
 pub(crate) type Answer<T> = oneshot::Sender<Result<T, LinkError>>;
 /// Gets what a command does.
@@ -90,6 +93,25 @@ pub(crate) enum Order {
     Detach {
         id: u64,
     },
+    /// Begins an operation on files; the answer is its stream.
+    File {
+        op: Vec<u8>,
+        events: FileEvents,
+        answer: Answer<u64>,
+    },
+    /// One message for it, sent whole. The answer comes when it is on its way: whether the operation still took it.
+    FileData {
+        id: u64,
+        data: Vec<u8>,
+        answer: Answer<bool>,
+    },
+    FileConsumed {
+        id: u64,
+        bytes: usize,
+    },
+    FileCancel {
+        id: u64,
+    },
     Request {
         request: Request,
         name: &'static str,
@@ -98,6 +120,20 @@ pub(crate) enum Order {
     SilenceLimit(Duration),
     /// The line is given back.
     Stop,
+}
+
+/// Gets what comes of an operation on files.
+pub(crate) type FileEvents = mpsc::UnboundedSender<FileEvent>;
+
+/// What comes of an operation on files.
+#[derive(Debug)]
+pub(crate) enum FileEvent {
+    /// A reply; with the last, the stream is closed.
+    Reply { reply: Vec<u8> },
+    /// A reply that is data: [`Order::FileConsumed`] is due.
+    Data(Vec<u8>),
+    /// The operation has ended otherwise.
+    Broken(LinkError),
 }
 
 /// A command to start.
@@ -129,6 +165,12 @@ enum Stream {
     Running {
         events: Events,
         input: VecDeque<Input>,
+    },
+    File {
+        events: FileEvents,
+        input: VecDeque<Input>,
+        // Replies that took no credit.
+        replies: usize,
     },
 }
 
@@ -310,7 +352,8 @@ impl Driver {
                     sent: 0,
                     answer,
                 }),
-                Some(Stream::Starting(_) | Stream::Attaching { .. }) | None => {
+                Some(Stream::Starting(_) | Stream::Attaching { .. } | Stream::File { .. })
+                | None => {
                     tell(answer, Ok(false));
                 }
             },
@@ -323,6 +366,20 @@ impl Driver {
                     .map(Option::unwrap_or_default)
             }),
             Order::Detach { id } => self.put_if_open(id, |open| open.detach(id)),
+            Order::File { op, events, answer } => self.begin_file(op, events, answer),
+            Order::FileData { id, data, answer } => match self.streams.get_mut(&id) {
+                Some(Stream::File { input, .. }) => input.push_back(Input {
+                    data,
+                    sent: 0,
+                    answer,
+                }),
+                Some(Stream::Starting(_) | Stream::Attaching { .. } | Stream::Running { .. })
+                | None => tell(answer, Ok(false)),
+            },
+            Order::FileConsumed { id, bytes } => self.put_if_open(id, |open| {
+                open.file_consumed(id, bytes).map(Option::unwrap_or_default)
+            }),
+            Order::FileCancel { id } => self.put_if_open(id, |open| open.detach(id)),
             Order::Request {
                 request,
                 name,
@@ -355,6 +412,47 @@ impl Driver {
                 self.streams.insert(id, Stream::Starting(start));
             }
             Err(source) => refuse(start.answer, Stage::Start, source),
+        }
+    }
+
+    fn begin_file(&mut self, op: Vec<u8>, events: FileEvents, answer: Answer<u64>) {
+        match self.session().file(op) {
+            Ok((id, frame)) => {
+                self.put(frame);
+                let stream = Stream::File {
+                    events,
+                    input: VecDeque::new(),
+                    replies: 0,
+                };
+                self.streams.insert(id, stream);
+                tell(answer, Ok(id));
+            }
+            Err(source) => refuse(answer, Stage::Request("operation on files"), source),
+        }
+    }
+
+    fn on_file_reply(&mut self, id: u64, reply: Vec<u8>, last: bool) {
+        let Some(Stream::File {
+            events, replies, ..
+        }) = self.streams.get_mut(&id)
+        else {
+            return;
+        };
+        *replies += 1;
+        if *replies <= MAX_FILE_REPLIES {
+            drop(events.send(FileEvent::Reply { reply }));
+        }
+        if last {
+            self.close_file(id);
+        }
+    }
+
+    /// What the operation was still to be sent is of no use.
+    fn close_file(&mut self, id: u64) {
+        if let Some(Stream::File { input, .. }) = self.streams.remove(&id) {
+            input
+                .into_iter()
+                .for_each(|left| tell(left.answer, Ok(false)));
         }
     }
 
@@ -391,6 +489,9 @@ impl Driver {
                         .for_each(|left| tell(left.answer, Ok(false)));
                 }
                 // Nobody waits for it: that is why it was detached.
+                Some(Stream::File { input, .. }) => input
+                    .into_iter()
+                    .for_each(|left| tell(left.answer, Ok(false))),
                 Some(Stream::Starting(_) | Stream::Attaching { .. }) | None => {}
             },
             Event::Output { id, stream, data } => {
@@ -419,9 +520,13 @@ impl Driver {
             | Event::Hail(_)
             | Event::Ready(_)
             | Event::Failed(_)
-            | Event::File { .. }
-            | Event::FileData { .. }
             | Event::FileCredit { .. } => {}
+            Event::File { id, reply, last } => self.on_file_reply(id, reply, last),
+            Event::FileData { id, data } => {
+                if let Some(Stream::File { events, .. }) = self.streams.get(&id) {
+                    drop(events.send(FileEvent::Data(data)));
+                }
+            }
         }
     }
 
@@ -437,7 +542,8 @@ impl Driver {
                 start.is_told_to_go = !start.answer.is_closed();
                 start.is_told_to_go
             }
-            Some(Stream::Attaching { .. } | Stream::Running { .. }) | None => false,
+            Some(Stream::Attaching { .. } | Stream::Running { .. } | Stream::File { .. })
+            | None => false,
         };
         self.put_if_open(
             id,
@@ -473,6 +579,12 @@ impl Driver {
             Some(Stream::Starting(start)) => tell(start.answer, Err(error)),
             Some(Stream::Attaching { answer, .. }) => tell(answer, Err(error)),
             Some(Stream::Running { events, .. }) => inform(&events, CommandEvent::Broken(error)),
+            Some(Stream::File { events, input, .. }) => {
+                drop(events.send(FileEvent::Broken(error)));
+                input
+                    .into_iter()
+                    .for_each(|left| tell(left.answer, Ok(false)));
+            }
             None => {}
         }
     }
@@ -488,6 +600,11 @@ impl Driver {
                     let room = self.line.session.as_ref().map(|open| open.stdin_room(id));
                     front.data.is_empty() || room != Some(Some(0))
                 }),
+                // A message for an operation is not cut.
+                Stream::File { input, .. } => input.front().is_some_and(|front| {
+                    let room = self.line.session.as_ref().map(|open| open.file_room(id));
+                    room.flatten().is_none_or(|room| room >= front.data.len())
+                }),
                 Stream::Starting(_) | Stream::Attaching { .. } => false,
             };
             let next = waiting
@@ -498,8 +615,30 @@ impl Driver {
                 return;
             };
             self.turn = id;
-            self.send_input(id);
+            match self.streams.get(&id) {
+                Some(Stream::File { .. }) => self.send_file_data(id),
+                Some(Stream::Starting(_) | Stream::Attaching { .. } | Stream::Running { .. })
+                | None => self.send_input(id),
+            }
         }
+    }
+
+    fn send_file_data(&mut self, id: u64) {
+        let Some(Stream::File { input, .. }) = self.streams.get_mut(&id) else {
+            return;
+        };
+        let (Some(front), Some(session)) = (input.pop_front(), self.line.session.as_mut()) else {
+            return;
+        };
+        let taken = match session.file_data(id, &front.data) {
+            Ok(frame) => {
+                self.line.wire.outgoing.put(frame);
+                true
+            }
+            // It takes none.
+            Err(_) => false,
+        };
+        tell(front.answer, Ok(taken));
     }
 
     fn send_input(&mut self, id: u64) {
@@ -586,7 +725,8 @@ impl Driver {
                 }
                 other @ (Stream::Starting(_)
                 | Stream::Attaching { .. }
-                | Stream::Running { .. }) => {
+                | Stream::Running { .. }
+                | Stream::File { .. }) => {
                     self.streams.insert(id, other);
                 }
             }
@@ -602,6 +742,13 @@ impl Driver {
                     inform(&events, CommandEvent::Broken(broken.at(Stage::Run)));
                     for left in input {
                         tell(left.answer, Err(broken.at(Stage::Run)));
+                    }
+                }
+                Stream::File { events, input, .. } => {
+                    let stage = Stage::Request("operation on files");
+                    drop(events.send(FileEvent::Broken(broken.at(stage))));
+                    for left in input {
+                        tell(left.answer, Err(broken.at(stage)));
                     }
                 }
             }

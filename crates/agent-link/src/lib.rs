@@ -33,6 +33,7 @@ mod command;
 mod driver;
 mod error;
 mod exec;
+pub mod files;
 mod line;
 mod link;
 mod silence;

@@ -19,6 +19,7 @@
 //! come out.
 #![forbid(unsafe_code)]
 
+pub mod files;
 pub mod flow;
 pub mod frame;
 pub mod guest;

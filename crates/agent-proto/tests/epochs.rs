@@ -695,6 +695,35 @@ fn a_frozen_workload_outlives_its_host_and_goes_on_only_when_told_to_in_its_life
     assert_eq!(said(&mut clone, 0), [answer]);
 }
 
+/// A capture can fall into the freezing or the thawing: the release of the clone waits for its end.
+#[test]
+fn a_release_waits_for_a_freeze_or_a_thaw_that_a_capture_fell_into() {
+    let mut agent = Agent::new(config());
+    complete(&mut agent, 0, 1, 10);
+    let freeze = request(2, Request::FreezeWorkload { limit_ms: 5 });
+    agent.on_item(0, to_guest(1, 10, 3, &freeze));
+    let mut freezing = agent.clone();
+    acknowledge(&mut freezing, 1, 2, 20);
+    assert_eq!(freezing.on_item(1, to_guest(2, 20, 2, &release(1))), []);
+    assert_eq!(freezing.workload_frozen(Ok(())), [Action::ThawWorkload]);
+    agent.workload_frozen(Ok(()));
+    let thaw = request(3, Request::ThawWorkload);
+    agent.on_item(0, to_guest(1, 10, 4, &thaw));
+    let mut thawing = agent;
+    acknowledge(&mut thawing, 1, 2, 20);
+    assert_eq!(thawing.on_item(1, to_guest(2, 20, 2, &release(1))), []);
+    for mut clone in [freezing, thawing] {
+        assert!(!clone.is_released());
+        clone.workload_thawed(Ok(4));
+        assert!(clone.is_released());
+        let answer = GuestMessage::Done {
+            id: 1,
+            outcome: Done::Released { duration_ns: 4 },
+        };
+        assert_eq!(said(&mut clone, 1), [answer]);
+    }
+}
+
 /// A go that lies whole in a port when the guest is captured: in the clone it finds the workload frozen, or another life.
 #[test]
 fn a_go_that_a_capture_cut_off_from_its_host_runs_in_no_clone() {

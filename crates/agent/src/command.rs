@@ -28,16 +28,20 @@ use rustix::process::{
 };
 use stead_agent_proto::ExecKey;
 use stead_agent_proto::flow::MAX_CHUNK_BYTES;
-use stead_agent_proto::message::{ExecRequest, ExitStatus, OutputStream, Rejection};
+use stead_agent_proto::message::{ExecRequest, ExitStatus, OutputStream, Pty, Rejection};
 
 use crate::account;
 use crate::core::Core;
 use crate::error::{self, AgentError, Attempt};
 use crate::inbox::Inbox;
 use crate::launch::{Failure, Launcher, Streams};
+use crate::pty::{Terminal, TerminalSize};
 use crate::reaper::Owned;
 
 const STACK_BYTES: usize = 256 * 1024;
+/// How long a terminal may be silent after its command before the command's output counts as complete. The kernel passes on
+/// what was written a little later; when nobody has the terminal open any more, it says so and nothing is waited for.
+const LAST_WORDS: Duration = Duration::from_millis(100);
 
 /// Begins a command on a thread of its own.
 pub(crate) fn spawn(
@@ -73,14 +77,14 @@ fn start(
     request: &ExecRequest,
     inbox: &Arc<Inbox>,
 ) -> Result<Option<Running>, Rejection> {
-    if request.pty.is_some() || !request.limits.is_empty() {
-        let why = "this agent gives commands neither terminals nor limits";
-        return Err(Rejection::Invalid(why.to_owned()));
-    }
     let own = rustix::process::getuid().as_raw().to_string();
     let account =
         account::resolve(request.user.as_deref().unwrap_or(&own)).map_err(Rejection::Invalid)?;
-    let (streams, ends) = pipes(request.stdin).map_err(|error| rejection(&error))?;
+    let (streams, ends) = match &request.pty {
+        Some(wanted) => terminal(wanted, request.stdin, account.uid),
+        None => pipes(request.stdin),
+    }
+    .map_err(|error| rejection(&error))?;
     let mut launcher = Launcher::prepare(request, &account).map_err(|error| rejection(&error))?;
     // The point of no return, under the lock: after another epoch has begun it cannot be passed.
     let released = core.release(key, || launcher.release(&streams));
@@ -88,11 +92,11 @@ fn start(
     match released {
         Some(Ok(())) => {}
         Some(Err(error)) => {
-            give_up(&mut launcher);
+            launcher.give_up();
             return Err(rejection(&error));
         }
         None => {
-            give_up(&mut launcher);
+            launcher.give_up();
             return Ok(None);
         }
     }
@@ -100,14 +104,14 @@ fn start(
         .then(|| Instant::now() + Duration::from_millis(request.timeout_ms));
     // One that was not quick enough is ended like any other command over its time: part of it may have run.
     if let Err(Failure { step, errno }) = await_answer(&mut launcher, deadline) {
-        give_up(&mut launcher);
+        launcher.give_up();
         return Err(Rejection::Start { step, errno });
     }
     let pid = Pid::from_child(&launcher.child);
     let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
         Ok(pidfd) => pidfd,
         Err(error) => {
-            give_up(&mut launcher);
+            launcher.give_up();
             return Err(Rejection::Start {
                 step: "watch the command, which was killed".to_owned(),
                 errno: error.raw_os_error(),
@@ -123,11 +127,12 @@ fn start(
         pid,
         pidfd,
         owned: Some(launcher.owned),
+        terminal: ends.terminal,
         stdin: ends.stdin,
         pending: VecDeque::new(),
         stdin_end: false,
         outputs: [
-            Output::new(OutputStream::Stdout, ends.stdout),
+            Output::new(OutputStream::Stdout, Some(ends.stdout)),
             Output::new(OutputStream::Stderr, ends.stderr),
         ],
         deadline,
@@ -143,18 +148,6 @@ fn now_ns() -> u64 {
     since.map_or(0, |since| {
         u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
     })
-}
-
-/// Ends a launcher and takes its remains.
-fn give_up(launcher: &mut Launcher) {
-    // One that has ended by itself takes the signal without a complaint.
-    if let Err(error) = launcher
-        .child
-        .kill()
-        .and_then(|()| launcher.child.wait().map(drop))
-    {
-        eprintln!("stead-agent: end a launcher: {error}");
-    }
 }
 
 /// Waits until the program runs or its time is over: a file system that hangs may hold it up.
@@ -194,9 +187,26 @@ fn time_left(deadline: Option<Instant>) -> Option<Timespec> {
 
 /// The agent's ends of a command's streams; they do not block.
 struct Ends {
+    // Instead of pipes: one for input and output, which is hung up when the last of the ends is closed.
+    terminal: Option<Terminal>,
     stdin: Option<OwnedFd>,
     stdout: OwnedFd,
-    stderr: OwnedFd,
+    stderr: Option<OwnedFd>,
+}
+
+fn terminal(wanted: &Pty, with_stdin: bool, owner: u32) -> Result<(Streams, Ends), AgentError> {
+    let (terminal, streams) = Terminal::open(size(wanted.rows, wanted.cols), owner)?;
+    let ends = Ends {
+        stdin: with_stdin.then(|| terminal.side()).transpose()?,
+        stdout: terminal.side()?,
+        stderr: None,
+        terminal: Some(terminal),
+    };
+    Ok((streams, ends))
+}
+
+fn size(rows: u16, columns: u16) -> TerminalSize {
+    TerminalSize { rows, columns }
 }
 
 fn pipes(with_stdin: bool) -> Result<(Streams, Ends), AgentError> {
@@ -210,9 +220,10 @@ fn pipes(with_stdin: bool) -> Result<(Streams, Ends), AgentError> {
     let (own_stdout, stdout) = pipe()?;
     let (own_stderr, stderr) = pipe()?;
     let ends = Ends {
+        terminal: None,
         stdin: own_stdin,
         stdout: unblocked(own_stdout)?,
-        stderr: unblocked(own_stderr)?,
+        stderr: Some(unblocked(own_stderr)?),
     };
     Ok((
         Streams {
@@ -247,10 +258,10 @@ struct Output {
 }
 
 impl Output {
-    fn new(stream: OutputStream, pipe: OwnedFd) -> Self {
+    fn new(stream: OutputStream, pipe: Option<OwnedFd>) -> Self {
         Self {
             stream,
-            pipe: Some(pipe),
+            pipe,
             left_bytes: None,
         }
     }
@@ -270,6 +281,7 @@ struct Running {
     pidfd: OwnedFd,
     // Held until the command has been reaped.
     owned: Option<Owned>,
+    terminal: Option<Terminal>,
     stdin: Option<OwnedFd>,
     pending: VecDeque<Vec<u8>>,
     stdin_end: bool,
@@ -342,13 +354,15 @@ impl Running {
             fds.push(PollFd::new(&self.pidfd, PollFlags::IN));
         }
         let mut stdin_at = None;
-        if let Some(stdin) = &self.stdin {
+        // A terminal that is hung up would wake it for ever.
+        let is_watched = self.terminal.is_none() || self.has_input();
+        if let Some(stdin) = self.stdin.as_ref().filter(|_| is_watched) {
             stdin_at = Some(fds.len());
             // Without input to write, only the end of the reader is of interest.
-            let events = if self.pending.is_empty() {
-                PollFlags::empty()
-            } else {
+            let events = if self.has_input() {
                 PollFlags::OUT
+            } else {
+                PollFlags::empty()
             };
             fds.push(PollFd::new(stdin, events));
         }
@@ -359,11 +373,7 @@ impl Running {
                 fds.push(PollFd::new(pipe, PollFlags::IN));
             }
         }
-        let limit = if self.status.is_none() {
-            time_left(self.deadline)
-        } else {
-            None
-        };
+        let limit = time_left(self.deadline);
         match poll(&mut fds, limit.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => unreachable!("own descriptors cannot be waited for: {error}"),
@@ -372,7 +382,7 @@ impl Running {
         Ready {
             bell: events(Some(0)).contains(PollFlags::IN),
             ended: !events(ended_at).is_empty(),
-            stdin: events(stdin_at).contains(PollFlags::OUT),
+            stdin: events(stdin_at).intersects(PollFlags::OUT | PollFlags::HUP),
             stdin_closed: events(stdin_at).contains(PollFlags::ERR),
             outputs: output_at.map(|at| !events(at).is_empty()),
         }
@@ -384,6 +394,12 @@ impl Running {
             self.pending.extend(letters.stdin);
             self.stdin_end |= letters.stdin_end;
             self.close_finished_stdin();
+        }
+        if let Some((rows, columns)) = letters.size
+            && let Some(terminal) = &self.terminal
+            && let Err(error) = terminal.resize(size(rows, columns))
+        {
+            eprintln!("stead-agent: {}", error::chain(&error));
         }
         for number in letters.signals {
             if let Some(signal) = Signal::from_named_raw(number).filter(|_| self.status.is_none()) {
@@ -400,8 +416,14 @@ impl Running {
         }
     }
 
+    /// Whether there is something to write: input, or a terminal's end of input.
+    fn has_input(&self) -> bool {
+        !self.pending.is_empty() || (self.stdin_end && self.terminal.is_some())
+    }
+
     fn write_stdin(&mut self) {
         let (Some(stdin), Some(front)) = (&self.stdin, self.pending.front_mut()) else {
+            self.end_terminal_input();
             return;
         };
         match rustix::io::write(stdin, front) {
@@ -419,8 +441,23 @@ impl Running {
         }
     }
 
+    /// A terminal's input is not closed: its end is typed. A terminal that reads byte by byte has none.
+    fn end_terminal_input(&mut self) {
+        let (Some(terminal), Some(stdin)) = (&self.terminal, &self.stdin) else {
+            return;
+        };
+        let typed = match terminal.end_of_input() {
+            Ok(Some(code)) => rustix::io::write(stdin, &[code]).map(drop),
+            Ok(None) => Ok(()),
+            Err(_) => Err(Errno::IO),
+        };
+        if !matches!(typed, Err(Errno::AGAIN | Errno::INTR)) {
+            self.on_stdin_closed();
+        }
+    }
+
     fn close_finished_stdin(&mut self) {
-        if self.stdin_end && self.pending.is_empty() {
+        if self.stdin_end && self.pending.is_empty() && self.terminal.is_none() {
             self.stdin = None;
         }
     }
@@ -479,6 +516,11 @@ impl Running {
         });
         self.stdin = None;
         self.pending.clear();
+        self.deadline = None;
+        if self.terminal.is_some() {
+            self.deadline = Some(Instant::now() + LAST_WORDS);
+            return;
+        }
         for output in &mut self.outputs {
             let waiting = output.pipe.as_ref().map(rustix::io::ioctl_fionread);
             match waiting {
@@ -489,9 +531,25 @@ impl Running {
         }
     }
 
+    /// A command that has ended may have left others at its terminal: nothing came from it for a while, then that is all.
+    fn on_last_words(&mut self) {
+        for output in &mut self.outputs {
+            let waiting = output.pipe.as_ref().map(rustix::io::ioctl_fionread);
+            match waiting {
+                Some(Ok(0)) => output.left_bytes = Some(0),
+                // The host is slow, or it goes on writing.
+                Some(Ok(_)) => self.deadline = Some(Instant::now() + LAST_WORDS),
+                Some(Err(_)) => output.pipe = None,
+                None => {}
+            }
+        }
+    }
+
     fn on_deadline(&mut self) {
         self.deadline = None;
-        if self.status.is_none() {
+        if self.status.is_some() {
+            self.on_last_words();
+        } else {
             self.timed_out = true;
             self.signal_group(Signal::KILL);
             // A launcher that has not become the command yet leads no group.

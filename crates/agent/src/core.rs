@@ -9,14 +9,16 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use stead_agent::files::Files;
 use stead_agent_proto::frame::Item;
-use stead_agent_proto::guest::{Action, Agent};
+use stead_agent_proto::guest::{Action, Agent, StreamKey};
 use stead_agent_proto::message::{self, ExecRequest, Phase, Rejection};
 use stead_agent_proto::{ExecKey, Frame, Nonce};
 
 use crate::chores::Chores;
 use crate::command;
 use crate::drain::Drain;
+use crate::file_streams;
 use crate::freeze;
 use crate::inbox::Inbox;
 use crate::setup::Setup;
@@ -34,6 +36,7 @@ pub(crate) struct Core {
     orders: Orders,
     chores: Chores,
     pub(crate) drain: Drain,
+    pub(crate) files: Files,
 }
 
 /// Where the threads take their orders that freeze and thaw.
@@ -51,6 +54,7 @@ pub(crate) struct State {
     pub(crate) agent: Agent,
     ports: HashMap<u32, Port>,
     commands: HashMap<ExecKey, Arc<Inbox>>,
+    files: HashMap<StreamKey, Arc<file_streams::Inlet>>,
 }
 
 /// What a port's writer waits for.
@@ -82,12 +86,14 @@ impl Core {
                 agent,
                 ports: HashMap::new(),
                 commands: HashMap::new(),
+                files: HashMap::new(),
             }),
             steps: Mutex::new(()),
             setup,
             orders,
             chores,
             drain,
+            files: Files::default(),
         }
     }
 
@@ -284,18 +290,26 @@ impl Core {
                     core.wait_until_written(port, LAST_ANSWER_LIMIT)
                 });
             }
-            Action::FileBegin { stream, op: _ } => {
-                let reason = Rejection::Invalid("this agent has no operations on files".to_owned());
-                let answers = state.agent.file_refused(stream, reason);
-                self.perform_all(state, answers);
-            }
-            // None was begun.
-            Action::FileData { .. }
-            | Action::FileEnd { .. }
-            | Action::FileRoom { .. }
-            | Action::FileGone { .. } => {}
+            Action::FileBegin { stream, op } => self.begin_file(state, stream, op),
+            Action::FileData { stream, data } => state.file(stream, |inlet| inlet.put(data)),
+            // What is written says itself where it ends.
+            Action::FileEnd { .. } => {}
+            Action::FileRoom { stream } => state.file(stream, file_streams::Inlet::ring),
+            Action::FileGone { stream } => state.file(stream, file_streams::Inlet::close),
         }
         None
+    }
+
+    fn begin_file(self: &Arc<Self>, state: &mut State, stream: StreamKey, op: Vec<u8>) {
+        let inlet = Arc::new(file_streams::Inlet::default());
+        state.files.insert(stream, Arc::clone(&inlet));
+        if let Err(error) = file_streams::spawn(Arc::clone(self), stream, op, inlet) {
+            let step = format!("start a thread: {error}");
+            let reason = Rejection::Start { step, errno: 0 };
+            let answers = state.agent.file_refused(stream, reason);
+            state.forget_file(stream);
+            self.perform_all(state, answers);
+        }
     }
 
     fn start(self: &Arc<Self>, state: &mut State, key: ExecKey, request: Box<ExecRequest>) {
@@ -321,6 +335,17 @@ impl State {
     pub(crate) fn forget(&mut self, key: ExecKey) {
         self.commands.remove(&key);
         self.agent.command_gone(key);
+    }
+
+    /// Forgets an operation on files that has ended.
+    pub(crate) fn forget_file(&mut self, stream: StreamKey) {
+        self.files.remove(&stream);
+    }
+
+    fn file(&self, stream: StreamKey, put: impl FnOnce(&file_streams::Inlet)) {
+        if let Some(inlet) = self.files.get(&stream) {
+            put(inlet);
+        }
     }
 
     fn flush(&self, port: u32) {

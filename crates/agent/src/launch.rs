@@ -18,14 +18,15 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
 };
-use rustix::process::{Gid, Uid};
+use rustix::process::{Gid, Pid, Uid};
 use serde::{Deserialize, Serialize};
 use stead_agent_proto::frame::MAX_PAYLOAD_BYTES;
-use stead_agent_proto::message::{Bytes, ExecRequest};
+use stead_agent_proto::message::{Bytes, ExecRequest, ResourceLimit};
 
 use crate::account::Account;
 use crate::error::{AgentError, Attempt};
 use crate::reaper::{self, Owned};
+use crate::{limits, pty, workload};
 
 /// A request fits into a frame; the account adds a little.
 const MAX_ORDER_BYTES: usize = MAX_PAYLOAD_BYTES + 32 * 1024;
@@ -39,6 +40,9 @@ struct Order {
     cwd: Option<Bytes>,
     home: String,
     identity: Option<(u32, u32, Vec<u32>)>,
+    /// Whether the standard streams are a terminal that is to control the command's session.
+    terminal: bool,
+    limits: Vec<ResourceLimit>,
 }
 
 /// Why a command could not be started.
@@ -79,6 +83,8 @@ impl Launcher {
                 .user
                 .as_ref()
                 .map(|_| (account.uid, account.gid, account.groups.clone())),
+            terminal: request.pty.is_some(),
+            limits: request.limits.clone(),
         };
         let order = postcard::to_stdvec(&order)
             .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))
@@ -100,12 +106,30 @@ impl Launcher {
                 .spawn()
         };
         let (child, owned) = reaper::own(start).attempt(|| "start a launcher".to_owned())?;
-        Ok(Self {
+        let mut launcher = Self {
             child,
             owned,
             socket: own,
             order,
-        })
+        };
+        // Before it becomes a command: what it starts is then born there.
+        if let Err(error) = workload::admit_command(launcher.number()) {
+            launcher.give_up();
+            return Err(error);
+        }
+        Ok(launcher)
+    }
+
+    fn number(&self) -> i32 {
+        Pid::from_child(&self.child).as_raw_nonzero().get()
+    }
+
+    /// Ends the launcher and takes its remains.
+    pub(crate) fn give_up(&mut self) {
+        // One that has ended by itself takes the signal without a complaint.
+        if let Err(error) = self.child.kill().and_then(|()| self.child.wait().map(drop)) {
+            eprintln!("stead-agent: end a launcher: {error}");
+        }
     }
 
     /// Sends the order: from here on the command runs. Does not block: the order fits into the socket.
@@ -166,6 +190,9 @@ fn environment(request: &ExecRequest, account: &Account) -> Vec<(Bytes, Bytes)> 
     .into_iter()
     .map(|(name, value)| (Bytes::from(name), Bytes::from(value)))
     .collect();
+    if let Some(terminal) = &request.pty {
+        all.push((Bytes::from("TERM"), Bytes::from(pty::kind(&terminal.term))));
+    }
     all.retain(|(name, _)| request.env.iter().all(|(other, _)| other != name));
     all.extend(request.env.iter().cloned());
     all
@@ -249,6 +276,12 @@ fn prepare(order: &Order, streams: Streams) -> Result<Command, Failure> {
     failing(leave_protection(), || {
         "leave the agent's out-of-memory protection".to_owned()
     })?;
+    if order.terminal {
+        failing(process::ioctl_tiocsctty(&streams.stdin), || {
+            "take the terminal".to_owned()
+        })?;
+    }
+    set_limits(&order.limits)?;
     process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     if let Some((uid, gid, groups)) = &order.identity {
         let groups: Vec<Gid> = groups.iter().copied().map(Gid::from_raw).collect();
@@ -296,6 +329,19 @@ fn prepare(order: &Order, streams: Streams) -> Result<Command, Failure> {
                 .map(|(name, value)| (OsStr::from_bytes(&name.0), OsStr::from_bytes(&value.0))),
         );
     Ok(command)
+}
+
+fn set_limits(limits: &[ResourceLimit]) -> Result<(), Failure> {
+    failing(limits::restore_usual(), || {
+        "give the command the usual limit of descriptors".to_owned()
+    })?;
+    for limit in limits {
+        limits::apply(limit).map_err(|(step, error)| Failure {
+            step,
+            errno: error.raw_os_error(),
+        })?;
+    }
+    Ok(())
 }
 
 fn leave_protection() -> rustix::io::Result<()> {

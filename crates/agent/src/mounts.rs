@@ -1,4 +1,4 @@
-//! Which file systems can be frozen, from the kernel's list of mounts.
+//! Which file systems can be frozen, and where control groups are, from the kernel's list of mounts.
 //!
 //! # Source
 //! proc(5), `/proc/pid/mountinfo`.
@@ -62,6 +62,14 @@ pub(crate) fn writable(mountinfo: &[u8]) -> Writable {
         }
     }
     found
+}
+
+/// Where the unified hierarchy of control groups is mounted, found in the text of `mountinfo`.
+pub(crate) fn cgroup2(mountinfo: &[u8]) -> Option<Vec<u8>> {
+    let mut mounts = mountinfo.split(|&byte| byte == b'\n').filter_map(parse);
+    mounts
+        .find(|mount| mount.kind == b"cgroup2" && mount.writable)
+        .map(|mount| mount.point)
 }
 
 fn parse(line: &[u8]) -> Option<Mount<'_>> {
@@ -130,6 +138,16 @@ broken\n";
         let found = writable(text);
         assert_eq!(found.freezable, [b"/".to_vec(), b"/with space\\".to_vec()]);
         assert_eq!(found.unsupported, [b"/boot/efi".to_vec()]);
+    }
+
+    #[test]
+    fn control_groups_are_found_beside_those_of_the_first_version() {
+        let both = b"\
+31 23 0:26 / /sys/fs/cgroup ro - tmpfs tmpfs rw\n\
+32 31 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
+33 31 0:28 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw,nsdelegate\n";
+        assert_eq!(cgroup2(both), Some(b"/sys/fs/cgroup/unified".to_vec()));
+        assert_eq!(cgroup2(&both[..100]), None);
     }
 
     #[test]

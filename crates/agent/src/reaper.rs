@@ -43,6 +43,18 @@ pub(crate) fn own<E>(
     Ok((child, Owned(pid)))
 }
 
+/// Notes that a child which another agent in this process started is reaped by whoever holds the result.
+pub(crate) fn adopt(pid: i32) -> Owned {
+    lock().get_or_insert_default().insert(pid);
+    Owned(pid)
+}
+
+/// The children of a process, ended ones among them.
+pub(crate) fn children_of(parent: i32) -> Vec<i32> {
+    let parent = parent.to_string();
+    processes(|stat| matches!(state_and_parent(stat), Some((_, found)) if found == parent))
+}
+
 /// Reaps orphans for ever. Only for process 1.
 pub(crate) fn run() {
     loop {
@@ -78,24 +90,31 @@ fn reap_strangers() {
 
 /// The zombies among the children of process 1.
 fn ended_children() -> Vec<i32> {
+    processes(is_ended_child)
+}
+
+/// The processes of which the kernel says what is wanted.
+fn processes(is_wanted: impl Fn(&str) -> bool) -> Vec<i32> {
     let Ok(entries) = fs::read_dir("/proc") else {
         return Vec::new();
     };
     entries
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
         .filter(|pid: &i32| {
-            fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| is_ended_child(&stat))
+            fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| is_wanted(&stat))
         })
         .collect()
 }
 
-/// proc(5), `/proc/pid/stat`: the name in parentheses may hold anything; state and parent follow it.
 fn is_ended_child(stat: &str) -> bool {
-    let Some((_, rest)) = stat.rsplit_once(')') else {
-        return false;
-    };
+    state_and_parent(stat) == Some(("Z", "1"))
+}
+
+/// proc(5), `/proc/pid/stat`: the name in parentheses may hold anything; state and parent follow it.
+fn state_and_parent(stat: &str) -> Option<(&str, &str)> {
+    let (_, rest) = stat.rsplit_once(')')?;
     let mut fields = rest.split_ascii_whitespace();
-    (fields.next(), fields.next()) == (Some("Z"), Some("1"))
+    Some((fields.next()?, fields.next()?))
 }
 
 fn lock() -> MutexGuard<'static, Option<HashSet<i32>>> {

@@ -23,7 +23,8 @@ use crate::freeze::{self, Freezer};
 use crate::port::{self, Line};
 use crate::setup::Setup;
 use crate::standstill::{self, Standstill, Unable};
-use crate::{init, reaper};
+use crate::workload::Workload;
+use crate::{init, pty, reaper};
 
 const PORTS_FOLDER: &str = "/sys/class/virtio-ports";
 const MAX_COMMANDS: u32 = 256;
@@ -91,6 +92,19 @@ impl Options {
         matches!(self.source, Source::Virtio)
     }
 
+    fn standstill(&self) -> Box<dyn Standstill> {
+        if !self.is_machine() {
+            return Box::new(Unable);
+        }
+        match Workload::discover() {
+            Ok(workload) => Box::new(workload),
+            Err(error) => {
+                eprintln!("stead-agent: processes cannot be frozen: {}", chain(&error));
+                Box::new(Unable)
+            }
+        }
+    }
+
     /// Over a socket the agent serves less than a machine, and leaves the machine's own alone unless told.
     fn freezer(&self) -> Freezer {
         let program = self.freeze_program.clone();
@@ -110,6 +124,7 @@ pub(crate) fn run(arguments: &[OsString]) -> Result<(), AgentError> {
     let options = Options::parse(arguments)?;
     if std::process::id() == 1 {
         init::mount_kernel_file_systems()?;
+        pty::mount_terminals()?;
         spawn("reaper", reaper::run)?;
     }
     if options.is_machine() {
@@ -151,7 +166,7 @@ fn build(options: &Options) -> Result<Arc<Core>, AgentError> {
     let (standing, told) = channel();
     let (chores, due) = Chores::new();
     let (drain, drainer) = Drain::new()?;
-    let standstill: Box<dyn Standstill> = Box::new(Unable);
+    let standstill = options.standstill();
     let mut agent = Agent::new(config);
     if standstill.is_frozen() {
         agent = agent.with_frozen_workload();

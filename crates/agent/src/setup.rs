@@ -1,6 +1,7 @@
 //! The steps of a handshake that need the operating system.
 
 use std::fs::File;
+use std::io::Read;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -8,19 +9,19 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use rustix::time::{ClockId, Timespec, clock_settime};
 use stead_agent_proto::guest::StepResult;
 use stead_agent_proto::message::{
-    self, ForkIdentity, Identity, IoctlReport, Phase, PhaseDetail, PhaseOutcome,
+    self, ForkIdentity, Identity, IoctlReport, NetworkIdentity, Phase, PhaseDetail, PhaseOutcome,
 };
 use stead_sys::entropy;
 
 use crate::core::Core;
 use crate::error::{AgentError, Attempt};
 use crate::freeze::Order;
+use crate::persona::{self, Applied, Interface, Persona, Place, is_hostname};
 
 const THAW_LIMIT: Duration = Duration::from_secs(30);
 /// How long a thaw that has failed is given to succeed after all: the freezer tries again every second.
 const THAW_AGAIN_LIMIT: Duration = Duration::from_secs(5);
 const THAW_AGAIN_PAUSE: Duration = Duration::from_millis(100);
-const MAX_HOSTNAME_BYTES: usize = 64;
 
 /// What the agent sets up in a new life of the machine.
 #[derive(Debug)]
@@ -110,34 +111,47 @@ impl Setup {
         Ok((PhaseOutcome::Done, PhaseDetail::Entropy(reports)))
     }
 
+    /// The random bytes of the new identity are drawn here: the generator has been seeded anew by now.
     fn become_fork(&self, fork: &ForkIdentity) -> Step {
-        if fork.machine_id
-            || fork.ssh_host_keys
-            || !fork.network.is_empty()
-            || !fork.clear.is_empty()
-        {
-            return Err("this agent changes nothing of a fork but its host name".to_owned());
-        }
-        self.set_hostname(fork.hostname.as_deref())
-    }
-
-    fn set_hostname(&self, name: Option<&str>) -> Step {
-        let Some(name) = name else {
-            return skipped("no name was given");
-        };
-        let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'.';
-        if name.is_empty() || name.len() > MAX_HOSTNAME_BYTES || !name.bytes().all(is_allowed) {
-            return Err(format!(
-                "{name:?} is no host name: 1 to {MAX_HOSTNAME_BYTES} letters, digits, '-' and '.'"
-            ));
+        if let Some(name) = fork.hostname.as_deref().filter(|name| !is_hostname(name)) {
+            return Err(format!("{name:?} is no host name"));
         }
         if !self.hostname {
             return skipped("the agent was told to leave the host name alone");
         }
-        rustix::system::sethostname(name.as_bytes())
-            .map_err(|error| format!("set the host name: {error}"))?;
-        let changed = vec![format!("host name {name}")];
-        Ok((PhaseOutcome::Done, PhaseDetail::Identity(changed)))
+        let persona = Persona {
+            hostname: fork.hostname.clone(),
+            machine_id: fork.machine_id.then(|| self.random_id()).transpose()?,
+            ssh_host_keys: fork.ssh_host_keys,
+            network: fork.network.iter().map(interface).collect(),
+            clear: fork.clear.iter().map(|path| path.0.clone()).collect(),
+        };
+        let applied = Place::machine().apply(&persona);
+        match persona::failures(&applied) {
+            Some(error) => Err(error),
+            None if applied.is_empty() => skipped("nothing is to be changed"),
+            None => {
+                let changed = applied.iter().map(Applied::to_string).collect();
+                Ok((PhaseOutcome::Done, PhaseDetail::Identity(changed)))
+            }
+        }
+    }
+
+    fn random_id(&self) -> Result<[u8; 16], String> {
+        let mut id = [0; 16];
+        (&self.random)
+            .read_exact(&mut id)
+            .map_err(|error| format!("read /dev/urandom: {error}"))?;
+        Ok(id)
+    }
+}
+
+fn interface(network: &NetworkIdentity) -> Interface {
+    Interface {
+        name: network.interface.clone(),
+        mac: network.mac,
+        addresses: network.addresses.clone(),
+        gateways: network.gateways.clone(),
     }
 }
 

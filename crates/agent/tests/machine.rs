@@ -326,7 +326,7 @@ fn greeting(life: u8, reason: Reason) -> Greeting {
 }
 
 /// A whole handshake and its release.
-async fn begin(link: &mut AgentLink, greeting: &Greeting) -> Ready {
+async fn live(link: &mut AgentLink, greeting: &Greeting) -> Ready {
     let ready = link.handshake(greeting, BOOT_LIMIT).await.unwrap();
     link.release().await.unwrap();
     ready
@@ -358,7 +358,7 @@ async fn a_machine_boots_from_the_initramfs_and_is_set_up_before_its_first_comma
     // Connected and greeted long before the guest has a kernel: the answer comes when the agent is there.
     let begin = Instant::now();
     let mut link = machine.link(0).await;
-    let ready = begin(&mut link, &greeting(1, Reason::Boot)).await;
+    let ready = live(&mut link, &greeting(1, Reason::Boot)).await;
     eprintln!("boot to ready: {:?}; {:?}", begin.elapsed(), ready.phases);
     assert!(
         ready.clock_behind_ns().unwrap() > 3 * 365 * 86_400 * 1_000_000_000,
@@ -393,7 +393,7 @@ async fn a_machine_boots_from_the_initramfs_and_is_set_up_before_its_first_comma
         let mut other = machine.link(port).await;
         other.reattach(Epoch([1; 16]), BOOT_LIMIT).await.unwrap();
         assert_eq!(
-            text(&mut other, &format!("echo {port}")).await,
+            text(&other, &format!("echo {port}")).await,
             port.to_string()
         );
     }
@@ -421,7 +421,7 @@ async fn hosts_come_and_go_without_a_lost_wake_up_and_an_idle_agent_does_not_spi
     let guest = Guest::make();
     let machine = guest.boot(LINE);
     let mut link = machine.link(0).await;
-    begin(&mut link, &greeting(1, Reason::Boot)).await;
+    live(&mut link, &greeting(1, Reason::Boot)).await;
     drop(link);
     let begin = Instant::now();
     for round in 0..100 {
@@ -499,7 +499,7 @@ async fn a_freeze_stops_writes_and_ends_with_its_host() {
     let guest = Guest::make();
     let machine = guest.boot(LINE);
     let mut link = machine.link(0).await;
-    begin(&mut link, &greeting(1, Reason::Boot)).await;
+    live(&mut link, &greeting(1, Reason::Boot)).await;
     let mut writer = machine.link(1).await;
     writer.reattach(Epoch([1; 16]), BOOT_LIMIT).await.unwrap();
     let script =
@@ -555,7 +555,7 @@ async fn a_capture_in_the_middle_of_a_transfer_never_mixes_two_lives() {
     let guest = Guest::make();
     let mut machine = guest.boot(LINE);
     let mut link = machine.link(0).await;
-    begin(&mut link, &greeting(1, Reason::Boot)).await;
+    live(&mut link, &greeting(1, Reason::Boot)).await;
     text(&link, "echo 0 > /data/runs").await;
     for life in 2..=13u8 {
         // In the middle of megabytes both ways, cut at another place each time.
@@ -649,7 +649,7 @@ async fn forks_of_one_capture_draw_different_random_bytes() {
     let guest = Guest::make();
     let mut machine = guest.boot(LINE);
     let mut link = machine.link(0).await;
-    begin(&mut link, &greeting(1, Reason::Boot)).await;
+    live(&mut link, &greeting(1, Reason::Boot)).await;
     let state = guest.path("state");
     machine.capture(&state);
     drop(link);
@@ -668,7 +668,7 @@ async fn forks_of_one_capture_draw_different_random_bytes() {
         fork.await_status("{\"execute\":\"query-status\"}", "\"paused\"");
         let mut link = fork.link(0).await;
         fork.qmp("{\"execute\":\"cont\"}");
-        begin(&mut link, &greeting(life, Reason::Fork)).await;
+        live(&mut link, &greeting(life, Reason::Fork)).await;
         draws.push(
             text(
                 &link,

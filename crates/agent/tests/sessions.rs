@@ -883,8 +883,8 @@ async fn a_thaw_that_fails_is_said_and_tried_again() {
         frosty.diary().len() > diary_of_failure
             && frosty.diary().last().map(String::as_str) == Some("--unfreeze /data")
     });
-    let mut next = frosty.agent.ready(2).await;
-    frosty.until_thawed(&mut next).await;
+    let next = frosty.agent.ready(2).await;
+    frosty.until_thawed(&next).await;
     next.exec_capture(sh("true"), b"").await.unwrap();
 }
 

@@ -1,6 +1,7 @@
 //! The disk that is backed up: its active layer locked for changes, what lies below locked against writers.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use stead_qcow2::edit::{EditOptions, Editor};
 use stead_qcow2::ops::bitmap::{self, Action, Step};
@@ -40,7 +41,7 @@ pub enum DiskSource {
 #[derive(Debug)]
 pub(crate) struct Disk {
     pub name: String,
-    pub chain: Chain,
+    pub chain: Arc<Chain>,
     /// The active layer; none where the next bitmap has begun already.
     editor: Option<Editor>,
     _locks: Vec<ImageLock>,
@@ -113,7 +114,7 @@ impl Disk {
             .collect::<Result<_>>()?;
         Ok(Self {
             name,
-            chain: Chain::open(layers).map_err(engine)?,
+            chain: Arc::new(Chain::open(layers).map_err(engine)?),
             editor,
             _locks: locks,
         })

@@ -4,8 +4,8 @@
 //! whole then.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io::Read;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -16,7 +16,7 @@ use stead_sys::readable;
 
 use crate::content::Hashes;
 use crate::error::{BackupError, Kind, Result};
-use crate::record::{BackupKind, MAX_RECORD_BYTES, Record, is_id};
+use crate::record::{BackupKind, Facts, MAX_RECORD_BYTES, Record, is_id};
 
 /// The most backups that one may stand on.
 const MAX_CHAIN: usize = 1000;
@@ -198,57 +198,67 @@ impl Folder {
 
     /// The one backup whose id begins with `wanted`; `latest` is the newest, where all are of one disk.
     pub fn find(&self, wanted: &str) -> Result<String> {
-        const ATTEMPT: &str = "find the backup";
-        let next = format!("`stead backup ls {}` lists them", self.path.display());
-        let refuse =
-            |kind, found: String| Err(BackupError::new(kind, ATTEMPT, found).next(next.clone()));
-        if wanted == "latest" {
-            let mut all: Vec<&Record> = self
-                .records
-                .values()
-                .filter_map(|one| one.as_ref().ok())
-                .collect();
-            if all
-                .iter()
-                .any(|record| (&record.disk, &record.bitmap) != (&all[0].disk, &all[0].bitmap))
-            {
-                return refuse(
-                    Kind::Usage,
-                    "there are backups of several disks, so say which by its id".into(),
-                );
-            }
-            all.sort_by(|a, b| (&a.time, &a.id).cmp(&(&b.time, &b.id)));
-            return match all.last() {
-                Some(newest) => Ok(newest.id.clone()),
-                None => refuse(
-                    Kind::NotFound,
-                    format!("{} has no backup", self.path.display()),
-                ),
-            };
-        }
-        let alike: Vec<&String> = self
-            .records
-            .keys()
-            .filter(|id| id.starts_with(wanted))
-            .collect();
-        match alike[..] {
-            [id] => Ok(id.clone()),
-            [] => refuse(
-                Kind::NotFound,
-                format!(
-                    "no backup in {} has an id that begins with {wanted:?}",
-                    self.path.display()
-                ),
-            ),
-            [..] => refuse(
-                Kind::Usage,
-                format!(
-                    "{} backups have ids that begin with {wanted:?}",
-                    alike.len()
-                ),
-            ),
+        let facts = |(id, record): (&String, &std::result::Result<Record, String>)| {
+            (id.clone(), record.as_ref().ok().map(Record::facts))
+        };
+        let all: Vec<_> = self.records().map(facts).collect();
+        find(&self.path.display().to_string(), &all, wanted)
+    }
+}
+
+/// The one backup of `place` whose id begins with `wanted`; `latest` is the newest, where all are of one disk. Of each
+/// backup there are the id and, where they can be read, the facts.
+///
+/// # Errors
+/// When there is none, or more than one.
+pub fn find(place: &str, all: &[(String, Option<Facts>)], wanted: &str) -> Result<String> {
+    if wanted == "latest" {
+        return latest(place, all);
+    }
+    let alike = all.iter().map(|(id, _)| id);
+    let alike: Vec<&String> = alike.filter(|id| id.starts_with(wanted)).collect();
+    match alike[..] {
+        [id] => Ok(id.clone()),
+        [] => refuse(
+            place,
+            Kind::NotFound,
+            format!("no backup in {place} has an id that begins with {wanted:?}"),
+        ),
+        [..] => {
+            let found = format!(
+                "{} backups have ids that begin with {wanted:?}",
+                alike.len()
+            );
+            refuse(place, Kind::Usage, found)
         }
     }
+}
+
+fn latest(place: &str, all: &[(String, Option<Facts>)]) -> Result<String> {
+    let mut all: Vec<&Facts> = all.iter().filter_map(|(_, facts)| facts.as_ref()).collect();
+    let is_other = |one: &&Facts| (&one.disk, &one.bitmap) != (&all[0].disk, &all[0].bitmap);
+    if all.iter().any(is_other) {
+        let found = "there are backups of several disks, so say which by its id";
+        return refuse(place, Kind::Usage, found.into());
+    }
+    all.sort_by(|a, b| (&a.time, &a.id).cmp(&(&b.time, &b.id)));
+    match all.last() {
+        Some(newest) => Ok(newest.id.clone()),
+        None => refuse(place, Kind::NotFound, format!("{place} has no backup")),
+    }
+}
+
+fn refuse(place: &str, kind: Kind, found: String) -> Result<String> {
+    let next = format!("`stead backup ls {place}` lists them");
+    Err(BackupError::new(kind, "find the backup", found).next(next))
+}
+
+/// The length and BLAKE3 hash of a file.
+pub(crate) fn hash_file(path: &Path) -> io::Result<(u64, String)> {
+    let file: File = readable::open(path)?;
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(file)?;
+    Ok((hasher.count(), hasher.finalize().to_hex().to_string()))
 }
 
 /// The names of backups' files: id and ending.
@@ -317,8 +327,8 @@ pub enum State {
 pub struct Listed {
     /// Its id.
     pub id: String,
-    /// Its record, where that can be read.
-    pub record: Option<Record>,
+    /// What it is, where its record can be read.
+    pub record: Option<Facts>,
     /// Whether it could be restored.
     #[serde(flatten)]
     pub state: State,
@@ -336,16 +346,20 @@ pub fn list(folder: &Path) -> Result<Vec<Listed>> {
         .records()
         .map(|(id, record)| listed(&folder, id, record))
         .collect();
-    let key = |one: &Listed| {
+    sort(&mut all);
+    Ok(all)
+}
+
+/// Puts a list into the order of time.
+pub fn sort(all: &mut [Listed]) {
+    all.sort_by_key(|one| {
         let time = one.record.as_ref().map(|record| record.time.clone());
-        let full = one
+        let later = one
             .record
             .as_ref()
             .map(|record| record.kind != BackupKind::Full);
-        (time, full, one.id.clone())
-    };
-    all.sort_by_key(key);
-    Ok(all)
+        (time, later, one.id.clone())
+    });
 }
 
 fn listed(folder: &Folder, id: &str, record: &std::result::Result<Record, String>) -> Listed {
@@ -353,7 +367,7 @@ fn listed(folder: &Folder, id: &str, record: &std::result::Result<Record, String
     let depth = chain.as_ref().map_or(0, |chain| chain.len() - 1);
     Listed {
         id: id.to_owned(),
-        record: record.as_ref().ok().cloned(),
+        record: record.as_ref().ok().map(Record::facts),
         state: match chain {
             Ok(_) => State::Complete,
             Err(why) => State::Broken(why),

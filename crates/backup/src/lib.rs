@@ -1,4 +1,4 @@
-//! Full and incremental backups of disks into a folder, by dirty bitmaps that cannot be taken for another's.
+//! Full and incremental backups of disks into a folder (or any other [`Vault`]), by dirty bitmaps that cannot be taken for another's.
 //!
 //! * [`run()`] makes a backup: of everything, or of what changed since an earlier one.
 //! * [`restore()`] makes the disk of a backup again; [`verify()`] reads backups and says what is damaged; [`list()`] lists them.
@@ -20,17 +20,25 @@ mod disk;
 mod error;
 mod event;
 mod folder;
+mod into_folder;
+mod live;
 mod make;
 mod prove;
 mod record;
+mod remove;
 mod restore;
+mod vault;
 mod verify;
 
 pub use disk::DiskSource;
 pub use error::{BackupError, Kind, Result};
 pub use event::{Event, Step, Watch};
-pub use folder::{Listed, State, list};
-pub use make::{BackupReport, BackupRequest, Wanted, new_id, next_bitmap, run};
-pub use record::{BackupKind, Record};
-pub use restore::{RestoreFormat, RestoreReport, RestoreRequest, restore};
+pub use folder::{Listed, State, find, list, sort};
+pub use into_folder::FolderVault;
+pub use live::{LiveOrder, run_live};
+pub use make::{BackupReport, BackupRequest, Order, Wanted, new_id, next_bitmap, run, run_into};
+pub use record::{BackupKind, Facts, is_id};
+pub use remove::remove;
+pub use restore::{RestoreFormat, RestoreReport, RestoreRequest, restore, restore_with};
+pub use vault::{Ground, Told, Vault};
 pub use verify::{Verdict, verify};

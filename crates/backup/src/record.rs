@@ -39,10 +39,36 @@ impl BackupKind {
     }
 }
 
-/// The record of a backup.
+/// What a backup is, wherever it lies.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct Record {
+pub struct Facts {
+    /// The backup's id: 32 hex digits.
+    pub id: String,
+    /// What it holds.
+    pub kind: BackupKind,
+    /// The id of the backup that an incremental one was made after.
+    pub parent: Option<String>,
+    /// The disk, as it was named.
+    pub disk: String,
+    /// The name of the bitmaps, without an id.
+    pub bitmap: String,
+    /// When it was begun, in UTC.
+    pub time: String,
+    /// The disk's length in bytes.
+    pub disk_bytes: u64,
+    /// How many bytes of the disk were looked at as changed.
+    pub changed_bytes: u64,
+    /// How many bytes it takes of its own.
+    pub stored_bytes: u64,
+    /// Why it is a full one though an incremental one was wanted.
+    pub why_full: Option<String>,
+}
+
+/// The record of a backup in a folder.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct Record {
     /// The version of the record.
     pub version: u32,
     /// The backup's id: 32 hex digits.
@@ -89,15 +115,74 @@ pub(crate) fn id_in<'a>(bitmap: &'a [u8], name: &str) -> Option<&'a str> {
     std::str::from_utf8(rest).ok().filter(|id| is_id(id))
 }
 
-pub(crate) fn is_id(text: &str) -> bool {
+/// Whether `text` is an id of a backup: 32 hex digits, and nothing that could leave a folder.
+#[must_use]
+pub fn is_id(text: &str) -> bool {
     let digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
     text.len() == ID_DIGITS && text.bytes().all(digit)
 }
 
+impl Facts {
+    /// What is wrong with the facts of the backup `id`, as far as they tell.
+    #[must_use]
+    pub fn refusal(&self, id: &str) -> Option<String> {
+        if self.id != id || !is_id(id) {
+            return Some(format!("it is that of {}", self.id));
+        }
+        if self.disk_bytes > MAX_DISK_BYTES {
+            return Some(format!(
+                "a disk of {} bytes is above 64 TiB",
+                self.disk_bytes
+            ));
+        }
+        let stands_on = self.parent.as_deref();
+        let right = match self.kind {
+            BackupKind::Full => stands_on.is_none(),
+            BackupKind::Incremental => {
+                stands_on.is_some_and(|parent| is_id(parent) && parent != id)
+            }
+        };
+        (!right).then(|| "its parent does not fit its kind".into())
+    }
+}
+
 impl Record {
-    /// The version that is written.
-    pub(crate) const fn version() -> u32 {
-        VERSION
+    pub fn of(
+        facts: Facts,
+        image_bytes: u64,
+        image_blake3: String,
+        content_blake3: String,
+    ) -> Self {
+        Self {
+            version: VERSION,
+            id: facts.id,
+            kind: facts.kind,
+            parent: facts.parent,
+            disk: facts.disk,
+            bitmap: facts.bitmap,
+            time: facts.time,
+            disk_bytes: facts.disk_bytes,
+            changed_bytes: facts.changed_bytes,
+            image_bytes,
+            image_blake3,
+            content_blake3,
+            why_full: facts.why_full,
+        }
+    }
+
+    pub fn facts(&self) -> Facts {
+        Facts {
+            id: self.id.clone(),
+            kind: self.kind,
+            parent: self.parent.clone(),
+            disk: self.disk.clone(),
+            bitmap: self.bitmap.clone(),
+            time: self.time.clone(),
+            disk_bytes: self.disk_bytes,
+            changed_bytes: self.changed_bytes,
+            stored_bytes: self.image_bytes,
+            why_full: self.why_full.clone(),
+        }
     }
 
     pub(crate) fn encode(&self) -> serde_json::Result<Vec<u8>> {
@@ -125,23 +210,7 @@ impl Record {
         if self.version != VERSION {
             return Some(format!("version {} is not known", self.version));
         }
-        if self.id != id || !is_id(id) {
-            return Some(format!("it is that of {}", self.id));
-        }
-        if self.disk_bytes > MAX_DISK_BYTES {
-            return Some(format!(
-                "a disk of {} bytes is above 64 TiB",
-                self.disk_bytes
-            ));
-        }
-        let stands_on = self.parent.as_deref();
-        let right = match self.kind {
-            BackupKind::Full => stands_on.is_none(),
-            BackupKind::Incremental => {
-                stands_on.is_some_and(|parent| is_id(parent) && parent != id)
-            }
-        };
-        (!right).then(|| "its parent does not fit its kind".into())
+        self.facts().refusal(id)
     }
 }
 

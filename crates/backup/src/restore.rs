@@ -1,21 +1,22 @@
 //! Making the disk of a backup again: it gets its name only when every byte of it has the recorded hash.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Serialize;
 use stead_qcow2::{
     Chain, ConvertOptions, LayerFile, LayerFormat, NewFormat, Preallocation, Qcow2Options, Target,
     convert,
 };
-use stead_sys::durable::{self, Existing, TEMP_PREFIX};
+use stead_sys::durable::{self, Existing, Partial, TEMP_PREFIX};
 
 use crate::content::{Hashes, chunk_range};
 use crate::error::{BackupError, Kind, Result};
 use crate::event::{Step, Watch};
-use crate::folder::Folder;
-use crate::make::{hash_file, part_of};
+use crate::folder::{Folder, hash_file};
 use crate::prove::{End, find_damage};
-use crate::record::Record;
+use crate::record::{Facts, Record};
 
 const MODE: u32 = 0o600;
 
@@ -32,7 +33,7 @@ pub enum RestoreFormat {
 /// A disk to be restored.
 #[derive(Debug, Clone)]
 pub struct RestoreRequest {
-    /// The folder of backups.
+    /// The folder of backups, or the store.
     pub from: PathBuf,
     /// The backup: the beginning of its id, or `latest`.
     pub backup: String,
@@ -49,7 +50,7 @@ pub struct RestoreRequest {
 #[serde(rename_all = "kebab-case")]
 pub struct RestoreReport {
     /// The backup that it shows.
-    pub record: Record,
+    pub record: Facts,
     /// Where it is.
     pub disk: PathBuf,
     /// The backups that it was made of, the newest first.
@@ -92,6 +93,8 @@ pub fn restore(request: &RestoreRequest, watch: Watch<'_>) -> Result<RestoreRepo
         | Kind::Conflict
         | Kind::Incompatible
         | Kind::NoSpace
+        | Kind::Vm
+        | Kind::Store
         | Kind::Cancelled => error,
     })?;
     if let Some(found) = damage {
@@ -101,7 +104,7 @@ pub fn restore(request: &RestoreRequest, watch: Watch<'_>) -> Result<RestoreRepo
     watch.step(Step::Publish);
     publish(request, &temp)?;
     Ok(RestoreReport {
-        record: chain[0].clone(),
+        record: chain[0].facts(),
         disk: request.to.clone(),
         made_of: chain.iter().map(|record| record.id.clone()).collect(),
     })
@@ -144,33 +147,12 @@ fn make(
     (temp, hashes): (&Path, &Hashes),
     watch: Watch<'_>,
 ) -> Result<Option<String>> {
-    let engine = |error| BackupError::engine("restore the disk", error);
     watch.step(Step::Copy);
-    let backup = Chain::open(images).map_err(engine)?;
-    let (format, options) = match request.format {
-        RestoreFormat::Qcow2 => (
-            LayerFormat::Qcow2,
-            NewFormat::Qcow2(Qcow2Options::default()),
-        ),
-        RestoreFormat::Raw => (
-            LayerFormat::Raw,
-            NewFormat::Raw {
-                preallocation: Preallocation::Off,
-            },
-        ),
+    copy(request, images, temp, watch)?;
+    let format = match request.format {
+        RestoreFormat::Qcow2 => LayerFormat::Qcow2,
+        RestoreFormat::Raw => LayerFormat::Raw,
     };
-    let target = Target::New {
-        path: temp.to_owned(),
-        mode: MODE,
-        existing: Existing::Replace,
-    };
-    let options = ConvertOptions {
-        format: options,
-        ..ConvertOptions::default()
-    };
-    let total = backup.len();
-    let progress = |fraction: f64| watch.progress(part_of(total, fraction), total);
-    convert(&backup, &target, &options, &watch.control(&progress)).map_err(engine)?;
     watch.step(Step::Prove);
     let outcome = damage(
         &LayerFile {
@@ -184,6 +166,36 @@ fn make(
         remove(temp)?;
     }
     outcome
+}
+
+/// Copies what images show to a hidden name.
+fn copy(
+    request: &RestoreRequest,
+    images: &[LayerFile],
+    temp: &Path,
+    watch: Watch<'_>,
+) -> Result<()> {
+    let engine = |error| BackupError::engine("restore the disk", error);
+    let backup = Chain::open(images).map_err(engine)?;
+    let format = match request.format {
+        RestoreFormat::Qcow2 => NewFormat::Qcow2(Qcow2Options::default()),
+        RestoreFormat::Raw => NewFormat::Raw {
+            preallocation: Preallocation::Off,
+        },
+    };
+    let target = Target::New {
+        path: temp.to_owned(),
+        mode: MODE,
+        existing: Existing::Replace,
+    };
+    let options = ConvertOptions {
+        format,
+        ..ConvertOptions::default()
+    };
+    let total = backup.len();
+    let progress = |fraction: f64| watch.progress_of(fraction, total);
+    convert(&backup, &target, &options, &watch.control(&progress)).map_err(engine)?;
+    Ok(())
 }
 
 fn damage(disk: &LayerFile, hashes: &Hashes, watch: Watch<'_>) -> Result<Option<String>> {
@@ -236,4 +248,73 @@ fn publish(request: &RestoreRequest, temp: &Path) -> Result<()> {
         remove(temp)?;
         Err(BackupError::io("publish", &request.to, source))
     })
+}
+
+/// Restores a disk that is kept some other way than as images: `fill` writes its bytes into an empty file, and `damage`
+/// says of what was made of them what is wrong with it, if something is.
+///
+/// # Durability
+/// As [`restore()`].
+///
+/// # Errors
+/// As [`restore()`], and those of `fill` and `damage`. An image needs the room of the bytes beside its own meanwhile.
+pub fn restore_with(
+    request: &RestoreRequest,
+    record: Facts,
+    fill: impl FnOnce(&File) -> Result<()>,
+    damage: impl FnOnce(Arc<Chain>) -> Result<Option<String>>,
+    watch: Watch<'_>,
+) -> Result<RestoreReport> {
+    require_free(request)?;
+    let io = |source| BackupError::io("write", &request.to, source);
+    watch.step(Step::Copy);
+    let raw = Partial::create(&request.to, MODE).map_err(io)?;
+    fill(raw.file())?;
+    let bytes = LayerFile {
+        path: raw.temp_path().to_owned(),
+        format: LayerFormat::Raw,
+    };
+    match request.format {
+        RestoreFormat::Raw => {
+            proven(&bytes, &record, damage, watch)?;
+            watch.step(Step::Publish);
+            raw.publish(existing(request)).map_err(io)?;
+        }
+        RestoreFormat::Qcow2 => {
+            let temp = temp_path(&request.to)?;
+            copy(request, &[bytes], &temp, watch)?;
+            drop(raw);
+            let image = LayerFile {
+                path: temp.clone(),
+                format: LayerFormat::Qcow2,
+            };
+            proven(&image, &record, damage, watch)
+                .or_else(|error| remove(&temp).and(Err(error)))?;
+            watch.step(Step::Publish);
+            publish(request, &temp)?;
+        }
+    }
+    Ok(RestoreReport {
+        made_of: vec![record.id.clone()],
+        record,
+        disk: request.to.clone(),
+    })
+}
+
+fn proven(
+    disk: &LayerFile,
+    record: &Facts,
+    damage: impl FnOnce(Arc<Chain>) -> Result<Option<String>>,
+    watch: Watch<'_>,
+) -> Result<()> {
+    watch.step(Step::Prove);
+    let chain = Chain::open(std::slice::from_ref(disk));
+    let chain = chain.map_err(|error| BackupError::engine("read the restored disk back", error))?;
+    match damage(Arc::new(chain))? {
+        None => Ok(()),
+        Some(why) => {
+            let attempt = format!("restore {}", record.id);
+            Err(BackupError::new(Kind::Damaged, attempt, why))
+        }
+    }
 }

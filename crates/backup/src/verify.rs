@@ -9,8 +9,7 @@ use stead_qcow2::{Chain, check};
 use crate::content::{chunk_range, chunks_of};
 use crate::error::{BackupError, Kind, Result};
 use crate::event::{Step, Watch};
-use crate::folder::Folder;
-use crate::make::hash_file;
+use crate::folder::{Folder, hash_file};
 use crate::prove::{End, find_damage};
 use crate::record::{BackupKind, Record};
 

@@ -15,7 +15,7 @@ use std::sync::atomic::AtomicBool;
 use common::{World, content, sh, silent};
 use stead_backup::{
     BackupKind, DiskSource, Kind, RestoreFormat, RestoreRequest, State, Wanted, Watch, list,
-    new_id, restore, run, verify,
+    new_id, remove, restore, run, verify,
 };
 use stead_qcow2::{LayerFile, LayerFormat};
 
@@ -38,8 +38,11 @@ fn a_full_backup_and_each_incremental_one_restores_to_the_disk_of_its_time() {
         assert_eq!(report.record.parent, earlier);
         assert_eq!(world.bitmaps(), [report.next_bitmap.as_str()]);
         // The images are a chain that QEMU's own tools read.
-        sh(&format!("qemu-img check -q {}", report.image.display()));
-        assert!(content(&report.image) == world.content());
+        sh(&format!(
+            "qemu-img check -q {}",
+            report.image.as_ref().expect("a file").display()
+        ));
+        assert!(content(report.image.as_ref().expect("a file")) == world.content());
         times.push((report.record, world.content()));
     }
     for (record, disk) in &times {
@@ -396,4 +399,27 @@ fn a_disk_that_goes_on_in_a_new_layer_is_backed_up_from_the_frozen_ones() {
     for (id, disk) in &times {
         world.require(id, disk, "frozen");
     }
+}
+
+#[test]
+fn a_backup_is_removed_only_when_none_stands_on_it_and_the_others_stay_whole() {
+    let world = World::new();
+    let full = world.backup(Wanted::Full).expect("full").record.id;
+    world.io(&["write -P 3 1M 64k"]);
+    let last = world.backup(Wanted::Incremental).expect("one").record.id;
+    let files = world.files();
+    let error = remove(&world.folder, &full).expect_err("refused");
+    assert_eq!(error.kind(), Kind::Conflict, "{error}");
+    assert!(error.found().contains(&last), "{error}");
+    assert!(world.files() == files);
+    assert_eq!(remove(&world.folder, &last).expect("removed"), last);
+    assert_eq!(list(&world.folder).expect("listed").len(), 1);
+    assert_eq!(world.files().len(), 3);
+    world.require_all_whole("the other");
+    // The disk's bitmap began with the one that is gone, so it says nothing here any more.
+    let next = world.backup(Wanted::Incremental).expect("one").record;
+    assert_eq!(next.kind, BackupKind::Full);
+    let missing = world.dir.path().join("missing");
+    assert!(remove(&missing, "latest").is_err());
+    assert!(!missing.exists());
 }

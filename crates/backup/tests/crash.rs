@@ -17,6 +17,7 @@ use common::{World, silent};
 use stead_backup::{
     BackupKind, BackupRequest, DiskSource, Event, Wanted, Watch, list, run, verify,
 };
+use stead_qcow2::edit::{JournalFiles, recover};
 
 const FOLDER: &str = "STEAD_TEST_BACKUP_FOLDER";
 const STEP: &str = "STEAD_TEST_BACKUP_STEP";
@@ -87,6 +88,8 @@ fn goes_on(world: &World, write: &str, story: &str) -> BackupKind {
     if world.folder.exists() {
         world.require_all_whole(story);
     }
+    // The kill may have hit the change of the bitmaps, which QEMU then refuses to look at.
+    recover(&world.disk, &JournalFiles::Nothing).unwrap_or_else(|error| panic!("{story}: {error}"));
     world.io(&[write]);
     let report = world.backup(Wanted::Incremental);
     let report = report.unwrap_or_else(|error| panic!("{story}: {error}"));

@@ -6,7 +6,7 @@ use crate::content::{self, Content};
 use crate::error::{Doing, Result};
 use crate::{Bench, program, workload};
 
-/// The sandbox, which runs on.
+/// The sandbox, which runs on until [`end`].
 pub const SANDBOX: &str = "first";
 /// The peer's internal snapshot.
 pub const TAG: &str = "c1";
@@ -57,6 +57,18 @@ pub async fn prepare(bench: &Bench) -> Result<First> {
         image,
         folder,
     })
+}
+
+/// Ends the guest, if there is one: what is measured from here on is to be alone.
+///
+/// # Errors
+/// When it cannot be removed.
+pub async fn end(bench: &Bench) -> Result<()> {
+    if bench.first.is_none() {
+        return Ok(());
+    }
+    let removed = bench.worker.engine.remove(SANDBOX, true).await;
+    removed.map(drop).doing("remove a sandbox")
 }
 
 /// Copies a file, leaving zeros out.

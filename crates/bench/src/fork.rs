@@ -28,7 +28,9 @@ struct Times {
 ///
 /// # Errors
 /// When one does not start or answer.
-pub async fn measure(bench: &mut Bench, first: &First) -> Result<()> {
+pub async fn measure(bench: &mut Bench) -> Result<()> {
+    let first = bench.first().await?;
+    let first = first.as_ref();
     let images = copies(bench, &first.image).await?;
     let (mut ours, mut theirs) = (Times::default(), Times::default());
     let mut forks = Vec::new();

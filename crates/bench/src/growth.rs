@@ -27,7 +27,9 @@ struct Archives {
 ///
 /// # Errors
 /// When anything of it fails.
-pub async fn measure(bench: &mut Bench, first: &First) -> Result<()> {
+pub async fn measure(bench: &mut Bench) -> Result<()> {
+    let first = bench.first().await?;
+    let first = first.as_ref();
     compare_first(bench, first).await?;
     // The first one's disk is needed as it is.
     let image = first.folder.join("growing.qcow2");

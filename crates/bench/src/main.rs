@@ -6,6 +6,7 @@ mod error;
 mod facts;
 mod first;
 mod fork;
+mod groups;
 mod growth;
 mod image;
 mod memory;
@@ -22,16 +23,20 @@ mod workload;
 use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use clap::{Parser, ValueEnum};
+use clap::Parser;
+use clap::builder::PossibleValuesParser;
 use stead_engine::ImportRequest;
 use stead_sys::durable::{self, Existing};
 use stead_template::{BuildSpec, BuiltTemplate, DiskIdentity, Recipe, Watch};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::error::{BenchError, Doing, Result};
+use crate::first::First;
+use crate::groups::{GROUPS, Group, How};
 use crate::peer::PeerSpec;
 use crate::report::Report;
 use crate::scratch::Scratch;
@@ -55,37 +60,25 @@ struct Arguments {
     /// Measure each figure once.
     #[arg(long)]
     quick: bool,
+    /// Measure images of 4 GiB, not of 1 GiB; takes minutes more.
+    #[arg(long)]
+    large: bool,
     /// Measure only these.
-    #[arg(long, value_enum, value_delimiter = ',')]
-    only: Vec<Group>,
+    #[arg(long, value_delimiter = ',', value_parser = names())]
+    only: Vec<String>,
     /// Where template builds keep what the next one can use [default: template-cache in the target folder].
     #[arg(long, env = "STEAD_TEMPLATE_CACHE")]
     template_cache: Option<PathBuf>,
 }
 
-/// Figures that are measured together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Group {
-    /// Forks, one and ten at once.
-    Fork,
-    /// What checkpoints cost in the store.
-    Growth,
-    /// How long a guest stands still.
-    Pause,
-    /// Publishing and fetching.
-    Rate,
-    /// Disk images.
-    Image,
-}
-
-impl Group {
-    /// Those that need guests.
-    const OF_GUESTS: [Self; 4] = [Self::Fork, Self::Growth, Self::Pause, Self::Rate];
+/// The names of all groups.
+fn names() -> PossibleValuesParser {
+    PossibleValuesParser::new(GROUPS.iter().map(|group| group.name))
 }
 
 impl Arguments {
-    fn wants(&self, group: Group) -> bool {
-        self.only.is_empty() || self.only.contains(&group)
+    fn wants(&self, group: &Group) -> bool {
+        self.only.is_empty() || self.only.iter().any(|name| name == group.name)
     }
 }
 
@@ -93,6 +86,8 @@ impl Arguments {
 #[derive(Debug)]
 struct Run {
     runs: usize,
+    /// Images are as long as they can be.
+    large: bool,
     report: Report,
     begun: Instant,
     scratch: Scratch,
@@ -109,8 +104,21 @@ impl Run {
 struct Bench {
     spec: PeerSpec,
     worker: Worker,
+    /// The guest that most figures begin with, once one of them wants it.
+    first: Option<Arc<First>>,
     // Last: the others end before their files go.
     run: Run,
+}
+
+impl Bench {
+    /// The first guest and what was captured of it; prepared when it is asked for.
+    async fn first(&mut self) -> Result<Arc<First>> {
+        if let Some(first) = &self.first {
+            return Ok(Arc::clone(first));
+        }
+        let first = Arc::new(first::prepare(self).await?);
+        Ok(Arc::clone(self.first.insert(first)))
+    }
 }
 
 impl Deref for Bench {
@@ -182,40 +190,27 @@ async fn run(arguments: &Arguments) -> Result<bool> {
 
 async fn measure(arguments: &Arguments) -> Result<Report> {
     let mut run = begin(arguments).await?;
-    if arguments.wants(Group::Image) {
-        image::measure(&mut run).await?;
+    let wanted = || GROUPS.iter().filter(|group| arguments.wants(group));
+    for group in wanted() {
+        if let How::Alone(measure) = group.how {
+            measure(&mut run).await?;
+        }
     }
-    let guests = Group::OF_GUESTS;
-    if guests.into_iter().any(|group| arguments.wants(group)) {
-        run = measure_guests(arguments, run).await?;
+    let mut guests = wanted().filter_map(|group| match group.how {
+        How::Alone(_) => None,
+        How::OfGuests(measure) => Some(measure),
+    });
+    if let Some(first) = guests.next() {
+        let mut bench = with_guests(arguments, run).await?;
+        first(&mut bench).await?;
+        for measure in guests {
+            measure(&mut bench).await?;
+        }
+        run = bench.run;
     }
     let took = format!("{} s", run.begun.elapsed().as_secs());
     run.report.facts.push(("the run took", took));
     Ok(std::mem::take(&mut run.report))
-}
-
-async fn measure_guests(arguments: &Arguments, run: Run) -> Result<Run> {
-    let mut bench = with_guests(arguments, run).await?;
-    let first = first::prepare(&bench).await?;
-    if arguments.wants(Group::Fork) {
-        fork::measure(&mut bench, &first).await?;
-    }
-    if arguments.wants(Group::Growth) {
-        growth::measure(&mut bench, &first).await?;
-    }
-    bench
-        .worker
-        .engine
-        .remove(first::SANDBOX, true)
-        .await
-        .doing("remove a sandbox")?;
-    if arguments.wants(Group::Pause) {
-        pause::measure(&mut bench).await?;
-    }
-    if arguments.wants(Group::Rate) {
-        rate::measure(&mut bench, &first).await?;
-    }
-    Ok(bench.run)
 }
 
 /// An empty scratch folder and report.
@@ -229,6 +224,7 @@ async fn begin(arguments: &Arguments) -> Result<Run> {
     };
     Ok(Run {
         runs,
+        large: arguments.large,
         report: Report {
             facts: facts::of_machine(&target, runs).await?,
             ..Report::default()
@@ -266,9 +262,11 @@ async fn with_guests(arguments: &Arguments, mut run: Run) -> Result<Bench> {
         .await
         .doing("remove a sandbox")?;
     run.report.facts.push(facts::of_guest(&like));
+    run.say("the template and a worker are there");
     Ok(Bench {
         spec: PeerSpec { template, like },
         worker,
+        first: None,
         run,
     })
 }

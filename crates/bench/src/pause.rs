@@ -7,7 +7,7 @@ use stead_engine::PauseReport;
 use crate::error::{Doing, Result};
 use crate::report::{Row, Value, median, milliseconds};
 use crate::worker::Worker;
-use crate::{Bench, workload};
+use crate::{Bench, first, workload};
 
 /// The sandboxes on both file systems.
 const SANDBOX: &str = "paused";
@@ -17,6 +17,7 @@ const SANDBOX: &str = "paused";
 /// # Errors
 /// When a capture fails.
 pub async fn measure(bench: &mut Bench) -> Result<()> {
+    first::end(bench).await?;
     let mounted = bench.scratch.mount_xfs("xfs").await?;
     let (data, cache) = (mounted.join("worker"), mounted.join("cache"));
     let xfs = &Worker::open(&data, &bench.worker.store, &cache).await?;

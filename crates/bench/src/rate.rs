@@ -11,7 +11,6 @@ use stead_sys::durable;
 
 use crate::content::{self, Content};
 use crate::error::{BenchError, Doing, Result};
-use crate::first::First;
 use crate::report::{Row, Value, median};
 use crate::{Bench, program};
 
@@ -30,7 +29,9 @@ struct Times {
 ///
 /// # Errors
 /// When anything of it fails.
-pub async fn measure(bench: &mut Bench, first: &First) -> Result<()> {
+pub async fn measure(bench: &mut Bench) -> Result<()> {
+    let first = bench.first().await?;
+    let first = first.as_ref();
     let folder = bench.scratch.path("rate");
     durable::create_dir(&folder, 0o700).doing("create a folder")?;
     let dense = folder.join("dense");

@@ -68,6 +68,17 @@ pub enum Command {
         after_help = "Exit status: that of CMD; 124 when it timed out, 125 when stead itself failed,\n126 and 127 when CMD could not be run or found, 128+N when signal N ended it.\n\nExample:\n  echo hello | stead exec web -- tee /root/greeting"
     )]
     Exec(ExecArgs),
+    /// Copy files and folders into a sandbox's guest or out of it
+    #[command(
+        after_help = "A file appears when it is whole. Run again after an interruption, the same command goes on\nin the large file at which that ended.\n\nExample:\n  stead cp ./site web:/srv\n  stead cp web:/var/log/syslog ."
+    )]
+    Cp(crate::cp::CpArgs),
+    /// Look at, print, write, make and remove files in a sandbox's guest
+    #[command(
+        subcommand,
+        after_help = "Example:\n  stead file ls web:/etc\n  echo hello | stead file put web:/root/greeting"
+    )]
+    File(crate::cp::FileCommand),
     /// List sandboxes
     #[command(
         visible_alias = "ps",
@@ -455,8 +466,12 @@ pub enum SaveCommand {
         after_help = "Without --xml the editor named by VISUAL or EDITOR is started, else vi.\n\nExample:\n  stead save edit-xml web.save --xml web.xml"
     )]
     EditXml(SaveEditArgs),
-    /// Write a save image with another compression, verified before it appears
-    #[command(after_help = "Example:\n  stead save convert web.save web.zst.save --format zstd")]
+    /// Write a save image with another compression, or make one of a checkpoint, or a checkpoint of one
+    #[command(
+        after_help = "`checkpoint:NAME` names a checkpoint of the store, by name or id. No VM is run. An image made of a \
+checkpoint has overlays beside it as with `stead save write`.\n\nExamples:\n  stead save convert web.save web.zst.save \
+--format zstd\n  stead save convert checkpoint:ready ready.save --format raw\n  stead save convert web.save checkpoint:web"
+    )]
     Convert(SaveConvertArgs),
     /// Write a save image of a running sandbox, which runs on; libvirt can restore it too
     #[command(
@@ -517,17 +532,34 @@ pub enum SaveFormat {
     Zstd,
 }
 
+/// What a conversion reads or makes.
+#[derive(Debug, Clone)]
+pub enum Place {
+    /// A save image.
+    File(PathBuf),
+    /// A checkpoint, by name or id.
+    Checkpoint(String),
+}
+
+fn place(text: &str) -> Result<Place, String> {
+    match text.strip_prefix("checkpoint:") {
+        Some("") => Err("checkpoint: is followed by a name or id".to_owned()),
+        Some(name) => Ok(Place::Checkpoint(name.to_owned())),
+        None => Ok(Place::File(PathBuf::from(text))),
+    }
+}
+
 #[derive(Debug, Args)]
 pub struct SaveConvertArgs {
-    /// The save image
-    #[arg(value_name = "FILE")]
-    pub file: PathBuf,
-    /// The new save image; may be the same file with --force
-    #[arg(value_name = "TO")]
-    pub to: PathBuf,
-    /// How the payload is to be stored
+    /// The save image, or checkpoint:NAME
+    #[arg(value_name = "FILE", value_parser = place)]
+    pub file: Place,
+    /// The new save image, which may be the same file with --force; or checkpoint:NAME
+    #[arg(value_name = "TO", value_parser = place)]
+    pub to: Place,
+    /// How the payload of the new save image is to be stored
     #[arg(long, value_enum)]
-    pub format: SaveFormat,
+    pub format: Option<SaveFormat>,
     /// Replace TO if it is there
     #[arg(long, short)]
     pub force: bool,
@@ -694,10 +726,10 @@ pub struct MergeRecoverArgs {
 pub enum BackupCommand {
     /// Back up the whole disk, and begin a bitmap of what changes from then on
     #[command(
-        after_help = "An image must not be in use. All disks of a running sandbox are taken at one instant, its file systems frozen; it runs on.\n\nExample:\n  stead backup full disk.qcow2 --bitmap daily --to /backups/web\n  stead backup full web --bitmap daily --to /backups/web"
+        after_help = "An image must not be in use. All disks of a running sandbox are taken at one instant, its file systems frozen; it runs on.\n\nExample:\n  stead backup full disk.qcow2 --bitmap daily --to /backups/web\n  stead backup full web --bitmap daily --to /backups/web\n  stead backup full disk.qcow2 --qmp /run/vm/qmp --bitmap daily --to s3://backups/web"
     )]
     Full(BackupFullArgs),
-    /// Back up what changed since the last backup in the folder
+    /// Back up what changed since the last backup in the folder or store
     #[command(
         after_help = "Where a disk's bitmap or the backup that it began with cannot be relied on,\na full backup of that disk is made and the reason is said.\n\nExample:\n  stead backup incremental disk.qcow2 --bitmap daily --to /backups/web --no-fallback"
     )]
@@ -712,9 +744,14 @@ pub enum BackupCommand {
         after_help = "The exit status is 5 when something is damaged.\n\nExample:\n  stead backup verify /backups/web\n  stead backup verify /backups/web 3f2a"
     )]
     Verify(BackupVerifyArgs),
-    /// List the backups in a folder
+    /// List the backups in a folder or a store
     #[command(after_help = "Example:\n  stead backup ls /backups/web --json | jq '.[].id'")]
     Ls(BackupLsArgs),
+    /// Remove a backup that no other stands on
+    #[command(
+        after_help = "In a store no backup stands on another; `stead gc` gives back the room.\n\nExample:\n  stead backup rm /backups/web 3f2a"
+    )]
+    Rm(BackupRmArgs),
 }
 
 #[derive(Debug, Args)]
@@ -726,9 +763,16 @@ pub struct BackupArgs {
     /// Name of the bitmaps; each gets the id of the backup that it begins with behind it (NAME@ID)
     #[arg(long, value_name = "NAME")]
     pub bitmap: String,
-    /// Folder of backups; it is made if it is not there
-    #[arg(long, value_name = "DIR")]
+    /// Folder of backups, which is made if it is not there; or a store: its URL, or a folder that is one
+    #[arg(long, value_name = "DIR|STORE")]
     pub to: PathBuf,
+    /// QMP socket of the VM that runs on DISK, where that is not a sandbox: its disk is backed up while it runs
+    #[arg(long, value_name = "SOCKET")]
+    pub qmp: Option<PathBuf>,
+    /// Folder with room for a copy of what is backed up with --qmp, meanwhile [default: that of the backups; for a store the
+    /// data directory]
+    #[arg(long, value_name = "DIR", requires = "qmp")]
+    pub staging: Option<PathBuf>,
     /// Do not compress a full backup
     #[arg(long)]
     pub no_compress: bool,
@@ -760,8 +804,8 @@ pub enum DiskFormat {
 
 #[derive(Debug, Args)]
 pub struct BackupRestoreArgs {
-    /// Folder of backups
-    #[arg(value_name = "DIR")]
+    /// Folder of backups, or a store
+    #[arg(value_name = "DIR|STORE")]
     pub from: PathBuf,
     /// The beginning of a backup's id, or `latest`
     #[arg(value_name = "BACKUP")]
@@ -779,8 +823,8 @@ pub struct BackupRestoreArgs {
 
 #[derive(Debug, Args)]
 pub struct BackupVerifyArgs {
-    /// Folder of backups
-    #[arg(value_name = "DIR")]
+    /// Folder of backups, or a store
+    #[arg(value_name = "DIR|STORE")]
     pub folder: PathBuf,
     /// The beginning of a backup's id, or `latest`; those that it stands on are read, too [default: all]
     #[arg(value_name = "BACKUP")]
@@ -789,7 +833,17 @@ pub struct BackupVerifyArgs {
 
 #[derive(Debug, Args)]
 pub struct BackupLsArgs {
-    /// Folder of backups
-    #[arg(value_name = "DIR")]
+    /// Folder of backups, or a store
+    #[arg(value_name = "DIR|STORE")]
     pub folder: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct BackupRmArgs {
+    /// Folder of backups, or a store
+    #[arg(value_name = "DIR|STORE")]
+    pub folder: PathBuf,
+    /// The beginning of a backup's id, or `latest`
+    #[arg(value_name = "BACKUP")]
+    pub backup: String,
 }

@@ -1,17 +1,21 @@
 //! `stead backup`: from the command line to the backup and back to what is printed.
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use stead_backup::{
-    BackupError, BackupReport, BackupRequest, DiskSource, Listed, RestoreFormat, RestoreReport,
-    RestoreRequest, State, Verdict, Wanted,
+    BackupError, BackupReport, BackupRequest, DiskSource, FolderVault, Listed, LiveOrder, Order,
+    RestoreFormat, RestoreReport, RestoreRequest, State, Verdict, Wanted, run_live,
 };
-use stead_engine::{BackupDisk, BackupInstant, Engine, EngineError, Event, Kind, Result, Watch};
+use stead_engine::{
+    Access, BackupDisk, BackupInstant, Engine, EngineError, Event, Kind, Result, StoreBackups,
+    StoreVault, Watch, names_a_store,
+};
 
 use crate::args::{
-    BackupArgs, BackupCommand, BackupLsArgs, BackupRestoreArgs, BackupVerifyArgs, DiskFormat,
-    Global,
+    BackupArgs, BackupCommand, BackupLsArgs, BackupRestoreArgs, BackupRmArgs, BackupVerifyArgs,
+    DiskFormat, Global,
 };
 use crate::size::human;
 use crate::{commands, print};
@@ -30,9 +34,10 @@ pub async fn run(command: BackupCommand, global: Global, watch: Watch) -> Result
             };
             backup(args.common, wanted, global, watch).await
         }
-        BackupCommand::Restore(args) => blocking(move || restore(args, &global, &watch)).await,
-        BackupCommand::Verify(args) => blocking(move || verify(&args, &global, &watch)).await,
-        BackupCommand::Ls(args) => blocking(move || list(&args, &global)).await,
+        BackupCommand::Restore(args) => restore(args, global, watch).await,
+        BackupCommand::Verify(args) => verify(args, global, watch).await,
+        BackupCommand::Ls(args) => list(args, global, watch).await,
+        BackupCommand::Rm(args) => remove(args, global, watch).await,
     }
 }
 
@@ -61,11 +66,30 @@ fn watched<T>(
     work(watching).map_err(told)
 }
 
+/// Opens the engine, for a place that is a store or a disk that is a sandbox's.
+async fn engine(global: &Global, watch: &Watch) -> Result<Engine> {
+    Engine::open(commands::settings(global)?, watch.clone()).await
+}
+
+/// The backups in the store that `place` names; none where it is a folder.
+async fn store(
+    place: &Path,
+    access: Access,
+    global: &Global,
+    watch: &Watch,
+) -> Result<Option<StoreBackups>> {
+    if !names_a_store(place) {
+        return Ok(None);
+    }
+    let engine = engine(global, watch).await?;
+    let url = place.to_string_lossy();
+    engine.backups(&url, access).await.map(Some)
+}
+
 /// An image's backup, or those of a sandbox's disks.
 async fn backup(args: BackupArgs, wanted: Wanted, global: Global, watch: Watch) -> Result<u8> {
-    if args.disk.exists() {
-        let source = DiskSource::Image(args.disk.clone());
-        let report = blocking(move || make(&args, source, wanted, &watch)).await?;
+    if args.qmp.is_some() || args.disk.exists() {
+        let report = image(args, wanted, &global, watch).await?;
         return Ok(match global.json {
             true => print::json(&report),
             false => print_report(&report),
@@ -81,20 +105,89 @@ async fn backup(args: BackupArgs, wanted: Wanted, global: Global, watch: Watch) 
     Ok(0)
 }
 
-fn make(
+/// The backup of an image that nobody uses, or of the disk of a VM that is not ours.
+async fn image(
+    args: BackupArgs,
+    wanted: Wanted,
+    global: &Global,
+    watch: Watch,
+) -> Result<BackupReport> {
+    let engine = match names_a_store(&args.to) {
+        true => Some(engine(global, &watch).await?),
+        false => None,
+    };
+    let vault = vault(engine.as_ref(), &args, args.qmp.is_some()).await?;
+    let Some(qmp) = args.qmp.clone() else {
+        let one = vec![(DiskSource::Image(args.disk.clone()), vault)];
+        let mut reports = blocking(move || make_all(&args, one, wanted, &watch)).await?;
+        return Ok(reports.remove(0));
+    };
+    let data = engine.map(|engine| engine.data_dir().root().to_owned());
+    let order = LiveOrder {
+        disk: args.disk.clone(),
+        qmp,
+        bitmap: args.bitmap.clone(),
+        wanted,
+        staging: args.staging.clone().or(data).unwrap_or(args.to.clone()),
+    };
+    let make = move || {
+        watched(&watch, |watch| match vault {
+            Some(vault) => run_live(&order, || Ok(vault), watch),
+            None => {
+                let open = || FolderVault::open(&args.to, !args.no_compress);
+                run_live(&order, open, watch)
+            }
+        })
+    };
+    blocking(make).await
+}
+
+/// Where a disk's backup goes, if that is a store.
+async fn vault(
+    engine: Option<&Engine>,
     args: &BackupArgs,
-    disk: DiskSource,
+    crash_consistent: bool,
+) -> Result<Option<StoreVault>> {
+    let Some(engine) = engine.filter(|_| names_a_store(&args.to)) else {
+        return Ok(None);
+    };
+    let url = args.to.to_string_lossy();
+    let vault = engine.backup_vault(&url, crash_consistent).await?;
+    Ok(Some(vault))
+}
+
+/// Backs up disks one after the other, each into its vault or the folder.
+fn make_all(
+    args: &BackupArgs,
+    disks: Vec<(DiskSource, Option<StoreVault>)>,
     wanted: Wanted,
     watch: &Watch,
-) -> Result<BackupReport> {
-    let request = BackupRequest {
+) -> Result<Vec<BackupReport>> {
+    let made = disks.into_iter().map(|(disk, vault)| {
+        watched(watch, |watch| match vault {
+            Some(vault) => {
+                let bitmap = args.bitmap.clone();
+                let order = Order {
+                    disk,
+                    bitmap,
+                    wanted,
+                };
+                stead_backup::run_into(&order, || Ok(vault), watch)
+            }
+            None => stead_backup::run(&request(args, disk, wanted), watch),
+        })
+    });
+    made.collect()
+}
+
+fn request(args: &BackupArgs, disk: DiskSource, wanted: Wanted) -> BackupRequest {
+    BackupRequest {
         disk,
         bitmap: args.bitmap.clone(),
         to: args.to.clone(),
         wanted,
         compress: !args.no_compress,
-    };
-    watched(watch, |watch| stead_backup::run(&request, watch))
+    }
 }
 
 /// Takes one instant of all disks of a sandbox, and backs them up one after the other.
@@ -109,19 +202,23 @@ async fn sandbox(
         Some((name, disk)) => (name.to_owned(), Some(disk.to_owned())),
         None => (named, None),
     };
-    let engine = Engine::open(commands::settings(global)?, watch.clone()).await?;
+    let engine = engine(global, &watch).await?;
+    // A store that cannot be written is found out before the instant is taken.
+    vault(Some(&engine), &args, false).await?;
     let ids = Ids::default();
     let begin = |disk: &str| {
         let wanted = only.as_deref().is_none_or(|only| only == disk);
         wanted.then(|| stead_backup::next_bitmap(&args.bitmap, &ids.of(disk)))
     };
     let instant = engine.backup_instant(&name, &begin).await?;
-    let disks = instant
-        .disks
-        .iter()
-        .filter(|one| only.as_deref().is_none_or(|only| only == one.disk));
-    let sources: Vec<DiskSource> = disks.map(|disk| source(&instant, disk, &ids)).collect();
-    if sources.is_empty() {
+    let mut disks = Vec::new();
+    for disk in &instant.disks {
+        if only.as_deref().is_none_or(|only| only == disk.disk) {
+            let vault = vault(Some(&engine), &args, instant.crash_consistent).await?;
+            disks.push((source(&instant, disk, &ids), vault));
+        }
+    }
+    if disks.is_empty() {
         let found = format!(
             "the sandbox {name} has no disk {}",
             only.unwrap_or_default()
@@ -130,10 +227,7 @@ async fn sandbox(
     }
     blocking(move || {
         // The sandbox stays ours until the last disk is done.
-        let reports = sources
-            .into_iter()
-            .map(|source| make(&args, source, wanted, &watch));
-        let reports = reports.collect();
+        let reports = make_all(&args, disks, wanted, &watch);
         drop(instant);
         reports
     })
@@ -166,7 +260,8 @@ impl Ids {
     }
 }
 
-fn restore(args: BackupRestoreArgs, global: &Global, watch: &Watch) -> Result<u8> {
+async fn restore(args: BackupRestoreArgs, global: Global, watch: Watch) -> Result<u8> {
+    let store = store(&args.from, Access::ReadOnly, &global, &watch).await?;
     let request = RestoreRequest {
         from: args.from,
         backup: args.backup,
@@ -177,18 +272,32 @@ fn restore(args: BackupRestoreArgs, global: &Global, watch: &Watch) -> Result<u8
         },
         replace: args.force,
     };
-    let report = watched(watch, |watch| stead_backup::restore(&request, watch))?;
+    let work = move || {
+        watched(&watch, |watch| match &store {
+            Some(store) => store.restore(&request, watch),
+            None => stead_backup::restore(&request, watch),
+        })
+    };
+    let report = blocking(work).await?;
     Ok(match global.json {
         true => print::json(&report),
         false => print_restored(&report),
     })
 }
 
-fn verify(args: &BackupVerifyArgs, global: &Global, watch: &Watch) -> Result<u8> {
-    let backup = args.backup.as_deref();
-    let verdicts = watched(watch, |watch| {
-        stead_backup::verify(&args.folder, backup, watch)
-    })?;
+async fn verify(args: BackupVerifyArgs, global: Global, watch: Watch) -> Result<u8> {
+    let verdicts = match store(&args.folder, Access::ReadOnly, &global, &watch).await? {
+        Some(store) => store.verify(args.backup.as_deref()).await?,
+        None => {
+            let read = move || {
+                let backup = args.backup.as_deref();
+                watched(&watch, |watch| {
+                    stead_backup::verify(&args.folder, backup, watch)
+                })
+            };
+            blocking(read).await?
+        }
+    };
     if global.json {
         print::json(&verdicts);
     } else {
@@ -204,11 +313,28 @@ fn verify(args: &BackupVerifyArgs, global: &Global, watch: &Watch) -> Result<u8>
         .next("make a full backup (`stead backup full`)"))
 }
 
-fn list(args: &BackupLsArgs, global: &Global) -> Result<u8> {
-    let all = stead_backup::list(&args.folder).map_err(told)?;
+async fn list(args: BackupLsArgs, global: Global, watch: Watch) -> Result<u8> {
+    let all = match store(&args.folder, Access::ReadOnly, &global, &watch).await? {
+        Some(store) => store.list(),
+        None => blocking(move || stead_backup::list(&args.folder).map_err(told)).await?,
+    };
     Ok(match global.json {
         true => print::json(&all),
         false => print_list(&all),
+    })
+}
+
+async fn remove(args: BackupRmArgs, global: Global, watch: Watch) -> Result<u8> {
+    let id = match store(&args.folder, Access::ReadWrite, &global, &watch).await? {
+        Some(store) => store.remove(&args.backup).await?,
+        None => {
+            let work = move || stead_backup::remove(&args.folder, &args.backup).map_err(told);
+            blocking(work).await?
+        }
+    };
+    Ok(match global.json {
+        true => print::json(&id),
+        false => print::line(&format!("removed {id}")),
     })
 }
 
@@ -233,19 +359,8 @@ fn pass_on(watch: &Watch, step: &Mutex<String>, event: stead_backup::Event) {
 
 /// The same error in the engine's words, which have the exit status.
 fn told(error: BackupError) -> EngineError {
-    let kind = match error.kind() {
-        stead_backup::Kind::Internal => Kind::Internal,
-        stead_backup::Kind::Usage => Kind::Usage,
-        stead_backup::Kind::NotFound => Kind::NotFound,
-        stead_backup::Kind::Conflict => Kind::Conflict,
-        stead_backup::Kind::Damaged => Kind::Damaged,
-        stead_backup::Kind::Incompatible => Kind::Incompatible,
-        stead_backup::Kind::NoSpace => Kind::NoSpace,
-        stead_backup::Kind::Cancelled => Kind::Cancelled,
-    };
-    EngineError::new(kind, error.attempt(), error.found())
-        .left(error.what_is_left())
-        .next(error.next_step())
+    let left = error.what_is_left().to_owned();
+    EngineError::from(error).left(left)
 }
 
 fn short(id: &str) -> String {
@@ -259,7 +374,7 @@ fn print_report(report: &BackupReport) -> u8 {
     }
     for bitmap in &report.foreign_bitmaps {
         print::line(&format!(
-            "left alone: the bitmap {bitmap}, whose backup is not in this folder"
+            "left alone: the bitmap {bitmap}, whose backup is not in this place"
         ));
     }
     print::line(&format!(
@@ -267,7 +382,7 @@ fn print_report(report: &BackupReport) -> u8 {
         record.kind.word(),
         record.id,
         human(record.changed_bytes),
-        human(record.image_bytes)
+        human(record.stored_bytes)
     ))
 }
 
@@ -292,7 +407,7 @@ fn print_verdicts(verdicts: &[Verdict]) {
 
 fn print_list(all: &[Listed]) -> u8 {
     let rows = all.iter().map(|one| {
-        let of = |value: &dyn Fn(&stead_backup::Record) -> String| {
+        let of = |value: &dyn Fn(&stead_backup::Facts) -> String| {
             one.record.as_ref().map_or_else(|| "?".to_owned(), value)
         };
         [
@@ -305,7 +420,7 @@ fn print_list(all: &[Listed]) -> u8 {
                     .map_or_else(|| "-".to_owned(), short)
             }),
             of(&|record| record.time.chars().take(19).collect()),
-            of(&|record| human(record.image_bytes)),
+            of(&|record| human(record.stored_bytes)),
             of(&|record| record.bitmap.clone()),
             match &one.state {
                 State::Complete => "complete".to_owned(),

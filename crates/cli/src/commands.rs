@@ -13,7 +13,7 @@ use crate::args::{
     TemplateCommand, TemplateImportArgs,
 };
 use crate::size::human;
-use crate::{backup, demo, exec, img_manual, logs, manual, merge, print, progress, save};
+use crate::{backup, cp, demo, exec, img_manual, logs, manual, merge, print, progress, save};
 
 /// Runs a command and returns the exit status.
 pub async fn run(cli: Cli) -> u8 {
@@ -62,6 +62,8 @@ async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
         Command::Template(command) => template(&engine, command, global).await,
         Command::Create(args) => create(&engine, args, global).await,
         Command::Exec(args) => exec::run(&engine, args).await,
+        Command::Cp(args) => cp::copy(&engine, &args, &watch, global.json),
+        Command::File(command) => cp::file(&engine, &command, global.json),
         Command::Ls => list(&engine, global).await,
         Command::Show(one) => Ok(show_sandbox(&engine.sandbox(&one.name).await?, global)),
         Command::Logs(args) => logs::run(&engine, &args, &watch, global.json).await,
@@ -118,7 +120,10 @@ pub fn settings(global: &Global) -> Result<Settings> {
 /// What is said when Ctrl-C asks a command to stop; nothing for one that catches signals itself.
 fn on_interrupt(command: &Command) -> Option<&'static str> {
     match command {
-        Command::Exec(_) | Command::Img { .. } => None,
+        Command::Exec(_) | Command::File(_) | Command::Img { .. } => None,
+        Command::Cp(_) => {
+            Some("interrupted; the same command goes on from here (once more to end at once)")
+        }
         Command::Save(command) if save::starts_editor(command) => None,
         Command::Ls
         | Command::Show(_)

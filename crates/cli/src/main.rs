@@ -4,6 +4,7 @@
 mod args;
 mod backup;
 mod commands;
+mod cp;
 mod demo;
 mod editor;
 mod exec;

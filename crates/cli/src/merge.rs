@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use stead_engine::{EngineError, Event, Kind, Result, Settings, Watch};
+use stead_engine::{EngineError, Kind, MergeEvents, Result, Settings, Watch};
 use stead_merge::{
     MergeError, MergePlan, MergeReport, MergeRequest, Outcome, Recovered, StalePolicy,
 };
@@ -43,7 +43,7 @@ fn request(args: MergeArgs, global: &Global) -> Result<MergeRequest> {
         siblings: args.siblings,
         extend_cmd: args.extend_cmd,
         records: records(global)?,
-        live: args.qmp.is_some(),
+        qmp: args.qmp,
         bytes_per_second: args.speed.unwrap_or(0),
     })
 }
@@ -69,15 +69,15 @@ fn plan(args: MergeArgs, global: &Global) -> Result<u8> {
 }
 
 fn merge(args: MergeArgs, global: &Global, watch: &Watch) -> Result<u8> {
-    let qmp = args.qmp.clone();
     let request = request(args, global)?;
-    let tell = |event| pass_on(watch, event);
+    let events = MergeEvents::new(watch, "merge");
+    let tell = |event| events.tell(event);
     let watching = stead_merge::Watch {
         tell: &tell,
         cancel: Some(watch.wish_to_stop()),
     };
-    if let Some(qmp) = qmp {
-        let report = stead_merge::run_live(&request, &qmp, watching).map_err(told)?;
+    if request.qmp.is_some() {
+        let report = stead_merge::run_live(&request, watching).map_err(told)?;
         return Ok(if global.json {
             print::json(&report)
         } else {
@@ -93,7 +93,8 @@ fn merge(args: MergeArgs, global: &Global, watch: &Watch) -> Result<u8> {
 }
 
 fn recover(args: &MergeRecoverArgs, global: &Global, watch: &Watch) -> Result<u8> {
-    let tell = |event| pass_on(watch, event);
+    let events = MergeEvents::new(watch, "merge");
+    let tell = |event| events.tell(event);
     let watching = stead_merge::Watch {
         tell: &tell,
         cancel: None,
@@ -106,21 +107,6 @@ fn recover(args: &MergeRecoverArgs, global: &Global, watch: &Watch) -> Result<u8
         print::line(&recovered(one));
     }
     Ok(0)
-}
-
-fn pass_on(watch: &Watch, event: stead_merge::Event) {
-    watch.tell(match event {
-        stead_merge::Event::Step(step) => Event::Step {
-            job: "merge".to_owned(),
-            step: step.to_string(),
-        },
-        stead_merge::Event::Progress { done, total } => Event::Progress {
-            what: "read back".to_owned(),
-            done,
-            total,
-        },
-        stead_merge::Event::Notice(text) => Event::Notice { text },
-    });
 }
 
 /// The same error in the engine's words, which have the exit status.
@@ -238,6 +224,12 @@ fn print_live(report: &stead_merge::LiveReport) -> u8 {
     }
     if !report.kept.is_empty() {
         print::line(&format!("kept: {}", names(&report.kept)));
+    }
+    if !report.held.is_empty() {
+        print::line(&format!(
+            "in QEMU's memory until it ends in order: bitmaps {}",
+            report.held.join(", ")
+        ));
     }
     print::line(&format!("merged, and removed: {}", names(&report.removed)))
 }

@@ -77,6 +77,10 @@ fn a_backup_an_increment_and_a_restore_are_told_as_json_and_to_people() {
     ));
     let verdicts = json(at, "backup verify b --json -q", 0);
     assert_eq!(verdicts[0]["whole"], true);
+    let removed = json(at, "backup rm b latest --json -q", 0);
+    assert_eq!(removed, all[1]["id"]);
+    let left = json(at, "backup ls b --json", 0);
+    assert_eq!(left.as_array().map(Vec::len), Some(1));
 }
 
 #[test]
@@ -102,13 +106,13 @@ fn what_cannot_be_is_refused_with_its_status_and_a_next_step() {
     assert!(made["record"]["why-full"].is_string());
     let store = error(
         at,
-        "backup full disk --bitmap daily --to s3://b/p --json -q",
-        2,
+        "backup full disk --bitmap daily --to file:///nowhere/store --json -q",
+        8,
     );
     assert!(
         store["next"]
             .as_str()
-            .is_some_and(|next| next.contains("--disk-only"))
+            .is_some_and(|next| next.contains("stead store init"))
     );
     assert_eq!(
         error(at, "backup restore b ffff new --json -q", 3)["kind"],

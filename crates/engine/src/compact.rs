@@ -22,22 +22,26 @@
 //! * What a checkpoint names stays readable under that name, with the same content.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use sqlx::SqliteConnection;
-use stead_merge::MergeError;
 use stead_sys::durable::{self, Existing};
 use stead_sys::space;
 
 use crate::error::{AtFile, EngineError, Kind, Result};
-use crate::event::{Event, Watch};
+use crate::event::MergeEvents;
 use crate::job::{Job, Undo};
-use crate::layers::{self, DEPTH_MAX};
+use crate::layers;
 use crate::materialise::content_of;
 use crate::records::{LayerRow, LayerUses, Records, Sandbox, SandboxState};
 use crate::sandbox::{vm_error, wrong_state};
 use crate::{Engine, blocking, id};
+
+mod groups;
+mod report;
+
+use groups::{Group, GroupFiles, groups_in};
+pub use report::{CompactReport, CompactedDisk, MergedLayer};
 
 /// A checkpoint after which a disk lies in more layers than this compacts them, unless its caller says another number.
 pub const DEPTH_COMPACTED: usize = 16;
@@ -45,63 +49,6 @@ pub const DEPTH_COMPACTED: usize = 16;
 const LOOK_AGAIN: std::time::Duration = std::time::Duration::from_millis(50);
 /// Jobs that read no layers but those of their own sandbox.
 const HARMLESS: [&str; 6] = ["checkpoint", "hibernate", "start", "rm", "compact", "exec"];
-
-/// What was compacted, or would be.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct CompactReport {
-    /// The sandbox.
-    pub sandbox: String,
-    /// Its disks.
-    pub disks: Vec<CompactedDisk>,
-}
-
-/// A disk of a sandbox that was compacted.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct CompactedDisk {
-    /// vda, vdb, …
-    pub name: String,
-    /// Layers before, the base included.
-    pub layers_before: usize,
-    /// Layers now.
-    pub layers: usize,
-    /// Each layer that took others in.
-    pub merged: Vec<MergedLayer>,
-}
-
-/// A layer that took in those below it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct MergedLayer {
-    /// Its file.
-    pub file: PathBuf,
-    /// The files that it took in, topmost first.
-    pub took_in: Vec<PathBuf>,
-    /// What all of them took in the file system, in bytes.
-    pub bytes_before: u64,
-    /// What it takes now, in bytes; 0 when it was only looked at.
-    pub bytes: u64,
-}
-
-/// Layers of which one is to be made.
-#[derive(Debug, Clone)]
-struct Group {
-    /// A fresh id: the new file's name until it takes the top's.
-    made: String,
-    /// The top first; at least two.
-    merged: Vec<LayerRow>,
-    /// All that lies below them, topmost first.
-    below: Vec<LayerRow>,
-}
-
-impl Group {
-    fn top(&self) -> &LayerRow {
-        &self.merged[0]
-    }
-
-    fn ids(&self) -> Vec<&str> {
-        let all = self.merged.iter().chain(&self.below);
-        all.map(|layer| layer.id.as_str()).collect()
-    }
-}
 
 /// A layer whose file is being replaced by one of all that it took in.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -195,12 +142,15 @@ impl Engine {
         let mut groups = HashMap::new();
         for disk in disks {
             let found = groups_in(&uses, sandbox, &disk.layer);
+            let chain = uses.chain(&disk.layer);
             let found: Vec<Group> = found
                 .into_iter()
                 .map(|(merged, below)| {
                     let made = id::long()?;
+                    let above = chain.iter().take_while(|layer| layer.id != merged[0].id);
                     Ok(Group {
                         made,
+                        above: above.cloned().collect(),
                         merged,
                         below,
                     })
@@ -211,64 +161,23 @@ impl Engine {
         Ok(groups)
     }
 
-    async fn report_of(
-        &self,
-        sandbox: &Sandbox,
-        groups: &HashMap<String, Vec<Group>>,
-    ) -> Result<CompactReport> {
-        let mut disks = Vec::new();
-        for disk in self.records.disks(&sandbox.id).await? {
-            let before = self.records.chain(&disk.layer).await?.len();
-            let own = groups.get(&disk.disk).map_or(&[][..], Vec::as_slice);
-            let gone: usize = own.iter().map(|group| group.merged.len() - 1).sum();
-            let merged = own.iter().map(|group| self.merged_layer(group));
-            disks.push(CompactedDisk {
-                name: disk.disk,
-                layers_before: before,
-                layers: before - gone,
-                merged: merged.collect::<Result<_>>()?,
-            });
+    /// The files of a group.
+    fn files_of(&self, group: &Group) -> GroupFiles {
+        let files = |rows: &[LayerRow]| layers::files(&self.dir, rows);
+        GroupFiles {
+            above: files(&group.above),
+            merged: files(&group.merged),
+            below: files(&group.below),
         }
-        Ok(CompactReport {
-            sandbox: sandbox.name.clone(),
-            disks,
-        })
-    }
-
-    fn merged_layer(&self, group: &Group) -> Result<MergedLayer> {
-        let files = layers::files(&self.dir, &group.merged);
-        let sizes = files
-            .iter()
-            .map(|file| space::allocated_bytes(&file.path).at("measure", &file.path));
-        let bytes_before = sizes.sum::<Result<u64>>()?;
-        let mut files = files.into_iter().map(|file| file.path);
-        Ok(MergedLayer {
-            file: files.next().unwrap_or_default(),
-            took_in: files.collect(),
-            bytes_before,
-            bytes: 0,
-        })
-    }
-
-    fn measure_made(&self, report: &mut CompactReport) -> Result<()> {
-        for merged in report.disks.iter_mut().flat_map(|disk| &mut disk.merged) {
-            merged.bytes = space::allocated_bytes(&merged.file).at("measure", &merged.file)?;
-        }
-        Ok(())
-    }
-
-    /// The files of a group, those that are merged first, and how many these are.
-    fn files_of(&self, group: &Group) -> (Vec<stead_qcow2::LayerFile>, usize) {
-        let rows: Vec<LayerRow> = group.merged.iter().chain(&group.below).cloned().collect();
-        (layers::files(&self.dir, &rows), group.merged.len())
     }
 
     /// Both stand side by side until the switch.
     fn check_compact_room(&self, sandbox: &Sandbox, groups: &[&Group]) -> Result<()> {
         let mut needed = 0;
         for group in groups {
-            let (files, count) = self.files_of(group);
-            needed += stead_merge::fuse_needs_bytes(&files, count).map_err(EngineError::from)?;
+            let files = self.files_of(group);
+            needed +=
+                stead_merge::fuse_needs_bytes(files.as_layers()).map_err(EngineError::from)?;
         }
         let folder = self.dir.layers();
         let available = space::available_bytes(&folder).at("ask for room on", &folder)?;
@@ -340,16 +249,18 @@ impl Engine {
 
     /// Makes the new file beside the others, whole and compared.
     async fn make(&self, sandbox: &Sandbox, group: &Group) -> Result<()> {
-        let (files, count) = self.files_of(group);
+        let files = self.files_of(group);
         let made = layers::path_of(&self.dir, &group.made, layers::QCOW2);
         let (watch, path) = (self.watch.clone(), made.clone());
         blocking(move || {
-            let tell = |event| tell(&watch, event);
+            let events = MergeEvents::new(&watch, "compact");
+            let tell = |event| events.tell(event);
             let watching = stead_merge::Watch {
                 tell: &tell,
                 cancel: Some(watch.wish_to_stop()),
             };
-            stead_merge::fuse(&files, count, (&path, 0o600), watching).map_err(EngineError::from)
+            stead_merge::fuse(files.as_layers(), (&path, 0o600), watching)
+                .map_err(EngineError::from)
         })
         .await
         .map_err(|error| error.left("the sandbox's disks are as they were"))?;
@@ -497,148 +408,5 @@ impl Engine {
             Ok(())
         })
         .await
-    }
-}
-
-/// What can be merged below `top`: the layers of each group, topmost first, and what lies below them.
-fn groups_in(
-    uses: &LayerUses,
-    sandbox: &Sandbox,
-    top: &str,
-) -> Vec<(Vec<LayerRow>, Vec<LayerRow>)> {
-    let running = sandbox.process.is_some();
-    let chain = uses.chain(top);
-    let foreign = uses.of_others(&sandbox.id);
-    let is_fixed = |index: usize, layer: &LayerRow| {
-        layer.format == layers::RAW || foreign.contains(&layer.id) || (index == 0 && running)
-    };
-    let mut groups = Vec::new();
-    let mut start = 0;
-    while start < chain.len() {
-        let goes_in = |(index, layer): (usize, &LayerRow)| {
-            !is_fixed(index, layer) && !uses.is_named(&layer.id) && uses.children(&layer.id) == 1
-        };
-        let rest = chain.iter().enumerate().skip(start + 1);
-        let more = match is_fixed(start, &chain[start]) {
-            true => 0,
-            false => rest.take_while(|layer| goes_in(*layer)).count(),
-        };
-        let end = start + 1 + more;
-        if more > 0 {
-            groups.push((chain[start..end].to_vec(), chain[end..].to_vec()));
-        }
-        start = end;
-    }
-    assert!(chain.len() <= DEPTH_MAX, "a chain without end");
-    groups
-}
-
-fn tell(watch: &Watch, event: stead_merge::Event) {
-    match event {
-        stead_merge::Event::Step(step) => watch.step("compact", step.to_string()),
-        stead_merge::Event::Progress { done, total } => watch.tell(Event::Progress {
-            what: "read back".to_owned(),
-            done,
-            total,
-        }),
-        stead_merge::Event::Notice(text) => watch.notice(text),
-    }
-}
-
-/// The same error in our words. What stands now is for the caller to say: he may undo more than the merge.
-impl From<MergeError> for EngineError {
-    fn from(error: MergeError) -> Self {
-        let kind = match error.kind() {
-            stead_merge::Kind::Internal => Kind::Internal,
-            stead_merge::Kind::Usage => Kind::Usage,
-            stead_merge::Kind::NotFound => Kind::NotFound,
-            stead_merge::Kind::Conflict => Kind::Conflict,
-            stead_merge::Kind::Damaged => Kind::Damaged,
-            stead_merge::Kind::Incompatible => Kind::Incompatible,
-            stead_merge::Kind::NoSpace => Kind::NoSpace,
-            stead_merge::Kind::Vm => Kind::Vm,
-            stead_merge::Kind::Cancelled => Kind::Cancelled,
-        };
-        EngineError::new(kind, error.attempt(), error.found()).next(error.next_step())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn layer(id: &str, parent: Option<&str>) -> LayerRow {
-        LayerRow {
-            id: id.to_owned(),
-            format: if parent.is_none() { "raw" } else { "qcow2" }.to_owned(),
-            parent: parent.map(str::to_owned),
-            virtual_bytes: 1 << 30,
-            frozen: true,
-            content: None,
-            stamp: None,
-        }
-    }
-
-    /// base ◀ a ◀ b ◀ c ◀ d ◀ e ◀ active, of the sandbox `own`.
-    fn uses(named: &[&str], more: &[(&str, &str)]) -> LayerUses {
-        let chain = ["base", "a", "b", "c", "d", "e", "active"];
-        let mut layers = vec![layer("base", None)];
-        layers.extend(chain.windows(2).map(|pair| layer(pair[1], Some(pair[0]))));
-        let mut disks = vec![("own".to_owned(), "active".to_owned())];
-        for (name, parent) in more {
-            layers.push(layer(name, Some(parent)));
-            disks.push(("other".to_owned(), (*name).to_owned()));
-        }
-        LayerUses {
-            layers,
-            disks,
-            named: named.iter().map(|id| (*id).to_owned()).collect(),
-            jobs: Vec::new(),
-        }
-    }
-
-    fn groups(uses: &LayerUses, running: bool) -> Vec<Vec<String>> {
-        let process =
-            running.then(|| stead_sys::process::ProcessId::own().expect("an own entry in /proc"));
-        let sandbox = Sandbox {
-            id: "own".to_owned(),
-            name: "own".to_owned(),
-            state: SandboxState::Running,
-            template: String::new(),
-            machine: String::new(),
-            vm_user: 0,
-            epoch: None,
-            launch: None,
-            process,
-            ram_sharing: None,
-            checkpoint: None,
-            hibernated_as: None,
-            created: String::new(),
-        };
-        let found = groups_in(uses, &sandbox, "active");
-        let ids = |layers: Vec<LayerRow>| layers.into_iter().map(|layer| layer.id).collect();
-        found.into_iter().map(|(merged, _)| ids(merged)).collect()
-    }
-
-    #[test]
-    fn what_is_named_shared_raw_or_written_to_is_not_merged_into_another() {
-        let none = uses(&[], &[]);
-        assert_eq!(groups(&none, true), [["e", "d", "c", "b", "a"]]);
-        assert_eq!(groups(&none, false), [["active", "e", "d", "c", "b", "a"]]);
-        let named = uses(&["d", "a"], &[]);
-        assert_eq!(groups(&named, true), [["d", "c", "b"]]);
-        assert_eq!(
-            groups(&named, false),
-            [vec!["active", "e"], vec!["d", "c", "b"]]
-        );
-        let all = uses(&["a", "b", "c", "d", "e"], &[]);
-        assert!(groups(&all, false).is_empty());
-        // Another sandbox stands on c: from there on down nothing is touched.
-        let shared = uses(&[], &[("others", "c")]);
-        assert_eq!(groups(&shared, true), [["e", "d"]]);
-        // A layer that only a checkpoint of the past stands on stays the one that it stands on.
-        let mut branch = uses(&["side"], &[]);
-        branch.layers.push(layer("side", Some("b")));
-        assert_eq!(groups(&branch, true), [vec!["e", "d", "c"], vec!["b", "a"]]);
     }
 }

@@ -303,3 +303,22 @@ impl<T> AtFile<T> for io::Result<T> {
         self.map_err(|source| EngineError::file(attempt, &path.into(), source))
     }
 }
+
+/// The same error in our words. What stands now is for the caller to say: he may undo more than the merge.
+impl From<stead_merge::MergeError> for EngineError {
+    fn from(error: stead_merge::MergeError) -> Self {
+        let kind = match error.kind() {
+            stead_merge::Kind::Internal => Kind::Internal,
+            stead_merge::Kind::Usage => Kind::Usage,
+            stead_merge::Kind::NotFound => Kind::NotFound,
+            stead_merge::Kind::Conflict => Kind::Conflict,
+            stead_merge::Kind::Damaged => Kind::Damaged,
+            stead_merge::Kind::Incompatible => Kind::Incompatible,
+            stead_merge::Kind::NoSpace => Kind::NoSpace,
+            stead_merge::Kind::Vm => Kind::Vm,
+            stead_merge::Kind::Store => Kind::Store,
+            stead_merge::Kind::Cancelled => Kind::Cancelled,
+        };
+        Self::new(kind, error.attempt(), error.found()).next(error.next_step())
+    }
+}

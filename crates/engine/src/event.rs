@@ -1,7 +1,7 @@
 //! What an operation tells while it runs, and how it is told to stop.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -124,5 +124,62 @@ impl Watch {
             return Err(EngineError::new(Kind::Cancelled, attempt, "interrupted"));
         }
         Ok(())
+    }
+}
+
+/// Passes on what a merge tells. Its figures are those of the step that it told last.
+#[derive(Debug)]
+pub struct MergeEvents<'a> {
+    watch: &'a Watch,
+    job: &'static str,
+    step: Mutex<String>,
+}
+
+impl<'a> MergeEvents<'a> {
+    /// Of an operation that calls itself `job`.
+    #[must_use]
+    pub fn new(watch: &'a Watch, job: &'static str) -> Self {
+        Self {
+            watch,
+            job,
+            step: Mutex::default(),
+        }
+    }
+
+    /// Passes one on.
+    pub fn tell(&self, event: stead_merge::Event) {
+        let mut now = self.step.lock().unwrap_or_else(PoisonError::into_inner);
+        match event {
+            stead_merge::Event::Step(step) => {
+                *now = step.to_string();
+                self.watch.step(self.job, now.clone());
+            }
+            stead_merge::Event::Progress { done, total } => self.watch.progress(&now, done, total),
+            stead_merge::Event::Notice(text) => self.watch.notice(text),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_of_a_merge_are_those_of_the_step_that_it_is_in() {
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let sink = Arc::clone(&told);
+        let watch = Watch::new(move |event| sink.lock().expect("lock").push(event));
+        let events = MergeEvents::new(&watch, "merge");
+        let progress = |done| events.tell(stead_merge::Event::Progress { done, total: 9 });
+        events.tell(stead_merge::Event::Step(stead_merge::Step::Commit));
+        progress(1);
+        events.tell(stead_merge::Event::Step(stead_merge::Step::Prove));
+        progress(2);
+        let told = told.lock().expect("lock");
+        let figures = told.iter().filter_map(|event| match event {
+            Event::Progress { what, done, .. } => Some((what.as_str(), *done)),
+            Event::Step { .. } | Event::Notice { .. } => None,
+        });
+        assert_eq!(figures.collect::<Vec<_>>(), [("commit", 1), ("prove", 2)]);
     }
 }

@@ -304,7 +304,7 @@ impl Engine {
 
     /// A session for a command. An agent that has forgotten its epoch is given a new one; one that does not answer while an
     /// operation on its sandbox is under way may stand still for it, and is tried again.
-    async fn command_session(&self, name: &str) -> Result<(Sandbox, Session)> {
+    pub(crate) async fn command_session(&self, name: &str) -> Result<(Sandbox, Session)> {
         let begun = Instant::now();
         let mut greeted = false;
         let mut sandbox = self.running(name, "exec in").await?;

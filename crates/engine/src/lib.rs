@@ -23,16 +23,19 @@
 //! | `worker` | who we are to other users of the store |
 #![forbid(unsafe_code)]
 
+mod backups;
 mod blobs;
 mod capture;
 mod compact;
 mod console;
+mod disk_content;
 mod doctor;
 mod domain;
 mod error;
 mod event;
 mod exclusion;
 mod exec;
+mod files;
 mod host;
 mod id;
 mod job;
@@ -45,6 +48,7 @@ mod records;
 mod restore;
 mod sandbox;
 mod save;
+mod save_convert;
 mod save_restore;
 mod standstill;
 mod store;
@@ -61,20 +65,25 @@ use stead_sys::lock::FileLock;
 use stead_vmm::Qemu;
 use tokio::sync::OnceCell;
 
+pub use backups::{StoreBackups, StoreVault, names_a_store};
 pub use capture::backup::{BackupDisk, BackupInstant};
 pub use capture::{CaptureReport, CheckpointRequest, PauseReport};
 pub use compact::{CompactReport, CompactedDisk, DEPTH_COMPACTED, MergedLayer};
 pub use console::Console;
+pub use disk_content::disk_content;
 pub use doctor::{Advice, DoctorReport, Finding, doctor};
 pub use error::{EngineError, Kind, Result};
-pub use event::{Event, Watch};
+pub use event::{Event, MergeEvents, Watch};
 pub use exec::{ExecCommand, ExecEnd, ExecOutput, NotStarted};
+pub use files::GuestFiles;
 pub use host::AcceleratorChoice;
 pub use paths::DataDir;
 pub use records::{RamSharing, SandboxState};
 pub use restore::{RestoreReport, VerifyReport};
 pub use sandbox::{CreateRequest, SandboxInfo};
 pub use save::{SaveReport, SaveRequest};
+pub use save_convert::SavedCheckpoint;
+pub use stead_store::Access;
 pub use store::{CheckpointInfo, DiskInfo, GcSummary, IndexSummary, ScrubReport};
 pub use template::{BuildRequest, ImportRequest, TemplateInfo, find_agent};
 

@@ -7,8 +7,8 @@
 //! A guest whose agent does not answer, or cannot freeze, is captured all the same, and whoever asked is told so: its
 //! processes run a moment in each restored guest before its clock and randomness are set.
 
-use std::sync::Mutex;
-use std::sync::PoisonError;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use stead_agent_link::LinkError;
@@ -29,6 +29,19 @@ pub(crate) struct Standstill {
     session: Option<Session>,
     runtime: Handle,
     failure: Mutex<Option<String>>,
+    is_left_standing: AtomicBool,
+}
+
+impl Standstill {
+    /// For state that somebody else may run, who releases nobody: the processes run on.
+    pub(crate) fn of_nobody() -> Self {
+        Self {
+            session: None,
+            runtime: Handle::current(),
+            failure: Mutex::new(None),
+            is_left_standing: AtomicBool::new(false),
+        }
+    }
 }
 
 impl Engine {
@@ -53,6 +66,7 @@ impl Engine {
             session,
             runtime: Handle::current(),
             failure: Mutex::new(failure),
+            is_left_standing: AtomicBool::new(false),
         }
     }
 
@@ -70,9 +84,16 @@ impl Engine {
         }
     }
 
-    /// Says what went wrong, if anything did.
-    pub(crate) fn report_standstill(&self, standstill: &Standstill) {
-        if let Some(why) = standstill.failure() {
+    /// Says what went wrong, if anything did, and has the processes go on if they were not told to.
+    pub(crate) async fn end_standstill(&self, sandbox: &Sandbox, standstill: Standstill) {
+        let is_left_standing = standstill.is_left_standing.load(Ordering::Relaxed);
+        let failure = standstill.failure();
+        // Its port is needed below.
+        drop(standstill);
+        if is_left_standing {
+            self.let_go_on(sandbox).await;
+        }
+        if let Some(why) = failure {
             self.watch.notice(format!(
                 "the guest's processes did not stand still for the capture ({why}): in what is restored from it they run \
                  for a moment before clock and randomness are set"
@@ -95,8 +116,10 @@ impl Standstill {
                 Moment::Resumed => link.thaw_workload().await,
             }
         });
-        if let Err(error) = done {
-            self.note(&error);
+        match (moment, done) {
+            (_, Ok(())) => {}
+            (Moment::Stopping, Err(error)) => self.note(&error),
+            (Moment::Resumed, Err(_)) => self.is_left_standing.store(true, Ordering::Relaxed),
         }
     }
 

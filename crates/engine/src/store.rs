@@ -176,13 +176,23 @@ impl Engine {
     /// Takes away leases of this worker whose process is gone, and those of this process.
     pub(crate) async fn remove_own_leases(&self) -> Result<()> {
         let own = self.lease_owner()?;
-        self.remove_leases(|holder| Ok(*holder == own || self.is_dead(holder)?))
+        let store = self.store().await?;
+        self.remove_leases(store, |holder| Ok(*holder == own || self.is_dead(holder)?))
+            .await
+    }
+
+    /// Takes away what dead commands of this worker left in a store.
+    pub(crate) async fn remove_dead_leases(&self, store: &Store) -> Result<()> {
+        self.remove_leases(store, |holder| self.is_dead(holder))
             .await
     }
 
     /// Takes away the leases of which `left` says that nobody holds them any more.
-    async fn remove_leases(&self, left: impl Fn(&LeaseOwner) -> Result<bool>) -> Result<()> {
-        let store = self.store().await?;
+    async fn remove_leases(
+        &self,
+        store: &Store,
+        left: impl Fn(&LeaseOwner) -> Result<bool>,
+    ) -> Result<()> {
         let leases = store
             .leases()
             .await
@@ -289,6 +299,7 @@ impl Engine {
         let listed = match role {
             Role::Checkpoint => store.manifests().await,
             Role::Template => store.templates().await,
+            Role::Backup => store.backups().await,
         };
         let entries = listed.map_err(|source| store_error("list what the store has", source))?;
         let fits = |entry: &&ListedManifest| {
@@ -434,7 +445,7 @@ impl Engine {
         }
         if !dry_run {
             self.watch.step("gc", "sweep this worker");
-            self.remove_leases(|holder| self.is_dead(holder)).await?;
+            self.remove_dead_leases(self.store().await?).await?;
             self.forget_removed_checkpoints().await?;
             self.sweep().await?;
         }

@@ -346,13 +346,8 @@ impl Engine {
             crash_consistent: false,
             lineage: Lineage::default(),
             producer: Producer {
-                qemu_version: None,
-                machine_type: String::new(),
-                cpu_model: String::new(),
-                accelerator: String::new(),
-                cpus: 0,
-                memory_bytes: 0,
                 kernel_command_line: Some(cmdline.to_owned()),
+                ..Producer::default()
             },
             disks: vec![stead_store::Disk {
                 id: "vda".to_owned(),

@@ -6,6 +6,10 @@ use stead_qcow2::{Result, StoredBitmap};
 
 use crate::layers::Layers;
 use crate::plan::StalePolicy;
+use crate::running::Running;
+
+/// Hex digits of a backup's id.
+const ID_DIGITS: usize = 32;
 
 /// The state of a bitmap in a layer; see `docs/merge.md`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -122,16 +126,20 @@ pub struct Verdict {
 /// The bitmaps of all layers, the active one's first.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Bitmaps {
-    layers: Vec<Vec<StoredBitmap>>,
-    top: usize,
-    base: usize,
+    pub layers: Vec<Vec<StoredBitmap>>,
+    pub top: usize,
+    pub base: usize,
 }
 
 impl Bitmaps {
-    pub fn read(layers: &Layers) -> Result<Self> {
-        let all = (0..layers.files.len()).map(|index| match layers.chain.layer(index) {
-            Some(layer) => layer.stored_bitmaps(),
-            None => Ok(Vec::new()),
+    /// Those of the files; of a VM's active layer those that QEMU has.
+    pub fn read(layers: &Layers, running: Option<&Running>) -> Result<Self> {
+        let all = (0..layers.files.len()).map(|index| {
+            match (running.filter(|_| index == 0), layers.chain.layer(index)) {
+                (Some(running), _) => Ok(running.stored()),
+                (None, Some(layer)) => layer.stored_bitmaps(),
+                (None, None) => Ok(Vec::new()),
+            }
         });
         Ok(Self {
             layers: all.collect::<Result<_>>()?,
@@ -144,11 +152,11 @@ impl Bitmaps {
         &self.layers[index]
     }
 
-    fn find(&self, index: usize, name: &[u8]) -> Option<&StoredBitmap> {
+    pub fn find(&self, index: usize, name: &[u8]) -> Option<&StoredBitmap> {
         self.layers[index].iter().find(|stored| stored.name == name)
     }
 
-    fn any(&self, range: std::ops::Range<usize>, name: &[u8]) -> bool {
+    pub fn any(&self, range: std::ops::Range<usize>, name: &[u8]) -> bool {
         range
             .into_iter()
             .any(|index| self.find(index, name).is_some())
@@ -164,7 +172,7 @@ impl Bitmaps {
         if !stored.auto {
             return BitmapState::Disabled;
         }
-        if index == 0 {
+        if index == 0 || is_a_backups(&stored.name) {
             return BitmapState::Valid;
         }
         let topmost = (0..index).find(|above| self.find(*above, &stored.name).is_some());
@@ -183,8 +191,11 @@ impl Bitmaps {
 
     /// What is decided for single bitmaps of the base before the commit's own rules, and which are stale.
     pub fn choose(&self, policy: StalePolicy) -> (Vec<(Vec<u8>, Chosen)>, Vec<String>) {
-        let (mut chosen, mut stale) = (Vec::new(), Vec::new());
+        let (mut chosen, mut stale) = (self.backups_own(), Vec::new());
         for stored in self.of(self.base) {
+            if chosen.iter().any(|(name, _)| *name == stored.name) {
+                continue;
+            }
             let unusable = stored.in_use || !stored.is_known();
             let above = self.any(0..self.base, &stored.name);
             let merged = self.any(self.top..self.base, &stored.name);
@@ -204,33 +215,62 @@ impl Bitmaps {
         (chosen, stale)
     }
 
+    /// Bitmaps of the base or of merged layers that stand for themselves: a backup goes on with each.
+    fn backups_own(&self) -> Vec<(Vec<u8>, Chosen)> {
+        let mut carried: Vec<(Vec<u8>, Chosen)> = Vec::new();
+        for stored in (self.top..=self.base).flat_map(|index| self.of(index)) {
+            let own = self.find(self.base, &stored.name);
+            let says_nothing = own.is_some_and(|own| own.in_use || !own.is_known() || !own.auto);
+            let is_new = carried.iter().all(|(name, _)| *name != stored.name);
+            if is_a_backups(&stored.name) && !says_nothing && is_new {
+                carried.push((stored.name.clone(), Chosen::Carry));
+            }
+        }
+        carried
+    }
+
     /// What the commit made, or would make, of a bitmap.
     pub fn verdict(&self, outcome: &BitmapOutcome, chosen: &[(Vec<u8>, Chosen)]) -> Verdict {
         let name = &outcome.name;
         let choice = chosen.iter().find(|(other, _)| other == name);
-        let (becomes, why) = self.say(outcome, choice.map(|(_, choice)| *choice));
+        let said = self.say(outcome, choice.map(|(_, choice)| *choice));
+        let unnamed_bytes = match outcome.fate {
+            BitmapFate::Merged { unnamed_bytes } | BitmapFate::Carried { unnamed_bytes } => {
+                unnamed_bytes
+            }
+            BitmapFate::Marked
+            | BitmapFate::Kept
+            | BitmapFate::MarkedInstead { .. }
+            | BitmapFate::Dropped { .. } => 0,
+        };
+        self.decided(name, said, unnamed_bytes)
+    }
+
+    /// What becomes of a bitmap and why, with what that means for others.
+    pub fn decided(
+        &self,
+        name: &[u8],
+        (becomes, why): (Becomes, String),
+        unnamed_bytes: u64,
+    ) -> Verdict {
         let gone = becomes == Becomes::Dropped;
         let topmost =
             (self.top..=self.base).find_map(|index| Some((index, self.find(index, name)?)));
         let said =
             topmost.is_some_and(|(index, stored)| self.state(index, stored).says_something());
-        let goes_on = self.find(self.top, name).is_some() && self.any(0..self.top, name);
+        let began = match is_a_backups(name) {
+            true => self.any(self.top..self.base, name),
+            false => self.find(self.top, name).is_some(),
+        };
+        let goes_on = began && self.any(0..self.top, name);
         Verdict {
             name: text(name),
-            name_bytes: name.clone(),
+            name_bytes: name.to_vec(),
             becomes,
             why,
             lost: gone && said,
             void_above: gone && goes_on,
-            unnamed_bytes: match outcome.fate {
-                BitmapFate::Merged { unnamed_bytes } | BitmapFate::Carried { unnamed_bytes } => {
-                    unnamed_bytes
-                }
-                BitmapFate::Marked
-                | BitmapFate::Kept
-                | BitmapFate::MarkedInstead { .. }
-                | BitmapFate::Dropped { .. } => 0,
-            },
+            unnamed_bytes,
         }
     }
 
@@ -246,10 +286,18 @@ impl Bitmaps {
                 Becomes::Marked,
                 "it is disabled in the base, and merged layers have it: all that the merge changes is marked, and it stays disabled".into(),
             ),
-            (None, BitmapFate::Merged { unnamed_bytes: 0 }) => {
+            (Some(Chosen::Carry), BitmapFate::Marked) => (
+                Becomes::Marked,
+                "a backup goes on with it: all that the merge changes is marked".into(),
+            ),
+            (Some(Chosen::Carry), BitmapFate::Carried { .. }) => (
+                Becomes::Carried,
+                "a backup goes on with it: what its lowest layer says, and all that is defined above".into(),
+            ),
+            (None | Some(Chosen::Carry), BitmapFate::Merged { unnamed_bytes: 0 }) => {
                 (Becomes::Merged, "the base and all merged layers have it".into())
             }
-            (None, BitmapFate::Merged { unnamed_bytes }) => (
+            (None | Some(Chosen::Carry), BitmapFate::Merged { unnamed_bytes }) => (
                 Becomes::Merged,
                 format!("the base and all merged layers have it; {unnamed_bytes} bytes that none of them names differ, and are marked too"),
             ),
@@ -268,16 +316,16 @@ impl Bitmaps {
                 Becomes::Marked,
                 "no layer above has it, and it is kept as asked: all that the merge changes is marked".into(),
             ),
-            (None, BitmapFate::Kept) => (Becomes::Left, self.why_left(name)),
-            (None, BitmapFate::MarkedInstead { reason }) => (
+            (None | Some(Chosen::Carry), BitmapFate::Kept) => (Becomes::Left, self.why_left(name)),
+            (None | Some(Chosen::Carry), BitmapFate::MarkedInstead { reason }) => (
                 Becomes::Marked,
                 format!("{reason}: all that the merge changes is marked"),
             ),
-            (None, BitmapFate::Dropped { reason }) => (Becomes::Dropped, reason.clone()),
+            (None | Some(Chosen::Carry), BitmapFate::Dropped { reason }) => (Becomes::Dropped, reason.clone()),
         }
     }
 
-    fn why_left(&self, name: &[u8]) -> String {
+    pub fn why_left(&self, name: &[u8]) -> String {
         let own = self.find(self.base, name);
         if own.is_some_and(|own| own.in_use) {
             "it was not saved when the base was last used and says nothing; it stays so that the ones above are not taken for whole. Make a full backup and remove it in all layers".into()
@@ -287,6 +335,17 @@ impl Bitmaps {
             "it is disabled: it says what had changed until then, and nothing of this merge".into()
         }
     }
+}
+
+/// Whether it is a bitmap that one backup began and that names all since then: `NAME@` and the backup's id. Layers
+/// above need not have it, so it is not stale without them (`docs/backup.md`).
+pub(crate) fn is_a_backups(name: &[u8]) -> bool {
+    let digit = |byte: &u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(byte);
+    let Some(at) = name.len().checked_sub(ID_DIGITS) else {
+        return false;
+    };
+    let (start, id) = name.split_at(at);
+    start.ends_with(b"@") && id.iter().all(digit)
 }
 
 pub(crate) fn text(name: &[u8]) -> String {
@@ -346,5 +405,29 @@ mod tests {
         assert_eq!(chosen, [(b"dead".to_vec(), Chosen::Leave)]);
         assert!(refused.is_empty());
         assert_eq!(bitmaps.choose(StalePolicy::Refuse).1, ["stale", "dead"]);
+    }
+
+    #[test]
+    fn the_bitmap_of_a_backup_is_never_stale_and_another_with_an_at_sign_is() {
+        let id = "0123456789abcdef".repeat(2);
+        let names = [
+            format!("daily@{id}"),
+            format!("daily{id}"),
+            "a@b".to_owned(),
+        ];
+        let bitmaps = Bitmaps {
+            layers: vec![Vec::new(), names.iter().map(|name| on(name)).collect()],
+            top: 0,
+            base: 1,
+        };
+        let states = bitmaps.of(1).iter();
+        let states: Vec<_> = states.map(|stored| bitmaps.state(1, stored)).collect();
+        use BitmapState::{Stale, Valid};
+        assert_eq!(states, [Valid, Stale, Stale]);
+        for policy in [StalePolicy::Prune, StalePolicy::Refuse] {
+            let (chosen, _) = bitmaps.choose(policy);
+            assert_eq!(chosen[0], (names[0].clone().into_bytes(), Chosen::Carry));
+        }
+        assert_eq!(bitmaps.choose(StalePolicy::Refuse).1.len(), 2);
     }
 }

@@ -2,9 +2,6 @@
 
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use crate::error::{Kind, MergeError, Result};
 
 /// A step of a merge, told when it begins.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,67 +52,7 @@ impl fmt::Display for Step {
 }
 
 /// Something that is told.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Event {
-    /// A step begins.
-    Step(Step),
-    /// Bytes of the step.
-    Progress {
-        /// Bytes done.
-        done: u64,
-        /// Bytes in all.
-        total: u64,
-    },
-    /// Something the caller should know that is no failure.
-    Notice(String),
-}
+pub type Event = stead_qcow2::Event<Step>;
 
 /// Where events go, and where a wish to stop comes from.
-#[derive(Clone, Copy)]
-pub struct Watch<'a> {
-    /// Is told what happens.
-    pub tell: &'a (dyn Fn(Event) + Sync),
-    /// Until the base is changed, the merge ends with [`Kind::Cancelled`] soon after this becomes true; later it
-    /// goes on to its end, which is near.
-    pub cancel: Option<&'a AtomicBool>,
-}
-
-impl fmt::Debug for Watch<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Watch")
-            .field("cancel", &self.cancel)
-            .finish_non_exhaustive()
-    }
-}
-
-impl Watch<'_> {
-    pub(crate) fn step(&self, step: Step) {
-        (self.tell)(Event::Step(step));
-    }
-
-    pub(crate) fn progress(&self, fraction: f64, total: u64) {
-        #[expect(
-            clippy::cast_precision_loss,
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            reason = "a part of the total, to look at"
-        )]
-        let done = (fraction.clamp(0.0, 1.0) * total as f64) as u64;
-        (self.tell)(Event::Progress { done, total });
-    }
-
-    pub(crate) fn notice(&self, text: impl Into<String>) {
-        (self.tell)(Event::Notice(text.into()));
-    }
-
-    /// An error when the caller wants the merge to end.
-    pub(crate) fn go_on(&self) -> Result<()> {
-        match self.cancel {
-            Some(cancel) if cancel.load(Ordering::Relaxed) => {
-                Err(MergeError::new(Kind::Cancelled, "merge", "interrupted")
-                    .left("nothing was changed"))
-            }
-            Some(_) | None => Ok(()),
-        }
-    }
-}
+pub type Watch<'a> = stead_qcow2::Watch<'a, Step>;

@@ -19,12 +19,13 @@ use std::fs::File;
 use std::path::Path;
 
 use stead_qcow2::edit::{EditOptions, Editor};
-use stead_qcow2::ops::commit::{CommitOptions, Incomplete, commit_into, measure_in_use};
-use stead_qcow2::{Chain, Control, LayerFile, LayerFormat};
+use stead_qcow2::ops::commit::{Chosen, CommitOptions, Incomplete, commit_into, measure_in_use};
+use stead_qcow2::{Chain, Control, Error, Layer, LayerFile, LayerFormat, StoredBitmap};
 use stead_sys::durable::{Existing, Partial};
 use stead_sys::image_lock::Access;
 use stead_sys::{copy, space};
 
+use crate::bitmaps::{is_a_backups, text};
 use crate::error::{Kind, MergeError, Result};
 use crate::event::{Step, Watch};
 use crate::open::lock;
@@ -39,9 +40,29 @@ pub struct Fused {
     pub file_bytes: u64,
 }
 
-/// Makes `target` of the first `count` layers of `files` (the top first, then all that lies below them).
+/// The layers of a chain, each part the topmost first.
+#[derive(Debug, Clone, Copy)]
+pub struct FuseLayers<'a> {
+    /// Those above the ones that are fused, which stay.
+    pub above: &'a [LayerFile],
+    /// Those that are fused: at least two.
+    pub merged: &'a [LayerFile],
+    /// All that lies below.
+    pub below: &'a [LayerFile],
+}
+
+impl FuseLayers<'_> {
+    /// The fused ones, and what lies below.
+    fn committed(&self) -> Vec<LayerFile> {
+        [self.merged, self.below].concat()
+    }
+}
+
+/// Makes `target` of layers.
 ///
-/// A layer with a bitmap that could not be kept whole is refused. The new file has the permission bits `mode`.
+/// A layer with a bitmap that could not be kept whole is refused. One that was not saved says nothing: it is left out,
+/// and named, unless a layer above has one of that name, which would look whole then. The new file has the permission
+/// bits `mode`.
 ///
 /// # Durability
 /// When this returns `Ok`, the target is whole, compared with the layers, and synced under its name.
@@ -51,18 +72,17 @@ pub struct Fused {
 /// was written is not what should have been ([`Kind::Damaged`]). No target is there then, and nothing was changed.
 ///
 /// # Panics
-/// When `count` is less than two, or more than there are files.
+/// When less than two are fused.
 pub fn fuse(
-    files: &[LayerFile],
-    count: usize,
+    layers: FuseLayers<'_>,
     (target, mode): (&Path, u32),
     watch: Watch<'_>,
 ) -> Result<Fused> {
-    let partial = build(files, count, (target, mode), watch)?;
+    let partial = build(layers, (target, mode), watch)?;
     let file_bytes = space::allocated_bytes(partial.temp_path())
         .map_err(|source| MergeError::io("measure", partial.temp_path(), source))?;
-    let defined_bytes = prove(files, count, partial.temp_path(), watch)?;
-    watch.go_on()?;
+    let defined_bytes = prove(layers, partial.temp_path(), watch)?;
+    watch.go_on("merge")?;
     partial
         .publish(Existing::Keep)
         .map_err(|source| MergeError::io("publish", target, source))?;
@@ -80,58 +100,88 @@ pub fn fuse(
 ///
 /// # Panics
 /// As [`fuse()`].
-pub fn fuse_needs_bytes(files: &[LayerFile], count: usize) -> Result<u64> {
-    require_qcow2(files, count)?;
-    let lowest = &files[count - 1].path;
+pub fn fuse_needs_bytes(layers: FuseLayers<'_>) -> Result<u64> {
+    let lowest = &require_qcow2(layers)?.path;
     let copied = space::allocated_bytes(lowest)
         .map_err(|source| MergeError::io("measure", lowest, source))?;
-    let options = CommitOptions {
-        base: count - 1,
-        ..options()
-    };
-    let report = measure_in_use(files, &options, &Control::default())
+    let (options, _) = options(layers)?;
+    let report = measure_in_use(&layers.committed(), &options, &Control::default())
         .map_err(|error| MergeError::engine("measure the layers", error))?;
     Ok(copied.saturating_add(report.base.new_bytes))
 }
 
-fn options() -> CommitOptions {
-    CommitOptions {
-        incomplete: Incomplete::Refuse,
-        ..CommitOptions::default()
+/// How to commit, and the bitmaps that are left out because they say nothing.
+fn options(layers: FuseLayers<'_>) -> Result<(CommitOptions, Vec<String>)> {
+    let all = layers.above.iter().chain(layers.merged);
+    let all = all.map(stored).collect::<Result<Vec<_>>>()?;
+    let (mut chosen, mut left_out) = (Vec::new(), Vec::new());
+    for bitmap in all[layers.above.len()..].iter().flatten() {
+        let name = &bitmap.name;
+        let of_that_name = all.iter().flatten().filter(|other| other.name == *name);
+        let is_alone = of_that_name.count() == 1;
+        if chosen.iter().any(|(other, _)| other == name) {
+            continue;
+        }
+        if (bitmap.in_use || !bitmap.is_known()) && is_alone {
+            left_out.push(text(name));
+            chosen.push((name.clone(), Chosen::Remove));
+        } else if is_a_backups(name) {
+            chosen.push((name.clone(), Chosen::Carry));
+        }
     }
+    let options = CommitOptions {
+        base: layers.merged.len() - 1,
+        incomplete: Incomplete::Refuse,
+        chosen,
+        ..CommitOptions::default()
+    };
+    Ok((options, left_out))
 }
 
-fn require_qcow2(files: &[LayerFile], count: usize) -> Result<()> {
-    assert!(count >= 2, "one layer is one already");
-    assert!(count <= files.len(), "more layers than the chain has");
-    let mut merged = files[..count].iter();
+fn stored(file: &LayerFile) -> Result<Vec<StoredBitmap>> {
+    if file.format == LayerFormat::Raw {
+        return Ok(Vec::new());
+    }
+    let stored = Layer::inspect(&file.path).and_then(|layer| layer.stored_bitmaps());
+    stored.map_err(|error| MergeError::engine("read bitmaps", error))
+}
+
+/// The lowest of those that are fused.
+fn require_qcow2(layers: FuseLayers<'_>) -> Result<&LayerFile> {
+    let (Some(lowest), 2..) = (layers.merged.last(), layers.merged.len()) else {
+        panic!("one layer is one already");
+    };
+    let mut merged = layers.merged.iter();
     let Some(raw) = merged.find(|file| file.format == LayerFormat::Raw) else {
-        return Ok(());
+        return Ok(lowest);
     };
     let found = format!("{} is raw, and stays as it is", raw.path.display());
     Err(MergeError::new(Kind::Usage, ATTEMPT, found))
 }
 
 fn build(
-    files: &[LayerFile],
-    count: usize,
+    layers: FuseLayers<'_>,
     (target, mode): (&Path, u32),
     watch: Watch<'_>,
 ) -> Result<Partial> {
-    require_qcow2(files, count)?;
-    let (merged, below) = files.split_at(count);
-    let (lowest, above) = match merged.split_last() {
-        Some(split) => split,
-        None => unreachable!("there are at least two"),
-    };
+    let lowest = require_qcow2(layers)?;
+    let above = &layers.merged[..layers.merged.len() - 1];
+    let files = layers.committed();
     let _locks = files
         .iter()
         .map(|file| lock(&file.path, Access::Read))
         .collect::<Result<Vec<_>>>()?;
-    watch.go_on()?;
+    let (options, left_out) = options(layers)?;
+    if !left_out.is_empty() {
+        watch.notice(format!(
+            "bitmaps that were not saved and say nothing are left out: {}",
+            left_out.join(", ")
+        ));
+    }
+    watch.go_on("merge")?;
     watch.step(Step::Copy);
     let partial = copy_of(&lowest.path, target, mode)?;
-    watch.go_on()?;
+    watch.go_on("merge")?;
     watch.step(Step::Commit);
     let engine = |error| MergeError::engine(ATTEMPT, error);
     let mut editor = Editor::open(partial.temp_path(), EditOptions::default()).map_err(engine)?;
@@ -139,7 +189,7 @@ fn build(
         cancel: watch.cancel,
         progress: None,
     };
-    commit_into(&mut editor, 0, (above, below), &options(), &control).map_err(engine)?;
+    commit_into(&mut editor, 0, (above, layers.below), &options, &control).map_err(engine)?;
     if let corruptions @ 1.. = editor.check().corruptions {
         let found = format!("a check of the new layer has {corruptions} findings");
         return Err(MergeError::new(Kind::Damaged, ATTEMPT, found));
@@ -158,15 +208,15 @@ fn copy_of(lowest: &Path, target: &Path, mode: u32) -> Result<Partial> {
 }
 
 /// Compares wherever either side defines something: elsewhere both show what is below.
-fn prove(files: &[LayerFile], count: usize, made: &Path, watch: Watch<'_>) -> Result<u64> {
+fn prove(layers: FuseLayers<'_>, made: &Path, watch: Watch<'_>) -> Result<u64> {
     watch.step(Step::Prove);
     let engine = |error| MergeError::engine("read the new layer back", error);
-    let old = Chain::open(files).map_err(engine)?;
+    let old = Chain::open(&layers.committed()).map_err(engine)?;
     let mut new_files = vec![LayerFile {
         path: made.to_owned(),
         format: LayerFormat::Qcow2,
     }];
-    new_files.extend_from_slice(&files[count..]);
+    new_files.extend_from_slice(layers.below);
     let new = Chain::open(&new_files).map_err(engine)?;
     let damaged = |found: String| {
         MergeError::new(Kind::Damaged, "read the new layer back", found)
@@ -177,18 +227,22 @@ fn prove(files: &[LayerFile], count: usize, made: &Path, watch: Watch<'_>) -> Re
         let found = format!("it has {} bytes, and the layers {}", new.len(), old.len());
         return Err(damaged(found));
     }
-    let mut comparison = Comparison::new(&old, &new, watch);
     let mut defined_bytes = 0;
-    for (chain, layers) in [(&old, count), (&new, 1)] {
-        for range in chain.allocated(layers) {
-            watch.go_on()?;
-            let range = range.map_err(engine)?;
-            if layers == 1 {
+    for (chain, fused) in [(&old, layers.merged.len()), (&new, 1)] {
+        let ranges = chain.allocated(fused).map(|range| {
+            if watch.go_on("merge").is_err() {
+                let path = made.to_owned();
+                return Err(Error::Cancelled { path });
+            }
+            let range = range?;
+            if fused == 1 {
                 defined_bytes += range.end - range.start;
             }
-            if let Some(fault) = comparison.fault_in(range).map_err(engine)? {
-                return Err(damaged(fault));
-            }
+            Ok(range)
+        });
+        let comparison = Comparison::new(&old, &new, watch);
+        if let Some(fault) = comparison.fault_in(ranges).map_err(engine)? {
+            return Err(damaged(fault));
         }
     }
     Ok(defined_bytes)

@@ -27,13 +27,14 @@ mod prove;
 mod record;
 mod recover;
 mod run;
+mod running;
 mod siblings;
 mod space;
 
 pub use bitmaps::{Becomes, BitmapInLayer, BitmapState, Verdict};
 pub use error::{Kind, MergeError, Result};
 pub use event::{Event, Step, Watch};
-pub use fuse::{Fused, fuse, fuse_needs_bytes};
+pub use fuse::{FuseLayers, Fused, fuse, fuse_needs_bytes};
 pub use layers::Role;
 pub use live::{LiveReport, run_live};
 pub use plan::{LayerInfo, MergePlan, MergeRequest, Refusal, Searched, StalePolicy, plan};

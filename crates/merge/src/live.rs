@@ -1,14 +1,15 @@
-//! The merge of frozen layers under a VM that runs, by QEMU's own commit, with the same plan and promises.
+//! A merge under a VM that runs, by QEMU's own commit, with the same plan and promises.
 //!
 //! ```text
-//!  plan ▶ record ▶ block-commit ▶ pending ▶ bitmaps, one transaction ▶ finalize ▶ read the file ▶ layers removed
+//!  plan ▶ record ▶ block-commit ─┬▶ pending ▶ bitmaps, one transaction ▶ finalize ▶ read the file ▶ layers removed
+//!                   │            └▶ ready ▶ the switch, where the active layer is merged, too ─────▶ layers removed
 //!                   │ no room: it stands still, and goes on when there is some
 //! ```
 //! Until the job is finalized the disk is read through the merged layers, whatever the base has. QEMU's bitmaps of
 //! the base record what the commit writes, so they name at least what the merged layers' do; those that began above
 //! the base are made in it from the layers' own. QEMU calls a job complete whether it could store bitmaps or not:
 //! only the file says that, and it is read once the base is read-only again. The guest writes to the active layer all
-//! the time, which is not looked at.
+//! the time; where that is merged, too, `switch.rs` has what is different.
 //!
 //! | killed | then |
 //! |---|---|
@@ -17,38 +18,38 @@
 //! | QEMU, after that | it proves the base and removes the layers, or names what was lost and keeps them |
 //!
 //! # Invariants
-//! * No layer is removed before the base's *file* was found to have the data and the bitmaps.
+//! * No frozen layer is removed before the base's *file* was found to have the data and the bitmaps. The active layer
+//!   is removed when QEMU has switched the disk to the base: what the guest writes cannot be compared with anything.
 //! * A bitmap that could not be kept is named, and the layers that have its bits stay.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use stead_qcow2::LayerFormat;
 use stead_sys::durable::Existing;
-use stead_sys::space;
 use stead_vmm::Qmp;
-use stead_vmm::block_jobs::{self, BitmapChange, Commit, Job, JobState, Node, Order};
+use stead_vmm::block_jobs::{self, Commit, Job, JobState, Order};
 
-use crate::bitmaps::{Becomes, text};
-use crate::error::{Kind, MergeError, Result};
+use crate::bitmaps::text;
+use crate::error::{Kind, MergeError, Result, vm};
 use crate::event::{Event, Step, Watch};
 use crate::layers::identity;
 use crate::plan::{MergePlan, MergeRequest, think};
 use crate::prove::Proof;
 use crate::record::{Phase, Record, RecordedLayer, record_path, remove_unfinished};
 use crate::run::{Going, extend};
-use crate::space::{Place, place_of};
+use crate::running::{self, Running, node_of};
+
+mod bitmaps;
+mod room;
+mod switch;
+
+use room::Room;
 
 /// How often the job is looked at.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// How long a job may take to end once it was told to.
 const END_WITHIN: Duration = Duration::from_secs(120);
-/// A job is paused when its file system has less free than this, in bytes.
-const LOW_BYTES: u64 = 32 << 20;
-/// How much longer than asked a device is made when it was too short all the same, in bytes.
-const MORE_BYTES: u64 = 256 << 20;
-
 /// What a live merge did.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -59,18 +60,27 @@ pub struct LiveReport {
     pub removed: Vec<std::path::PathBuf>,
     /// Merged layers that are still there, which nothing needs any more.
     pub kept: Vec<std::path::PathBuf>,
+    /// Bitmaps of the base that QEMU has in its memory and stores when it ends in order; none where the base is not
+    /// what the guest writes to.
+    pub held: Vec<String>,
 }
 
-/// Merges under the VM whose QMP socket is `qmp`, or goes on with what an earlier call has begun there.
+/// Merges under the VM whose QMP socket the request names, or goes on with what an earlier call has begun there.
 ///
 /// # Durability
-/// When this returns `Ok`, the base is synced and read-only again, and what it says was read from its file.
+/// When this returns `Ok`, the base is synced and read-only again, and what it says was read from its file. Where the
+/// active layer was merged, the base had all of it on the disk when the VM was switched; its bitmaps are in QEMU's
+/// memory until that ends in order.
 ///
 /// # Errors
 /// When it is refused, cancelled, or the job fails: the chain is as it was. When a bitmap was lost: the error names
 /// it, the disk is right, and the merged layers stay.
-pub fn run_live(request: &MergeRequest, qmp: &Path, watch: Watch<'_>) -> Result<LiveReport> {
-    let mut qmp = block_jobs::connect(qmp).map_err(|error| vm("reach the VM", error))?;
+pub fn run_live(request: &MergeRequest, watch: Watch<'_>) -> Result<LiveReport> {
+    let Some(socket) = &request.qmp else {
+        let found = "no VM is named that is to do it";
+        return Err(MergeError::new(Kind::Usage, ATTEMPT, found));
+    };
+    let mut qmp = connect(socket)?;
     watch.step(Step::Plan);
     if let Some((path, record)) = begun(request)? {
         let going = Going {
@@ -84,16 +94,13 @@ pub fn run_live(request: &MergeRequest, qmp: &Path, watch: Watch<'_>) -> Result<
         }
         live.begin_anew(&mut qmp)?;
     }
-    let request = MergeRequest {
-        live: true,
-        ..request.clone()
-    };
-    let mut thought = think(&request)?;
-    if extend(&request, &thought.plan, watch)? {
-        thought = think(&request)?;
+    let running = Running::ask(&mut qmp, &request.chain)?;
+    let mut thought = think(request, Some(&running))?;
+    if extend(request, &thought.plan, watch)? {
+        thought = think(request, Some(&running))?;
     }
     thought.plan.require_allowed()?;
-    watch.go_on()?;
+    watch.go_on("merge")?;
     let base = thought.layers.base_file().path.clone();
     let mut record = Record::of(&thought.layers, &thought.plan, request.keep_layers)?;
     record.live = true;
@@ -102,7 +109,7 @@ pub fn run_live(request: &MergeRequest, qmp: &Path, watch: Watch<'_>) -> Result<
         path: record_path(&base, &request.records)?,
         watch,
     };
-    let live = Live::new(going, &request, Some(thought.plan))?;
+    let live = Live::new(going, request, Some(thought.plan))?;
     let nodes = live.nodes(&mut qmp)?;
     watch.step(Step::Record);
     remove_unfinished(&live.going.path)?;
@@ -115,6 +122,11 @@ pub fn run_live(request: &MergeRequest, qmp: &Path, watch: Watch<'_>) -> Result<
 fn begun(request: &MergeRequest) -> Result<Option<(std::path::PathBuf, Record)>> {
     let found = crate::record::find(&request.chain, &request.records)?;
     Ok(found.into_iter().find(|(_, record)| record.live))
+}
+
+/// The connection to the VM behind a socket.
+pub(crate) fn connect(socket: &Path) -> Result<Qmp> {
+    block_jobs::connect(socket).map_err(|error| vm("reach the VM", error))
 }
 
 /// The nodes of a chain.
@@ -134,6 +146,8 @@ struct Live<'a> {
 
 /// What the waiting came to.
 enum Waited {
+    /// The base has what the active layer has, and gets what is written from now on, too.
+    Ready,
     /// The data is in the base.
     Pending,
     /// It has ended, with this error.
@@ -153,16 +167,23 @@ impl<'a> Live<'a> {
         })
     }
 
+    /// The layer that the guest writes to is merged, too: the base becomes the disk.
+    fn is_active(&self) -> bool {
+        self.going.record.top == 0
+    }
+
     fn nodes(&self, qmp: &mut Qmp) -> Result<Nodes> {
-        let all = block_jobs::nodes(qmp).map_err(|error| vm("list the VM's disks", error))?;
+        let all = running::nodes(qmp)?;
         let record = &self.going.record;
         Ok(Nodes {
-            active: node_of(&all, &record.layers[0])?.name.clone(),
-            base: node_of(&all, &record.layers[record.base])?.name.clone(),
+            active: node_of(&all, &record.layers[0].file())?.name.clone(),
+            base: node_of(&all, &record.layers[record.base].file())?
+                .name
+                .clone(),
             merged: record
                 .merged()
                 .iter()
-                .map(|layer| Ok(node_of(&all, layer)?.name.clone()))
+                .map(|layer| Ok(node_of(&all, &layer.file())?.name.clone()))
                 .collect::<Result<_>>()?,
         })
     }
@@ -174,7 +195,7 @@ impl<'a> Live<'a> {
         let commit = Commit {
             id: &self.job,
             active: &nodes.active,
-            top: &nodes.merged[0],
+            top: (!self.is_active()).then_some(nodes.merged[0].as_str()),
             base: &nodes.base,
             backing_file: backing.as_deref(),
             bytes_per_second: self.request.bytes_per_second,
@@ -196,9 +217,15 @@ impl<'a> Live<'a> {
 
     /// Whether this VM has come further than the record of what an earlier call wanted.
     fn is_under_way(&self, qmp: &mut Qmp) -> Result<bool> {
-        let all = block_jobs::nodes(qmp).map_err(|error| vm("list the VM's disks", error))?;
-        node_of(&all, &self.going.record.layers[0])?;
-        Ok(self.look(qmp)?.is_some() || self.going.is_rewired()?)
+        let (all, record) = (running::nodes(qmp)?, &self.going.record);
+        // The active layer may be closed by now, where it was merged, too.
+        let open = if self.is_active() { record.base } else { 0 };
+        node_of(&all, &record.layers[open].file())?;
+        let is_over = match self.is_active() {
+            true => record.phase != Phase::Begun,
+            false => self.going.is_rewired()?,
+        };
+        Ok(self.look(qmp)?.is_some() || is_over)
     }
 
     /// An earlier call died before QEMU had begun, or QEMU did before it had ended: the disk is as it was.
@@ -215,9 +242,17 @@ impl<'a> Live<'a> {
     fn go_on(mut self, qmp: &mut Qmp) -> Result<LiveReport> {
         if self.look(qmp)?.is_some() {
             match self.wait(qmp)? {
+                Waited::Ready => self.switch(qmp)?,
+                Waited::Pending if self.is_active() => {
+                    let nodes = self.nodes(qmp)?;
+                    self.switch_held(qmp, &nodes)?;
+                }
                 Waited::Pending => self.finalize(qmp)?,
                 Waited::Ended(error) => self.conclude(qmp, error)?,
             }
+        }
+        if self.is_active() {
+            return self.end_switched(qmp);
         }
         if !self.going.is_rewired()? {
             let why = "QEMU ended the job, and the layer above does not name the base";
@@ -234,6 +269,7 @@ impl<'a> Live<'a> {
             plan: self.plan,
             removed,
             kept,
+            held: Vec::new(),
         })
     }
 
@@ -262,8 +298,11 @@ impl<'a> Live<'a> {
                 JobState::Concluded => return Ok(Waited::Ended(job.error)),
                 JobState::Null => return Ok(Waited::Ended(None)),
                 JobState::Running | JobState::Paused | JobState::Standby | JobState::Ready => {
-                    if let Err(wish) = self.going.watch.go_on() {
+                    if let Err(wish) = self.going.watch.go_on("merge") {
                         return self.cancel(qmp, wish);
+                    }
+                    if job.state == JobState::Ready && self.is_active() {
+                        return Ok(Waited::Ready);
                     }
                     room.look(qmp, &job)?;
                 }
@@ -281,15 +320,23 @@ impl<'a> Live<'a> {
         if ended.is_some() {
             self.tell(qmp, Order::Dismiss)?;
         }
-        let lost = self.lost_bitmaps()?;
+        let left = self.left_as_before()?;
         self.going.forget()?;
-        let left = "the disk is read through all its layers, as before; the base's bitmaps name what was written to it, too";
-        Err(match lost.is_empty() {
-            true => wish.left(left),
-            false => wish.left(format!(
-                "the disk is read through all its layers, as before; {}",
-                named(&lost)
-            )),
+        Err(wish.left(left))
+    }
+
+    /// What stands when the job has ended without having happened.
+    fn left_as_before(&self) -> Result<String> {
+        let disk = "the disk is read through all its layers, as before; the base's bitmaps name what was written to it, too";
+        let unsaved = self.lost_bitmaps()?;
+        Ok(match (unsaved.is_empty(), self.is_active()) {
+            (true, _) => disk.to_owned(),
+            (false, false) => format!("{disk}; {}", named(&unsaved)),
+            // QEMU keeps the base open for writing, once it has been.
+            (false, true) => format!(
+                "{disk}; they are in QEMU's memory until it ends in order: {}",
+                unsaved.join(", ")
+            ),
         })
     }
 
@@ -332,64 +379,9 @@ impl<'a> Live<'a> {
         let Some(error) = error else {
             return Ok(());
         };
-        let lost = self.lost_bitmaps()?;
+        let left = self.left_as_before()?;
         self.going.forget()?;
-        Err(MergeError::new(Kind::Vm, ATTEMPT, error).left(format!(
-            "the disk is read through all its layers, as before; {}",
-            named(&lost)
-        )))
-    }
-
-    fn make_bitmaps(&self, qmp: &mut Qmp, nodes: &Nodes) -> Result<()> {
-        let all = block_jobs::nodes(qmp).map_err(|error| vm("list the VM's disks", error))?;
-        let in_node = |node: &str, name: &str| {
-            let node = all.iter().find(|one| one.name == node)?;
-            node.bitmaps.iter().find(|bitmap| bitmap.name == name)
-        };
-        let names = self.going.record.bitmaps.iter();
-        let names = names.map(|bitmap| (text(&bitmap.name), bitmap.becomes));
-        let names: Vec<(String, Becomes)> = names.collect();
-        let mut changes = Vec::new();
-        for (name, becomes) in &names {
-            let own = in_node(&nodes.base, name);
-            let sources = nodes.merged.iter().filter_map(|node| {
-                let found = in_node(node, name).filter(|bitmap| !bitmap.is_inconsistent)?;
-                Some((node.as_str(), found.granularity_bytes))
-            });
-            let sources: Vec<(&str, u64)> = sources.collect();
-            match (becomes, own, sources.first()) {
-                (Becomes::Pruned | Becomes::Dropped, Some(_), _) => {
-                    changes.push(BitmapChange::Remove(name));
-                }
-                (Becomes::Carried, None, Some((_, granularity_bytes))) => {
-                    changes.push(BitmapChange::Add {
-                        name,
-                        granularity_bytes: *granularity_bytes,
-                    });
-                    let from = sources.iter().map(|(node, _)| (*node, name.as_str()));
-                    changes.push(BitmapChange::Merge {
-                        into: name,
-                        from: from.collect(),
-                    });
-                }
-                // The base's own have recorded all that was committed; what is made already is not made again.
-                (
-                    Becomes::Pruned
-                    | Becomes::Dropped
-                    | Becomes::Carried
-                    | Becomes::Merged
-                    | Becomes::Marked
-                    | Becomes::Left,
-                    _,
-                    _,
-                ) => {}
-            }
-        }
-        block_jobs::change_bitmaps(qmp, &nodes.base, &changes).map_err(|error| {
-            vm("make the bitmaps in the base", error)
-                .left("the data is in the base and does not count yet; the disk is read as before")
-                .next("run it again, or cancel the job in QEMU")
-        })
+        Err(MergeError::new(Kind::Vm, ATTEMPT, error).left(left))
     }
 
     /// Reads the base's file, which nobody writes to any more: data first, then what each bitmap says.
@@ -464,100 +456,3 @@ fn named(lost: &[String]) -> String {
 }
 
 const ATTEMPT: &str = "merge under the running VM";
-
-fn vm(attempt: &str, source: stead_vmm::Error) -> MergeError {
-    MergeError::vm(attempt, source)
-}
-
-/// The node that reads and writes a layer's format.
-fn node_of<'a>(all: &'a [Node], layer: &RecordedLayer) -> Result<&'a Node> {
-    let file = layer.file();
-    let io = |source| MergeError::io("find", &file.path, source);
-    let wanted = identity(&file.path).map_err(io)?;
-    let driver = match file.format {
-        LayerFormat::Qcow2 => "qcow2",
-        LayerFormat::Raw => "raw",
-    };
-    let is_it = |node: &&Node| {
-        let own = node.file.as_deref().and_then(|path| identity(path).ok());
-        node.driver == driver && own == Some(wanted)
-    };
-    all.iter().find(is_it).ok_or_else(|| {
-        let found = format!("the VM does not have {} open", file.path.display());
-        MergeError::new(Kind::Usage, ATTEMPT, found)
-            .next("give the QMP socket of the VM that runs on this disk")
-    })
-}
-
-/// Watches the room while the job writes.
-struct Room<'a, 'b> {
-    live: &'a Live<'b>,
-    /// We have paused it.
-    paused: bool,
-    told: bool,
-    extended: u64,
-}
-
-impl<'a, 'b> Room<'a, 'b> {
-    fn new(live: &'a Live<'b>) -> Self {
-        Self {
-            live,
-            paused: false,
-            told: false,
-            extended: 0,
-        }
-    }
-
-    fn look(&mut self, qmp: &mut Qmp, job: &Job) -> Result<()> {
-        let base = self.live.going.record.base_path();
-        let io = |source| MergeError::io("find the room for", &base, source);
-        let failed = |error| self.live.interrupted("let the job go on", error);
-        let short = block_jobs::lacks_room(qmp, &self.live.job).map_err(failed)?;
-        if place_of(&base).map_err(io)? == Place::Device {
-            if short {
-                self.extend(&base)?;
-                block_jobs::try_again(qmp, &self.live.job).map_err(failed)?;
-            }
-            return Ok(());
-        }
-        let free = space::available_bytes(&base).map_err(io)?;
-        let left = job.total.saturating_sub(job.done);
-        let is_low = free < LOW_BYTES && free < left;
-        if short || (self.paused && is_low) || (is_low && job.state == JobState::Running) {
-            self.tell_once(&base, free);
-        }
-        if short && !is_low {
-            block_jobs::try_again(qmp, &self.live.job).map_err(failed)?;
-            self.told = false;
-        } else if is_low && !self.paused && !short {
-            self.live.tell(qmp, Order::Pause)?;
-            self.paused = true;
-        } else if self.paused && !is_low {
-            self.live.tell(qmp, Order::Resume)?;
-            (self.paused, self.told) = (false, false);
-        }
-        Ok(())
-    }
-
-    fn tell_once(&mut self, base: &Path, free: u64) {
-        if !self.told {
-            self.told = true;
-            self.live.going.watch.notice(format!(
-                "the merge stands still: {free} bytes are free where {} lies; it goes on when there is room, Ctrl-C ends it",
-                base.display()
-            ));
-        }
-    }
-
-    fn extend(&mut self, device: &Path) -> Result<()> {
-        let Some(command) = &self.live.request.extend_cmd else {
-            self.tell_once(device, 0);
-            return Ok(());
-        };
-        let now = crate::space::device_bytes(device)
-            .map_err(|source| MergeError::io("measure", device, source))?;
-        self.extended = now.max(self.extended).saturating_add(MORE_BYTES);
-        self.live.going.watch.step(Step::Extend);
-        crate::run::extend_to(command, device, self.extended)
-    }
-}

@@ -5,20 +5,20 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use stead_qcow2::edit::{Edit, Plan};
 use stead_qcow2::ops::commit::{self, CommitOptions, CommitReport, Incomplete, LongerBase};
 use stead_qcow2::{Control, LayerFormat};
 
-use crate::bitmaps::{Becomes, BitmapInLayer, Bitmaps, Verdict, text};
-use crate::error::{Kind, MergeError, Result, kind_of, next_of};
+use crate::bitmaps::{BitmapInLayer, Bitmaps, Verdict, text};
+use crate::error::{Kind, MergeError, Result};
 use crate::layers::{Layers, Role};
 use crate::open;
 use crate::record::record_path;
+use crate::running::Running;
 use crate::siblings;
-use crate::space::{Place, Space, share_file_system};
+use crate::space::{Place, Space};
 
-/// The longest name of a backing file, in bytes.
-const MAX_BACKING_NAME_BYTES: usize = 1023;
+mod live;
+mod room;
 
 /// What becomes of bitmaps of the base that no layer above has.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -57,8 +57,8 @@ pub struct MergeRequest {
     pub extend_cmd: Option<String>,
     /// Where records of merges into block devices are kept.
     pub records: PathBuf,
-    /// A VM has the chain open, and its QEMU is to do it ([`crate::run_live()`]).
-    pub live: bool,
+    /// The QMP socket of the VM that has the chain open: its QEMU is to do it ([`crate::run_live()`]).
+    pub qmp: Option<PathBuf>,
     /// The most bytes a second that a live merge moves; 0 for as fast as can be.
     pub bytes_per_second: u64,
 }
@@ -182,7 +182,7 @@ impl Thought {
             request.top.as_deref(),
             request.base.as_deref(),
         )?;
-        let bitmaps = Bitmaps::read(&now).map_err(open::engine)?;
+        let bitmaps = Bitmaps::read(&now, None).map_err(open::engine)?;
         let same = now.files == self.layers.files && bitmaps == self.bitmaps;
         if same && stamps(&now)? == self.before {
             return Ok(());
@@ -198,17 +198,23 @@ impl Thought {
 /// When the chain cannot be read, or the layers that are named do not make a merge. What stands against a merge
 /// otherwise is in the plan.
 pub fn plan(request: &MergeRequest) -> Result<MergePlan> {
-    Ok(think(request)?.plan)
+    let Some(socket) = &request.qmp else {
+        return Ok(think(request, None)?.plan);
+    };
+    let mut qmp = crate::live::connect(socket)?;
+    let running = Running::ask(&mut qmp, &request.chain)?;
+    Ok(think(request, Some(&running))?.plan)
 }
 
-pub(crate) fn think(request: &MergeRequest) -> Result<Thought> {
+/// As [`plan`]; `running` is what the VM says that is to do it.
+pub(crate) fn think(request: &MergeRequest, running: Option<&Running>) -> Result<Thought> {
     let layers = Layers::read(
         &request.chain,
         request.top.as_deref(),
         request.base.as_deref(),
     )?;
     let before = stamps(&layers)?;
-    let bitmaps = Bitmaps::read(&layers).map_err(open::engine)?;
+    let bitmaps = Bitmaps::read(&layers, running).map_err(open::engine)?;
     let (chosen, stale) = bitmaps.choose(request.stale);
     let options = CommitOptions {
         base: layers.base - layers.top,
@@ -221,7 +227,7 @@ pub(crate) fn think(request: &MergeRequest) -> Result<Thought> {
         chosen,
         ..CommitOptions::default()
     };
-    let infos = (0..layers.files.len()).map(|index| info(&layers, &bitmaps, index));
+    let infos = (0..layers.files.len()).map(|index| info(&layers, (&bitmaps, running), index));
     let mut thinking = Thinking {
         request,
         plan: MergePlan {
@@ -241,10 +247,14 @@ pub(crate) fn think(request: &MergeRequest) -> Result<Thought> {
     thinking.children()?;
     thinking.snapshots()?;
     thinking.length();
-    if request.live {
-        thinking.live();
-    }
-    let left = thinking.measure()?;
+    let left = match running {
+        Some(_) => {
+            thinking.live();
+            thinking.measure_live()?;
+            0
+        }
+        None => thinking.measure()?,
+    };
     Ok(Thought {
         plan: thinking.plan,
         layers,
@@ -255,24 +265,25 @@ pub(crate) fn think(request: &MergeRequest) -> Result<Thought> {
     })
 }
 
-fn info(layers: &Layers, bitmaps: &Bitmaps, index: usize) -> Result<LayerInfo> {
+fn info(
+    layers: &Layers,
+    (bitmaps, running): (&Bitmaps, Option<&Running>),
+    index: usize,
+) -> Result<LayerInfo> {
     let file = &layers.files[index];
     let chain = layers.chain.below(index);
     let in_layer = |stored: &stead_qcow2::StoredBitmap| {
         let state = bitmaps.state(index, stored);
-        let bits = layers
-            .chain
-            .layer(index)
-            .map(|layer| layer.read_bitmap(stored));
         BitmapInLayer {
             name: text(&stored.name),
             state,
             granularity_bytes: 1_u64
                 .checked_shl(stored.granularity_bits.into())
                 .unwrap_or(0),
-            dirty_bytes: bits
-                .and_then(|bits| bits.ok())
-                .map(|bits| bits.dirty_bytes()),
+            dirty_bytes: match running.filter(|_| index == 0) {
+                Some(running) => running.dirty_bytes(&stored.name),
+                None => stored_dirty_bytes(layers, index, stored),
+            },
         }
     };
     let file_bytes = stead_sys::space::allocated_bytes(&file.path);
@@ -288,6 +299,16 @@ fn info(layers: &Layers, bitmaps: &Bitmaps, index: usize) -> Result<LayerInfo> {
         file_bytes: file_bytes.map_err(|source| MergeError::io("look at", &file.path, source))?,
         bitmaps: bitmaps.of(index).iter().map(in_layer).collect(),
     })
+}
+
+/// How many bytes a bitmap has marked by what its file says.
+fn stored_dirty_bytes(
+    layers: &Layers,
+    index: usize,
+    stored: &stead_qcow2::StoredBitmap,
+) -> Option<u64> {
+    let bits = layers.chain.layer(index)?.read_bitmap(stored);
+    bits.ok().map(|bits| bits.dirty_bytes())
 }
 
 struct Thinking<'a> {
@@ -309,9 +330,9 @@ impl Thinking<'_> {
 
     fn refuse_error(&mut self, error: &stead_qcow2::Error) {
         let refusal = Refusal {
-            kind: kind_of(error),
+            kind: Kind::of(error),
             reason: error.to_string(),
-            next: next_of(error),
+            next: stead_qcow2::next_step_after(error),
         };
         if !self.plan.refused.contains(&refusal) {
             self.plan.refused.push(refusal);
@@ -423,65 +444,10 @@ impl Thinking<'_> {
         }
     }
 
-    /// What QEMU's commit cannot do, or not so that it can be proven.
-    fn live(&mut self) {
-        let offline = "stop the VM and merge without --qmp";
-        if self.layers.top == 0 {
-            self.refuse(
-                Kind::Usage,
-                "the active layer is written to all the time, and what it becomes could not be read back",
-                "name a --top below it, or stop the VM and merge without --qmp",
-            );
-        }
-        if self.layers.base_file().format == LayerFormat::Raw {
-            self.refuse(
-                Kind::Usage,
-                "a raw base cannot say that it is in progress",
-                offline,
-            );
-        }
-        let [top, base] = [self.layers.top, self.layers.base];
-        let length = |index| {
-            self.layers
-                .chain
-                .below(index)
-                .map_or(0, |chain| chain.len())
-        };
-        if length(base) != length(top) {
-            self.refuse(
-                Kind::Conflict,
-                "the layers have different lengths, which bitmaps do not survive in QEMU",
-                offline,
-            );
-        }
-    }
-
-    /// What bitmaps a live merge cannot keep as planned.
-    fn live_bitmaps(&mut self) {
-        let offline = "stop the VM and merge without --qmp";
-        let verdicts = self.plan.bitmaps.iter();
-        let not = verdicts.filter(|verdict| {
-            verdict.void_above || (verdict.becomes == Becomes::Carried && verdict.unnamed_bytes > 0)
-        });
-        let not: Vec<String> = not.map(|verdict| verdict.name.clone()).collect();
-        if !not.is_empty() {
-            let reason = format!("bitmaps that QEMU cannot be told of: {}", not.join(", "));
-            self.refuse(Kind::Conflict, reason, offline);
-        }
-    }
-
     /// The space and the bitmaps, from the commit's own plan: what the base must leave free for the child.
     fn measure(&mut self) -> Result<u64> {
-        let live = self.request.live;
-        let child = if live { None } else { self.child() };
-        if live && !self.plan.refused.is_empty() {
-            return Ok(0);
-        }
-        let (layers, quiet) = (self.layers.committed(), Control::default());
-        let measured = match live {
-            true => commit::measure_in_use(layers, self.options, &quiet),
-            false => commit::measure(layers, self.options, &quiet),
-        };
+        let child = self.child();
+        let measured = commit::measure(self.layers.committed(), self.options, &Control::default());
         let report = match measured {
             Ok(report) => report,
             Err(error) => {
@@ -494,16 +460,18 @@ impl Thinking<'_> {
         };
         self.plan.data_bytes = report.defined_bytes;
         self.verdicts(&report);
-        if live {
-            self.live_bitmaps();
-        }
         self.space(&report, child)
     }
 
     fn verdicts(&mut self, report: &CommitReport) {
         let verdicts = report.bitmaps.iter();
         let verdicts = verdicts.map(|outcome| self.bitmaps.verdict(outcome, &self.options.chosen));
-        self.plan.bitmaps = verdicts.collect();
+        self.decide(verdicts.collect());
+    }
+
+    /// Takes what becomes of each bitmap into the plan, and refuses to lose one unless that is wanted.
+    fn decide(&mut self, verdicts: Vec<Verdict>) {
+        self.plan.bitmaps = verdicts;
         let lost = self.plan.bitmaps.iter().filter(|verdict| verdict.lost);
         let lost: Vec<String> = lost
             .map(|one| format!("{} ({})", one.name, one.why))
@@ -515,83 +483,5 @@ impl Thinking<'_> {
                 "use --drop-bitmaps to go on without them; the next backup is a full one then",
             );
         }
-    }
-
-    /// The room for the child's new backing name.
-    fn child(&mut self) -> Option<Plan> {
-        let path = &self.layers.child()?.path;
-        let (name, format) = self.layers.new_backing()?;
-        if name.len() > MAX_BACKING_NAME_BYTES {
-            let reason = format!(
-                "the base's name has {} bytes, and a backing file's can have 1023",
-                name.len()
-            );
-            self.refuse(Kind::Usage, reason, "move the chain to a shorter path");
-            return None;
-        }
-        let change = |edit: &mut Edit| {
-            edit.set_backing(Some((&name, Some(&format))));
-            Ok(())
-        };
-        let opened = stead_qcow2::edit::Editor::open(path, self.options.edit);
-        match opened.and_then(|editor| editor.plan(change)) {
-            Ok(plan) => Some(plan),
-            Err(error) => {
-                self.refuse_error(&error);
-                None
-            }
-        }
-    }
-
-    fn make_room(&self) -> String {
-        let stale = self.plan.bitmaps.iter();
-        let stale = stale.filter(|verdict| verdict.becomes == Becomes::Pruned);
-        match stale.count() {
-            0 => "make room, or extend the device (--extend-cmd)".into(),
-            count => format!(
-                "make room, or extend the device (--extend-cmd); or remove the {count} stale bitmaps first (stead img bitmap \
-                 --remove): what they take can be used only when they are gone"
-            ),
-        }
-    }
-
-    fn space(&mut self, report: &CommitReport, child: Option<Plan>) -> Result<u64> {
-        let base = &self.layers.base_file().path;
-        let top = &self.layers.files[self.layers.top].path;
-        let mut wanted = vec![(base, report.base)];
-        wanted.extend(report.top.map(|plan| (top, plan)));
-        wanted.extend(self.layers.child().map(|file| &file.path).zip(child));
-        let mut left = 0;
-        for (path, plan) in wanted {
-            let io = |source| MergeError::io("find the room for", path, source);
-            let space = Space::of(path, &plan).map_err(io)?;
-            if path != base && share_file_system(base, path).map_err(io)? {
-                left += space.needed_bytes;
-            }
-            if !space.is_there() {
-                self.refuse(Kind::NoSpace, space.words(), self.make_room());
-            }
-            self.plan.space.push(space);
-        }
-        let all = self.plan.space[0].needed_bytes + left;
-        let there = self.plan.space[0].available_bytes;
-        if left > 0 && all > there && self.plan.space.iter().all(Space::is_there) {
-            let reason = format!(
-                "base and child need {all} free bytes in one file system, {there} are free"
-            );
-            self.refuse(Kind::NoSpace, reason, "make room");
-        }
-        // The commit itself looks whether a raw base and its top fit together.
-        let child = self.layers.child().map(|file| &file.path);
-        let own = self
-            .plan
-            .space
-            .iter()
-            .filter(|space| Some(&space.file) == child);
-        Ok(if left > 0 {
-            own.map(|space| space.needed_bytes).sum()
-        } else {
-            0
-        })
     }
 }

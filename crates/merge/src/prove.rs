@@ -1,8 +1,10 @@
 //! The proof: what the top shows is read through the base and compared, and every bitmap with what it must say.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use stead_qcow2::{Bitmap, Chain, GuestOffset, Layer, LayerFile, Result, StoredBitmap};
+use stead_qcow2::{Bitmap, Chain, Error, GuestOffset, Layer, LayerFile, Result, StoredBitmap};
+use stead_sys::spread::spread;
 
 use crate::bitmaps::{Becomes, text};
 use crate::event::{Event, Watch};
@@ -10,6 +12,8 @@ use crate::record::RecordedBitmap;
 
 /// How many bytes are compared at a time.
 const STEP_BYTES: usize = 1 << 20;
+/// How many bytes one thread takes at a time.
+const PIECE_BYTES: usize = 16 << 20;
 
 /// The files of a merge, the top first, and which of them is the base.
 pub(crate) struct Proof<'a> {
@@ -64,14 +68,8 @@ impl Proof<'_> {
     }
 
     fn data_fault(&self, top: &Chain, base: &Chain) -> Result<Option<String>> {
-        let mut comparison = Comparison::new(top, base, self.watch);
-        for range in top.allocated(self.base) {
-            let fault = comparison.fault_in(range?)?;
-            if fault.is_some() {
-                return Ok(fault);
-            }
-        }
-        Ok(None)
+        let comparison = Comparison::new(top, base, self.watch);
+        comparison.fault_in(top.allocated(self.base))
     }
 
     fn bitmap_fault(
@@ -156,54 +154,105 @@ fn says_all_of(bits: &Bitmap, least: &Bitmap) -> bool {
     both.dirty_bytes() == bits.dirty_bytes()
 }
 
-/// Two disks that are compared range by range, forwards.
+/// Two disks that are compared range by range, by several threads.
 pub(crate) struct Comparison<'a> {
-    sides: [Side<'a>; 2],
-    buffers: [Vec<u8>; 2],
-    total: u64,
+    disks: [&'a Chain; 2],
     watch: Watch<'a>,
+    /// How far it is: the end of the hindmost range that was begun.
+    reached: AtomicU64,
+}
+
+/// Why a comparison ends early.
+enum End {
+    Fault(String),
+    Failed(Error),
+}
+
+impl From<Error> for End {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
 }
 
 impl<'a> Comparison<'a> {
     /// Of what `top` shows with what is to show the same.
     pub fn new(top: &'a Chain, other: &'a Chain, watch: Watch<'a>) -> Self {
         Self {
-            sides: [Side::new(top), Side::new(other)],
-            buffers: [vec![0; STEP_BYTES], vec![0; STEP_BYTES]],
-            total: top.len(),
+            disks: [top, other],
             watch,
+            reached: AtomicU64::new(0),
         }
     }
 
-    /// Why they are not the same in `range`; where both say zeros, nothing is read.
-    pub fn fault_in(&mut self, range: Range<u64>) -> Result<Option<String>> {
-        let mut at = range.start;
-        while at < range.end {
-            let data = self.sides[0]
-                .data_from(at)?
-                .min(self.sides[1].data_from(at)?);
-            at = at.max(data);
-            if at >= range.end {
+    /// Why they are not the same in one of `ranges`, which come in order; where both say zeros, nothing is read.
+    pub fn fault_in(
+        &self,
+        ranges: impl Iterator<Item = Result<Range<u64>>> + Send,
+    ) -> Result<Option<String>> {
+        let own = || {
+            (
+                self.disks.map(Side::new),
+                [(); 2].map(|()| vec![0; STEP_BYTES]),
+            )
+        };
+        let pieces = ranges.flat_map(pieces);
+        let end = spread(u64::MAX, pieces, own, |(sides, buffers), piece| {
+            self.compare(sides, buffers, piece?)
+        });
+        match end {
+            Ok(()) => Ok(None),
+            Err(End::Fault(fault)) => Ok(Some(fault)),
+            Err(End::Failed(error)) => Err(error),
+        }
+    }
+
+    fn compare(
+        &self,
+        sides: &mut [Side<'_>; 2],
+        buffers: &mut [Vec<u8>; 2],
+        piece: Range<u64>,
+    ) -> std::result::Result<(), End> {
+        let mut at = piece.start;
+        while at < piece.end {
+            let [one, other] = sides;
+            at = at.max(one.data_from(at)?.min(other.data_from(at)?));
+            if at >= piece.end {
                 break;
             }
-            let left = usize::try_from(range.end - at).unwrap_or(usize::MAX);
+            let left = usize::try_from(piece.end - at).unwrap_or(usize::MAX);
             let length = left.min(STEP_BYTES);
-            for (side, buffer) in self.sides.iter().zip(&mut self.buffers) {
+            for (side, buffer) in sides.iter().zip(buffers.iter_mut()) {
                 side.chain.read_at(at, &mut buffer[..length])?;
             }
-            if self.buffers[0][..length] != self.buffers[1][..length] {
-                return Ok(Some(format!(
+            if buffers[0][..length] != buffers[1][..length] {
+                return Err(End::Fault(format!(
                     "what is read back from {at:#x} on is not what the top shows"
                 )));
             }
             at += length as u64;
-            (self.watch.tell)(Event::Progress {
-                done: at,
-                total: self.total,
-            });
+            self.tell(at);
         }
-        Ok(None)
+        Ok(())
     }
+
+    fn tell(&self, at: u64) {
+        let done = self.reached.fetch_max(at, Ordering::Relaxed).max(at);
+        let total = self.disks[0].len();
+        (self.watch.tell)(Event::Progress { done, total });
+    }
+}
+
+/// A range, or why there is none, in pieces for one thread each.
+fn pieces(range: Result<Range<u64>>) -> impl Iterator<Item = Result<Range<u64>>> {
+    let (range, error) = match range {
+        Ok(range) => (range, None),
+        Err(error) => (0..0, Some(error)),
+    };
+    let end = range.end;
+    let starts = range.step_by(PIECE_BYTES);
+    let pieces =
+        starts.map(move |start| Ok(start..end.min(start.saturating_add(PIECE_BYTES as u64))));
+    pieces.chain(error.map(Err))
 }
 
 /// A disk, and where it next has data.

@@ -79,11 +79,14 @@ pub(crate) struct RecordedBitmap {
     pub void_above: bool,
 }
 
-/// Whether the base was found whole.
+/// How far it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Phase {
     Begun,
-    /// Layers may be gone already.
+    /// The base has all that the active layer had when this was written, and is the disk from here on: a VM may write
+    /// to it.
+    Switched,
+    /// The base was found whole, or is the disk. Layers may be gone already.
     Proven,
 }
 

@@ -6,10 +6,13 @@ use serde::Serialize;
 use stead_qcow2::edit::{self, JournalFiles, Recovery};
 use stead_qcow2::{Layer, LayerFormat};
 
+use stead_sys::image_lock::Access;
+
+use crate::bitmaps::{Becomes, text};
 use crate::error::{Kind, MergeError, Result};
 use crate::event::{Step, Watch};
 use crate::layers::Layers;
-use crate::open::{Opened, editor};
+use crate::open::{Opened, editor, lock};
 use crate::record::{Phase, RecordedLayer, find, record_path, remove_unfinished};
 use crate::run::Going;
 
@@ -101,6 +104,9 @@ fn recover_image(path: &Path, files: &JournalFiles) -> Result<Recovery> {
 impl Going<'_> {
     fn recover(&mut self) -> Result<Recovered> {
         self.finish_changes()?;
+        if self.record.live && self.record.child().is_none() {
+            return self.recover_active();
+        }
         if self.record.live && self.record.phase == Phase::Begun {
             return self.recover_live();
         }
@@ -164,6 +170,58 @@ impl Going<'_> {
         })
     }
 
+    /// A merge of a VM's active layer, whose QEMU is gone. From the moment that the record says so the base is the
+    /// disk: it had all that the active layer had, and may have been written to since, so nothing is compared.
+    fn recover_active(&mut self) -> Result<Recovered> {
+        if self.record.phase == Phase::Begun {
+            let why = "QEMU ended before the disk was switched to the base".to_owned();
+            return self.undo(why);
+        }
+        self.watch.step(Step::Prove);
+        let base = self.record.layers[self.record.base].file();
+        let _in_use_by_nobody = match base.format {
+            LayerFormat::Raw => Some(lock(&base.path, Access::Write)?),
+            LayerFormat::Qcow2 => {
+                self.require_whole(&base.path)?;
+                None
+            }
+        };
+        let lost_bitmaps = self.lost_since_switched()?;
+        let mut done = self.go_on(None, Vec::new())?;
+        done.lost_bitmaps = lost_bitmaps;
+        Ok(done)
+    }
+
+    fn require_whole(&self, base: &Path) -> Result<()> {
+        let corruptions = editor(base)?.check().corruptions;
+        if corruptions == 0 {
+            return Ok(());
+        }
+        let found = format!("a check of the base has {corruptions} findings");
+        Err(MergeError::new(Kind::Damaged, "read the base back", found)
+            .left("all layers are there; the disk is the base, and may be newer than they are")
+            .next("keep all layers, and see to the storage below the base"))
+    }
+
+    /// Bitmaps that the base was to have, and that its file does not have so that a backup can go on with them.
+    fn lost_since_switched(&self) -> Result<Vec<String>> {
+        let file = self.record.layers[self.record.base].file();
+        if file.format == LayerFormat::Raw {
+            return Ok(Vec::new());
+        }
+        let stored = Layer::inspect(&file.path).and_then(|layer| layer.stored_bitmaps());
+        let stored = stored.map_err(|error| MergeError::engine("read bitmaps", error))?;
+        let was_to_be = self.record.bitmaps.iter().filter(|bitmap| {
+            matches!(
+                bitmap.becomes,
+                Becomes::Merged | Becomes::Carried | Becomes::Marked
+            )
+        });
+        let is_usable = |name: &[u8]| stored.iter().any(|own| own.name == name && !own.in_use);
+        let lost = was_to_be.filter(|bitmap| !is_usable(&bitmap.name));
+        Ok(lost.map(|bitmap| text(&bitmap.name)).collect())
+    }
+
     /// Bitmaps of the base that were to be usable and are marked as not saved.
     pub fn unsaved_bitmaps(&self) -> Result<Vec<String>> {
         let file = self.record.layers[self.record.base].file();
@@ -173,15 +231,13 @@ impl Going<'_> {
         let stored = Layer::inspect(&file.path).and_then(|layer| layer.stored_bitmaps());
         let stored = stored.map_err(|error| MergeError::engine("read bitmaps", error))?;
         let unsaved = self.record.bitmaps.iter().filter(|bitmap| {
-            let left = bitmap.becomes == crate::bitmaps::Becomes::Left;
+            let left = bitmap.becomes == Becomes::Left;
             !left
                 && stored
                     .iter()
                     .any(|own| own.name == bitmap.name && own.in_use)
         });
-        Ok(unsaved
-            .map(|bitmap| crate::bitmaps::text(&bitmap.name))
-            .collect())
+        Ok(unsaved.map(|bitmap| text(&bitmap.name)).collect())
     }
 
     /// Finishes what the engine has begun in an image.

@@ -43,9 +43,9 @@ pub struct MergeReport {
 /// [`recover`](crate::recover()) finishes or undoes what was begun.
 pub fn run(request: &MergeRequest, watch: Watch<'_>) -> Result<MergeReport> {
     watch.step(Step::Plan);
-    let mut thought = think(request)?;
+    let mut thought = think(request, None)?;
     if extend(request, &thought.plan, watch)? {
-        thought = think(request)?;
+        thought = think(request, None)?;
     }
     thought.plan.require_allowed()?;
     for (path, why) in &thought.plan.searched.unreadable {
@@ -54,7 +54,7 @@ pub fn run(request: &MergeRequest, watch: Watch<'_>) -> Result<MergeReport> {
             "whether {path} stands on what is merged was not found: {why}"
         ));
     }
-    watch.go_on()?;
+    watch.go_on("merge")?;
     let voids = thought
         .plan
         .bitmaps
@@ -71,7 +71,7 @@ pub fn run(request: &MergeRequest, watch: Watch<'_>) -> Result<MergeReport> {
     watch.step(Step::Record);
     remove_unfinished(&going.path)?;
     going.record.write(&going.path, Existing::Keep)?;
-    if let Err(error) = watch.go_on() {
+    if let Err(error) = watch.go_on("merge") {
         going.forget()?;
         return Err(error);
     }
@@ -162,7 +162,7 @@ impl Going<'_> {
     fn commit(&self, opened: &mut Opened, thought: &Thought) -> Result<()> {
         self.watch.step(Step::Commit);
         let total = thought.plan.data_bytes;
-        let progress = |fraction: f64| self.watch.progress(fraction, total);
+        let progress = |fraction: f64| self.watch.progress_of(fraction, total);
         let control = Control {
             cancel: self.watch.cancel,
             progress: Some(&progress),
@@ -246,7 +246,7 @@ impl Going<'_> {
         child: Option<Editor>,
         above: Vec<Editor>,
     ) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
-        if self.record.phase == Phase::Begun {
+        if self.record.phase != Phase::Proven {
             self.record.phase = Phase::Proven;
             self.record.write(&self.path, Existing::Replace)?;
         }

@@ -10,177 +10,26 @@
 
 mod common;
 
-use std::fs;
-use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{World, content, silent};
-use serde_json::{Value, json};
+use common::vm::{Vm, Writer, live, merge_under_load, usable};
+use common::{Small, World, content, silent};
+use serde_json::json;
 use stead_merge::{
     Becomes, Event, Kind, MergeRequest, Outcome, StalePolicy, Step, Watch, plan, recover, run,
     run_live,
 };
-use stead_qcow2::Layer;
 use stead_vmm::block_jobs;
-
-/// A QEMU that has the chain open, its active layer for writing.
-struct Vm {
-    qemu: Child,
-    folder: PathBuf,
-}
-
-impl Vm {
-    fn start(world: &World) -> Self {
-        let folder = world.dir.path().to_owned();
-        let active = world.path("active").display().to_string();
-        let qemu = Command::new("qemu-system-x86_64")
-            .args(["-machine", "none", "-nodefaults", "-display", "none", "-S"])
-            .arg("-qmp")
-            .arg(format!("unix:{}/qmp,server=on,wait=off", folder.display()))
-            .arg("-blockdev")
-            .arg(format!("driver=file,node-name=disk.f,filename={active}"))
-            .args(["-blockdev", "driver=qcow2,node-name=disk,file=disk.f"])
-            .stdin(Stdio::null())
-            .spawn()
-            .expect("QEMU");
-        let vm = Self { qemu, folder };
-        let begun = Instant::now();
-        while !vm.socket().exists() {
-            assert!(begun.elapsed() < Duration::from_secs(30), "QEMU listens");
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        let nbd = vm.folder.join("nbd").display().to_string();
-        let address = json!({ "addr": { "type": "unix", "data": { "path": nbd } } });
-        vm.ask("nbd-server-start", address);
-        let export = json!({ "type": "nbd", "id": "e", "node-name": "disk", "name": "disk", "writable": true });
-        vm.ask("block-export-add", export);
-        vm
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.folder.join("qmp")
-    }
-
-    fn ask(&self, command: &str, arguments: Value) -> Value {
-        let mut qmp = block_jobs::connect(&self.socket()).expect("QMP");
-        qmp.execute(command, arguments).expect("answered")
-    }
-
-    /// Ends it in order: bitmaps are stored.
-    fn quit(mut self) {
-        let mut qmp = block_jobs::connect(&self.socket()).expect("QMP");
-        qmp.execute::<Value>("quit", json!({})).expect("quits");
-        self.qemu.wait().expect("ends");
-        self.clean();
-    }
-
-    fn kill(&mut self) {
-        self.qemu.kill().expect("killed");
-        self.qemu.wait().expect("ends");
-        self.clean();
-    }
-
-    fn clean(&self) {
-        for name in ["qmp", "nbd"] {
-            let path = self.folder.join(name);
-            if path.exists() {
-                fs::remove_file(path).expect("removed");
-            }
-        }
-    }
-}
-
-impl Drop for Vm {
-    fn drop(&mut self) {
-        // It has ended already where the test went well.
-        drop(self.qemu.kill());
-        drop(self.qemu.wait());
-    }
-}
-
-/// Writes to the disk until it is stopped, and knows what it wrote.
-struct Writer {
-    qemu_io: Child,
-    /// Pattern, and where: 64 KiB each.
-    written: Vec<(u8, usize)>,
-}
-
-const PIECE: usize = 64 << 10;
-
-impl Writer {
-    fn start(vm: &Vm) -> Self {
-        let nbd = format!("nbd+unix:///disk?socket={}/nbd", vm.folder.display());
-        let qemu_io = Command::new("qemu-io")
-            .args(["-f", "raw", &nbd])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("qemu-io");
-        Self {
-            qemu_io,
-            written: Vec::new(),
-        }
-    }
-
-    /// Writes one piece somewhere.
-    fn write(&mut self) {
-        let number = self.written.len();
-        let pattern = 100 + u8::try_from(number % 100).expect("small");
-        let at = (number * 37 % 128) * PIECE;
-        let stdin = self.qemu_io.stdin.as_mut().expect("piped");
-        writeln!(stdin, "write -P {pattern} {at} {PIECE}").expect("qemu-io runs");
-        self.written.push((pattern, at));
-    }
-
-    /// Waits until everything is written, and says what the disk has now.
-    fn finish(mut self, disk: &[u8]) -> Vec<u8> {
-        let mut stdin = self.qemu_io.stdin.take().expect("piped");
-        stdin.write_all(b"flush\nquit\n").expect("qemu-io runs");
-        drop(stdin);
-        assert!(self.qemu_io.wait().expect("ends").success());
-        let mut disk = disk.to_vec();
-        for (pattern, at) in &self.written {
-            disk[*at..at + PIECE].fill(*pattern);
-        }
-        disk
-    }
-}
-
-/// Merges while the disk is written to.
-fn merge_under_load(world: &mut World, vm: &Vm, request: &MergeRequest) -> stead_merge::LiveReport {
-    let writer = Mutex::new(Writer::start(vm));
-    let tell = |_: Event| writer.lock().expect("lock").write();
-    let watch = Watch {
-        tell: &tell,
-        cancel: None,
-    };
-    let report = run_live(request, &vm.socket(), watch).expect("merged");
-    world.disk = writer.into_inner().expect("lock").finish(&world.disk);
-    report
-}
 
 fn slow(world: &World) -> MergeRequest {
     MergeRequest {
         bytes_per_second: 4 << 20,
-        ..world.request()
+        ..live(world)
     }
-}
-
-/// Bitmaps of a layer, by what its file says, that a backup could use.
-fn usable(path: &Path) -> Vec<String> {
-    let stored = Layer::inspect(path).expect("whole").stored_bitmaps();
-    let stored = stored.expect("readable");
-    let usable = stored.iter().filter(|one| !one.in_use && one.auto);
-    let mut names: Vec<String> = usable
-        .map(|one| String::from_utf8_lossy(&one.name).into_owned())
-        .collect();
-    names.sort();
-    names
 }
 
 #[test]
@@ -242,13 +91,14 @@ fn the_live_merge_that_is_killed() {
         top: Some(path("top")),
         base: Some(path("base")),
         records: folder.join("records"),
+        qmp: Some(folder.join("qmp")),
         ..MergeRequest::default()
     };
     let watch = Watch {
         tell: &tell,
         cancel: None,
     };
-    run_live(&request, &folder.join("qmp"), watch).expect("merged");
+    run_live(&request, watch).expect("merged");
 }
 
 #[test]
@@ -280,7 +130,7 @@ fn whoever_started_it_may_be_killed_at_any_step_and_the_same_command_goes_on() {
             break;
         }
         killed += 1;
-        let request = world.request();
+        let request = live(&world);
         let is_over = !world.record().exists() && !world.path("top").exists();
         if !is_over {
             let report = merge_under_load(&mut world, &vm, &request);
@@ -329,7 +179,7 @@ fn when_qemu_is_killed_the_disk_is_right_and_bitmaps_that_were_not_saved_are_nam
                 tell: &killer,
                 cancel: None,
             };
-            let done = run_live(&slow(&world), &socket, watch);
+            let done = run_live(&slow(&world), watch);
             // The one that kills it has it in its hands until it has ended.
             let begun = Instant::now();
             while delay_ms > 0 && socket.exists() && begun.elapsed() < Duration::from_secs(5) {
@@ -378,14 +228,14 @@ fn when_qemu_is_killed_the_disk_is_right_and_bitmaps_that_were_not_saved_are_nam
 fn a_merge_that_is_cancelled_or_refused_leaves_the_chain_as_it_was() {
     let mut world = World::new("");
     let vm = Vm::start(&world);
-    let whole = MergeRequest {
-        top: None,
-        ..world.request()
-    };
-    let error = run_live(&whole, &vm.socket(), silent()).expect_err("the active layer");
+    let error = run_live(&world.request(), silent()).expect_err("no socket");
     assert_eq!(error.kind(), Kind::Usage, "{error}");
     let other = World::new("");
-    let error = run_live(&other.request(), &vm.socket(), silent()).expect_err("another disk");
+    let elsewhere = MergeRequest {
+        qmp: Some(vm.socket()),
+        ..other.request()
+    };
+    let error = run_live(&elsewhere, silent()).expect_err("another disk");
     assert_eq!(error.kind(), Kind::Usage, "{error}");
     assert!(!other.record().exists() && !world.record().exists());
     let cancel = AtomicBool::new(false);
@@ -403,9 +253,9 @@ fn a_merge_that_is_cancelled_or_refused_leaves_the_chain_as_it_was() {
     };
     let slow = MergeRequest {
         bytes_per_second: 1 << 20,
-        ..world.request()
+        ..live(&world)
     };
-    let error = run_live(&slow, &vm.socket(), watch).expect_err("cancelled");
+    let error = run_live(&slow, watch).expect_err("cancelled");
     assert_eq!(error.kind(), Kind::Cancelled, "{error}");
     assert!(!world.record().exists());
     assert_eq!(vm.ask("query-jobs", json!({})), json!([]));
@@ -413,48 +263,12 @@ fn a_merge_that_is_cancelled_or_refused_leaves_the_chain_as_it_was() {
         usable(&world.path("base")),
         ["shared", "stale-1", "stale-2"]
     );
-    let planned = plan(&MergeRequest {
-        live: true,
-        ..world.request()
-    });
+    let planned = plan(&live(&world));
     assert!(planned.expect("planned").refused.is_empty());
-    let request = world.request();
+    let request = live(&world);
     merge_under_load(&mut world, &vm, &request);
     vm.quit();
     world.require_whole("merged after it was cancelled");
-}
-
-/// A small file system in the place of a world's folder.
-struct Small<'a>(&'a Path);
-
-impl<'a> Small<'a> {
-    /// `None` where one cannot be had.
-    fn over(folder: &'a Path, bytes: u64) -> Option<Self> {
-        let mut mount = Command::new("mount");
-        mount
-            .args(["-t", "tmpfs", "-o"])
-            .arg(format!("size={bytes}"));
-        let mounted = mount.arg("tmpfs").arg(folder).status().ok()?;
-        mounted.success().then_some(Self(folder))
-    }
-
-    /// Leaves so many bytes free.
-    fn fill(&self, leave: u64) {
-        let free = stead_sys::space::available_bytes(self.0).expect("free");
-        let length = usize::try_from(free.saturating_sub(leave)).expect("small");
-        fs::write(self.0.join("filler"), vec![1; length]).expect("filled");
-    }
-
-    fn make_room(&self) {
-        fs::remove_file(self.0.join("filler")).expect("removed");
-    }
-}
-
-impl Drop for Small<'_> {
-    fn drop(&mut self) {
-        // A test that failed may still have files open there.
-        drop(Command::new("umount").arg("-l").arg(self.0).status());
-    }
 }
 
 #[test]
@@ -485,9 +299,9 @@ fn a_full_disk_makes_it_stand_still_and_one_that_takes_the_bitmaps_is_told_with_
     };
     let slow = MergeRequest {
         bytes_per_second: 2 << 20,
-        ..world.request()
+        ..live(&world)
     };
-    run_live(&slow, &vm.socket(), watch).expect("merged when there was room");
+    run_live(&slow, watch).expect("merged when there was room");
     assert_eq!(still.load(Ordering::Relaxed), 1, "it stood still once");
     vm.quit();
     world.require_whole("full for a while");
@@ -507,9 +321,9 @@ fn a_full_disk_makes_it_stand_still_and_one_that_takes_the_bitmaps_is_told_with_
     // What is pruned would leave room in the file for the others.
     let keeping = MergeRequest {
         stale: StalePolicy::Keep,
-        ..world.request()
+        ..live(&world)
     };
-    let done = run_live(&keeping, &vm.socket(), watch);
+    let done = run_live(&keeping, watch);
     let all = ["late", "shared", "stale-1", "stale-2"];
     let unusable: Vec<&str> = all
         .into_iter()
@@ -549,7 +363,7 @@ fn qemu_itself_calls_a_job_complete_without_error_when_every_bitmap_was_lost() {
     let commit = block_jobs::Commit {
         id: "plain",
         active: "disk",
-        top: &node("top"),
+        top: Some(&node("top")),
         base: &node("base"),
         backing_file: None,
         bytes_per_second: 0,

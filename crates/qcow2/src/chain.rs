@@ -345,20 +345,6 @@ impl Chain {
         Self::from_shared(members)
     }
 
-    /// How many bytes from `at` on, up to `end`, come from one place, and which file has them at which offset,
-    /// where one has them as they are.
-    pub(crate) fn place_at(&self, at: u64, end: u64) -> Result<(u64, Option<(&File, u64)>)> {
-        let piece = self.piece(at, end)?;
-        let place = match piece.source {
-            Source::Layer(index, ExtentKind::Data(place)) => {
-                let file = self.qcow2(index).data().file();
-                file.map(|file| (file, place.0))
-            }
-            Source::Raw(..) | Source::Zero | Source::Layer(..) => None,
-        };
-        Ok((piece.end - at, place))
-    }
-
     /// A chain of what was opened and found to fit.
     pub(crate) fn from_members(members: Vec<Member>) -> Self {
         assert!(!members.is_empty(), "a chain has a top");

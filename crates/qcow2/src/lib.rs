@@ -34,6 +34,7 @@ mod directory;
 pub mod edit;
 mod entry;
 mod error;
+mod failure;
 mod file;
 mod following;
 mod header;
@@ -45,6 +46,7 @@ pub mod ops;
 mod raw;
 mod refcounts;
 mod units;
+mod watch;
 
 pub use backing_record::{BackingRecord, check_backing};
 pub use bitmap::{Bitmap, BitmapCluster, GRANULARITY_BITS, MAX_BITMAP_BITS, MAX_BITMAP_NAME_BYTES};
@@ -58,6 +60,7 @@ pub use control::{Control, Progress};
 pub use directory::{InternalSnapshot, StoredBitmap};
 pub use entry::CompressedCluster;
 pub use error::{Error, Result};
+pub use failure::{Failure, FailureKind, next_step_after};
 pub use following::{Follow, OpenPolicy, data_file_of, probe_format};
 pub use header::{
     BackingName, BitmapsExtension, Compression, Encryption, ExternalData, FeatureName, Header,
@@ -76,6 +79,7 @@ pub use make::{
 };
 pub use map::{MapEntries, MapEntry};
 pub use units::{ClusterSize, GuestOffset, HostOffset};
+pub use watch::{Event, Watch};
 
 /// The example of the README is compiled, so that it stays right.
 #[cfg(doctest)]

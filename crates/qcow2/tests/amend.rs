@@ -319,6 +319,20 @@ fn an_image_with_a_data_file_gets_another_name_for_it_as_from_qemu() {
     let grow = amendments("size=4194304");
     let error = amend::amend(&mut open(), &grow, None, &Control::default()).expect_err("refused");
     assert!(matches!(error, Error::Refused { .. }), "{error}");
+    // Nothing can be below a raw data file; qemu-img refuses it, too.
+    let below = Amendments {
+        backing: Some(Some(BackingFile {
+            name: b"below",
+            format: Some(b"raw"),
+        })),
+        ..Amendments::default()
+    };
+    assert!(!qemu_amend(&theirs, "backing_file=below,backing_fmt=raw"));
+    let error = amend::amend(&mut open(), &below, None, &Control::default()).expect_err("refused");
+    assert!(
+        error.to_string().contains("nothing can be below"),
+        "{error}"
+    );
     let keep = amendments("lazy_refcounts=off");
     amend::amend(&mut open(), &keep, None, &Control::default()).expect("amend");
     let raw = |path: &Path| {

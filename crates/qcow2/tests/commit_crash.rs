@@ -429,6 +429,71 @@ fn a_storage_that_forgets_what_was_written_in_place_is_found_out_and_recovery_pu
     );
 }
 
+/// A base of 24 MiB of data, and a top that has other data in 20 of them.
+fn setup_of_much_data() -> Setup {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let [base, top] = ["base", "top"].map(|name| dir.path().join(name));
+    let names = [&base, &top].map(|path| path.display().to_string());
+    sh(&format!("qemu-img create -q -f qcow2 {} 24M", names[0]));
+    io(&base, &["write -P 1 0 24M"]);
+    sh(&format!(
+        "qemu-img create -q -f qcow2 -b {} -F qcow2 {}",
+        names[0], names[1]
+    ));
+    io(&top, &["write -P 2 1M 13M", "write -P 3 16M 7M"]);
+    Setup {
+        bytes: std::fs::read(&base).expect("read"),
+        above: vec![layer(top, LayerFormat::Qcow2)],
+        _dir: dir,
+        base,
+    }
+}
+
+#[test]
+fn of_much_data_written_by_several_threads_a_forgotten_or_failed_write_is_found_out_too() {
+    let setup = setup_of_much_data();
+    let honest = Liar::new(&setup.bytes, 0);
+    run_on(&setup, Arc::clone(&honest) as _).expect("commit");
+    let shown = through_the_top(&setup, &setup.bytes);
+    assert!(through_the_top(&setup, &honest.inner.bytes()) == shown);
+    let new = state(&honest.inner.bytes()).expect("whole");
+    let marked = honest.marked.load(Ordering::SeqCst);
+    let all = honest.writes.load(Ordering::SeqCst);
+    assert!(all - marked > 20, "{all} writes, in progress from {marked}");
+    for forgets in [marked + 1, marked + 11] {
+        let liar = Liar::new(&setup.bytes, forgets);
+        let error = run_on(&setup, Arc::clone(&liar) as _).expect_err("found out");
+        assert!(error.to_string().contains("faulty"), "{error}");
+        let recovered = settled(&liar.inner.bytes()).expect("whole");
+        assert!(recovered == (new.clone(), true), "write {forgets}");
+    }
+    let counted = FaultDisk::new(
+        Arc::new(RecordedDisk::new(setup.bytes.clone())),
+        0,
+        DiskFault::Io,
+    );
+    let counted = Arc::new(counted);
+    run_on(&setup, Arc::clone(&counted) as _).expect("commit");
+    // Behind the data come the rest of the first cluster, the first sector and the cut, each synced.
+    for call in [counted.calls() - 10, counted.calls() - 20] {
+        let disk = Arc::new(RecordedDisk::new(setup.bytes.clone()));
+        let faulty = FaultDisk::new(Arc::clone(&disk) as _, call, DiskFault::Io);
+        let error = run_on(&setup, Arc::new(faulty)).expect_err("found out");
+        assert!(
+            matches!(
+                error,
+                Error::Switch {
+                    action: "a write",
+                    ..
+                }
+            ),
+            "{error}"
+        );
+        let recovered = settled(&disk.bytes()).expect("whole");
+        assert!(recovered == (new.clone(), true), "call {call}");
+    }
+}
+
 #[test]
 fn a_raw_base_that_forgets_a_write_is_found_out_and_recovery_puts_it_right() {
     let dir = tempfile::tempdir().expect("temp dir");

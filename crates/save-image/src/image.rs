@@ -55,9 +55,19 @@ pub fn probe(path: &Path) -> Result<Status> {
     })
 }
 
+/// The header's bytes, wherever the descriptor stands: whoever hands one over may have read with it.
 fn read_start(file: &File) -> io::Result<Vec<u8>> {
-    let mut start = Vec::new();
-    file.take(HEADER_BYTES as u64).read_to_end(&mut start)?;
+    let mut start = vec![0; HEADER_BYTES];
+    let mut filled = 0;
+    while filled < HEADER_BYTES {
+        match file.read_at(&mut start[filled..], filled as u64) {
+            Ok(0) => break,
+            Ok(count) => filled += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    start.truncate(filled);
     Ok(start)
 }
 

@@ -5,7 +5,7 @@
 //! What a pack does not give is looked for in the next one that has it ([`crate::homes`]). Wherever a
 //! chunk comes from, it is hashed before it is used.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::fs::File;
 use std::ops::Range;
@@ -27,6 +27,7 @@ use crate::manifest::ManifestId;
 use crate::pack::decode_frame;
 use crate::pool::Ordered;
 use crate::progress::Progress;
+use crate::publish::{RangeCursor, merge};
 use crate::source::Source;
 use crate::store::BLOB_BYTES_MAX;
 use crate::tree::{Leaves, TreeRef, describe_range};
@@ -149,10 +150,10 @@ struct LocalChunk<'a> {
 }
 
 impl TreeReader<'_> {
-    fn run(mut self) -> Result<FetchReport> {
-        self.tree.check()?;
+    /// Reads the chunks that `leaves` of the tree name.
+    fn run(mut self, leaves: impl Iterator<Item = Result<(u64, Hash)>>) -> Result<FetchReport> {
         self.progress.start(self.tree.length_bytes);
-        let mut leaves = Leaves::new(self.core, self.tree);
+        let mut leaves = leaves.fuse();
         loop {
             let window: Vec<_> = leaves.by_ref().take(WINDOW_CHUNKS).collect::<Result<_>>()?;
             if window.is_empty() {
@@ -503,6 +504,7 @@ impl Core {
         progress: &Progress,
         sink: &Sink<'_>,
     ) -> Result<FetchReport> {
+        tree.check()?;
         let reader = TreeReader {
             core: self,
             tree: *tree,
@@ -511,7 +513,7 @@ impl Core {
             sink,
             report: FetchReport::default(),
         };
-        reader.run()
+        reader.run(Leaves::new(self, *tree))
     }
 
     pub(crate) fn fetch_tree(
@@ -560,6 +562,67 @@ impl Core {
         Ok(())
     }
 
+    /// The first of `ranges`, which are whole chunks in ascending order, in which what the store has of `tree` is not
+    /// what `source` has.
+    pub(crate) fn compare(
+        &self,
+        tree: &TreeRef,
+        source: &dyn Source,
+        ranges: &[Range<u64>],
+        progress: &Progress,
+    ) -> Result<Option<Range<u64>>> {
+        tree.check()?;
+        assert!(
+            tree.length_bytes == source.len(),
+            "a tree is as long as the source that it was made of"
+        );
+        let (chunk, first) = (tree.chunk_size.bytes(), Mutex::new(None));
+        let differs = |at: u64, bytes: u64| {
+            let mut first = first.lock().unwrap_or_else(PoisonError::into_inner);
+            let found = first.take_if(|known: &mut Range<u64>| known.start < at);
+            *first = found.or(Some(at..at + bytes));
+        };
+        let sink = |at: u64, bytes: &[u8]| {
+            let mut own = vec![0; bytes.len()];
+            read_source(source, at, &mut own)?;
+            if own != bytes {
+                differs(at, bytes.len() as u64);
+            }
+            Ok(())
+        };
+        let reader = TreeReader {
+            core: self,
+            tree: *tree,
+            local: &[],
+            progress,
+            sink: &sink,
+            report: FetchReport::default(),
+        };
+        let mut wanted = RangeCursor::new(ranges);
+        let mut named = HashSet::new();
+        let within = |leaf: &Result<(u64, Hash)>| match leaf {
+            Ok((index, _)) => wanted.contains(index * chunk),
+            Err(_) => true,
+        };
+        let note = |leaf: &Result<(u64, Hash)>| {
+            if let Ok((index, _)) = leaf {
+                named.insert(*index);
+            }
+        };
+        reader.run(Leaves::new(self, *tree).filter(within).inspect(note))?;
+        // What the tree does not name is zeros.
+        let data = data_within(source, ranges)?;
+        let data = merge(data, tree.length_bytes, tree.chunk_size);
+        for index in chunks_in(&data, chunk).filter(|index| !named.contains(index)) {
+            let mut own = vec![0; tree.chunk_bytes(index) as usize];
+            read_source(source, index * chunk, &mut own)?;
+            if !is_zero(&own) {
+                differs(index * chunk, own.len() as u64);
+            }
+        }
+        Ok(first.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+
     pub(crate) fn local_index(&self, tree: &TreeRef) -> Result<LocalIndex> {
         let mut offsets = HashMap::new();
         for leaf in Leaves::new(self, *tree) {
@@ -602,6 +665,38 @@ impl Core {
         }
         Ok(compare.differing)
     }
+}
+
+fn read_source(source: &dyn Source, at: u64, buffer: &mut [u8]) -> Result<()> {
+    let range = at..at + buffer.len() as u64;
+    let read = source.read_at(at, buffer);
+    read.map_err(|source| Error::Source { range, source })
+}
+
+/// Where in `ranges` the source may have other than zeros.
+fn data_within(source: &dyn Source, ranges: &[Range<u64>]) -> Result<Vec<Range<u64>>> {
+    let mut data = Vec::new();
+    for range in ranges {
+        let mut at = range.start;
+        while at < range.end {
+            let found = source.next_data(at).map_err(|source| {
+                let range = range.clone();
+                Error::Source { range, source }
+            })?;
+            let Some(found) = found.filter(|found| found.start < range.end) else {
+                break;
+            };
+            at = found.end;
+            data.push(found.start..found.end.min(range.end));
+        }
+    }
+    Ok(data)
+}
+
+/// The numbers of the chunks in ranges that begin at chunks.
+fn chunks_in(ranges: &[Range<u64>], chunk: u64) -> impl Iterator<Item = u64> + '_ {
+    let numbers = move |range: &Range<u64>| range.start / chunk..range.end.div_ceil(chunk);
+    ranges.iter().flat_map(numbers)
 }
 
 /// A tree and the chunks of a file, compared in order.

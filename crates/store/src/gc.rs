@@ -504,8 +504,8 @@ impl Core {
             return Ok(Vec::new());
         };
         let mut files = Vec::new();
-        let [checkpoints, templates] = Role::ALL.map(Role::folder);
-        for part in [PACKS, INDEXES, checkpoints, templates] {
+        let parts = [PACKS, INDEXES].into_iter();
+        for part in parts.chain(Role::ALL.map(Role::folder)) {
             find_temporary(&folder.join(part), &mut files).map_err(|source| Error::Cache {
                 attempted: format!("look for temporary files in {part}"),
                 source,

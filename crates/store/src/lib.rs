@@ -1,6 +1,6 @@
 //! Content-addressed storage of VM state: chunks, trees, packs and manifests.
 //!
-//! A store is a folder or an S3 bucket. It keeps *checkpoints* and *templates*: each is a
+//! A store is a folder or an S3 bucket. It keeps *checkpoints*, *templates* and *backups*: each is a
 //! [`Manifest`] that names the content of disks and RAM as trees of chunks ([`tree`]). Chunks and nodes
 //! lie compressed in packs ([`pack`]); index objects say where ([`index`]). Equal content is stored
 //! once. docs/store-format.md has every byte.
@@ -26,6 +26,7 @@ mod homes;
 pub mod index;
 mod lease;
 pub mod manifest;
+mod naming;
 pub mod pack;
 mod pool;
 mod progress;
@@ -46,6 +47,6 @@ pub use manifest::{Disk, Kind, Lineage, Manifest, ManifestId, Producer, Role, Sa
 pub use progress::{Progress, Step};
 pub use publish::{Base, Publish, PublishReport};
 pub use source::{FileSource, Source};
-pub use store::{BLOB_BYTES_MAX, ListedManifest, Store};
+pub use store::{BLOB_BYTES_MAX, ListedManifest, Store, names_a_store};
 pub use tree::{BlobRef, ChunkSize, TreeRef};
 pub use verify::{DamagedManifest, DamagedObject, VerifyReport};

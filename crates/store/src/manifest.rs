@@ -1,7 +1,7 @@
 //! Manifests: what makes a checkpoint or a template.
 //!
 //! A manifest is the last object a publish writes. Before it is there, nothing it names is a
-//! checkpoint; once it is there, everything it names is durable.
+//! checkpoint (or template, or backup); once it is there, everything it names is durable.
 //!
 //! | offset | bytes | field |
 //! |---|---|---|
@@ -94,15 +94,18 @@ pub enum Role {
     Checkpoint,
     /// An immutable base that sandboxes start from.
     Template,
+    /// A disk as it was at one instant, of no machine that is known.
+    Backup,
 }
 
 impl Role {
-    pub(crate) const ALL: [Self; 2] = [Self::Checkpoint, Self::Template];
+    pub(crate) const ALL: [Self; 3] = [Self::Checkpoint, Self::Template, Self::Backup];
 
     pub(crate) fn folder(self) -> &'static str {
         match self {
             Self::Checkpoint => "checkpoints",
             Self::Template => "templates",
+            Self::Backup => "backups",
         }
     }
 }
@@ -139,8 +142,8 @@ pub struct Lineage {
     pub template: Option<ManifestId>,
 }
 
-/// The virtual machine that the state belongs to; a restore must offer the same.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// The virtual machine that the state belongs to; a restore must offer the same. All is empty where there is none.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Producer {
     /// Version of the QEMU that wrote the device state, for instance `10.0.2`.
@@ -171,7 +174,7 @@ pub struct Disk {
     pub virtual_size_bytes: u64,
 }
 
-/// A checkpoint or template.
+/// A checkpoint, template or backup.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
@@ -199,7 +202,7 @@ pub struct Manifest {
     pub kernel: Option<BlobRef>,
     /// The initial RAM disk, if it is given from outside.
     pub initrd: Option<BlobRef>,
-    /// What the engine needs to build the VM again; the store does not look into it.
+    /// What the engine needs to build the VM again, or a backup's record; the store does not look into it.
     pub machine: Value,
 }
 
@@ -238,6 +241,9 @@ impl Manifest {
                     disk.id, disk.virtual_size_bytes, disk.tree.length_bytes
                 ));
             }
+        }
+        if self.role == Role::Backup && self.kind == Kind::Full {
+            return Err("a backup has disks only".to_owned());
         }
         if self.kind == Kind::Full && (self.ram.is_none() || self.device_state.is_none()) {
             return Err("kind full without RAM or device state".to_owned());

@@ -138,6 +138,15 @@ pub(crate) struct Writer {
 pub(crate) struct Outbox {
     uploads: VecDeque<JoinHandle<Result<()>>>,
     packs: Vec<IndexedPack>,
+    index: WrittenIndex,
+}
+
+/// What of the outbox has index objects.
+#[derive(Debug, Default)]
+struct WrittenIndex {
+    packs: usize,
+    bytes: u64,
+    objects: u64,
 }
 
 impl Writer {
@@ -230,16 +239,28 @@ impl Outbox {
         Ok(())
     }
 
-    /// Writes the index objects of the packs sent, all of which must be durable; their size and number.
+    /// Writes the index objects of the packs sent, all of which must be durable; the size and number of all so far.
     pub(crate) fn write_index(&mut self, core: &Core) -> Result<(u64, u64)> {
         assert!(
             self.uploads.is_empty(),
             "packs are durable before an index names them"
         );
-        let (bytes, objects) = core.write_index_objects(&self.packs.iter().collect::<Vec<_>>())?;
+        let new = &self.packs[self.index.packs..];
+        let (bytes, objects) = core.write_index_objects(&new.iter().collect::<Vec<_>>())?;
         let mut index = core.write_index();
-        self.packs.iter().for_each(|pack| index.add(pack));
-        Ok((bytes, objects.len() as u64))
+        new.iter().for_each(|pack| index.add(pack));
+        self.index = WrittenIndex {
+            packs: self.packs.len(),
+            bytes: self.index.bytes + bytes,
+            objects: self.index.objects + objects.len() as u64,
+        };
+        Ok((self.index.bytes, self.index.objects))
+    }
+
+    /// Bytes of packs and index objects written.
+    fn bytes(&self) -> u64 {
+        let packs = self.packs.iter().map(|pack| pack.table.pack_bytes());
+        packs.sum::<u64>() + self.index.bytes
     }
 
     pub(crate) fn packs(&self) -> &[IndexedPack] {
@@ -315,6 +336,13 @@ impl State {
         }
     }
 
+    /// Makes all that was added durable and readable; the size and number of the index objects so far.
+    fn settle(&mut self, core: &Core) -> Result<(u64, u64)> {
+        self.data.flush(core, &mut self.outbox)?;
+        self.nodes.flush(core, &mut self.outbox)?;
+        self.outbox.write_index(core)
+    }
+
     /// Whether a manifest of this publish may name the chunk or node without storing it.
     fn is_known(&self, core: &Core, hash: &Hash) -> bool {
         let is_usable = |pack: &KnownPack| self.usable.contains(&pack.name);
@@ -341,16 +369,17 @@ impl State {
 }
 
 /// What a tree with a base is put together from.
-struct Plan {
+pub(crate) struct Plan {
     /// What must be read: aligned to chunks, ascending, apart from each other.
-    read: Vec<Range<u64>>,
+    pub(crate) read: Vec<Range<u64>>,
     base: Option<TreeRef>,
 }
 
 impl Plan {
-    fn new(
+    /// `is_known` tells of a chunk of the base whether it can be named without being read.
+    pub(crate) fn new(
         core: &Core,
-        state: &State,
+        is_known: impl Fn(&Hash) -> bool,
         length: u64,
         size: ChunkSize,
         base: Option<Base>,
@@ -364,7 +393,7 @@ impl Plan {
         };
         if base.tree.chunk_size != size {
             return Err(Error::Invalid {
-                attempted: format!("publish on top of {}", base.tree),
+                attempted: format!("name content on top of {}", base.tree),
                 reason: "it is cut into chunks of another size".to_owned(),
             });
         }
@@ -379,7 +408,7 @@ impl Plan {
         for leaf in Leaves::new(core, base.tree) {
             let (index, hash) = leaf?;
             let start = index * size.bytes();
-            if start < length && !cursor.contains(start) && !state.is_known(core, &hash) {
+            if start < length && !cursor.contains(start) && !is_known(&hash) {
                 missing.push(start..start + size.bytes());
             }
         }
@@ -392,7 +421,7 @@ impl Plan {
 }
 
 /// Ranges grown to whole chunks within the content, sorted and joined.
-fn merge(mut ranges: Vec<Range<u64>>, length: u64, size: ChunkSize) -> Vec<Range<u64>> {
+pub(crate) fn merge(mut ranges: Vec<Range<u64>>, length: u64, size: ChunkSize) -> Vec<Range<u64>> {
     let bytes = size.bytes();
     ranges.retain(|range| range.start < range.end && range.start < length);
     ranges.sort_by_key(|range| range.start);
@@ -409,25 +438,25 @@ fn merge(mut ranges: Vec<Range<u64>>, length: u64, size: ChunkSize) -> Vec<Range
 }
 
 /// Tells of ascending positions whether they lie in one of ascending ranges.
-struct RangeCursor<'a> {
+pub(crate) struct RangeCursor<'a> {
     ranges: std::iter::Peekable<std::slice::Iter<'a, Range<u64>>>,
 }
 
 impl<'a> RangeCursor<'a> {
-    fn new(ranges: &'a [Range<u64>]) -> Self {
+    pub(crate) fn new(ranges: &'a [Range<u64>]) -> Self {
         Self {
             ranges: ranges.iter().peekable(),
         }
     }
 
-    fn contains(&mut self, at: u64) -> bool {
+    pub(crate) fn contains(&mut self, at: u64) -> bool {
         while self.ranges.next_if(|range| range.end <= at).is_some() {}
         self.ranges.peek().is_some_and(|range| range.start <= at)
     }
 }
 
 /// The chunks that are taken over from the base, ascending.
-struct Reused<'a> {
+pub(crate) struct Reused<'a> {
     leaves: Option<Leaves<'a, Core>>,
     read: RangeCursor<'a>,
     size: ChunkSize,
@@ -436,7 +465,7 @@ struct Reused<'a> {
 }
 
 impl<'a> Reused<'a> {
-    fn new(core: &'a Core, plan: &'a Plan, length: u64, size: ChunkSize) -> Self {
+    pub(crate) fn new(core: &'a Core, plan: &'a Plan, length: u64, size: ChunkSize) -> Self {
         Self {
             leaves: plan.base.map(|tree| Leaves::new(core, tree)),
             read: RangeCursor::new(&plan.read),
@@ -447,7 +476,7 @@ impl<'a> Reused<'a> {
     }
 
     /// The next chunk before chunk `limit`.
-    fn before(&mut self, limit: u64) -> Result<Option<(u64, Hash)>> {
+    pub(crate) fn before(&mut self, limit: u64) -> Result<Option<(u64, Hash)>> {
         if self.next.is_none() {
             self.next = self.advance()?;
         }
@@ -483,7 +512,8 @@ impl TreeJob<'_> {
     /// What to read and what to take over; nothing is stored yet.
     fn plan(&self, base: Option<Base>) -> Result<Plan> {
         check_length(self.source)?;
-        Plan::new(self.core, self.state, self.source.len(), self.size, base)
+        let is_known = |hash: &Hash| self.state.is_known(self.core, hash);
+        Plan::new(self.core, is_known, self.source.len(), self.size, base)
     }
 
     fn run(mut self, plan: &Plan) -> Result<TreeRef> {
@@ -705,6 +735,40 @@ impl Publish {
         self.with_state("reuse a tree", operation).await?
     }
 
+    /// Reads `ranges` of a tree of this publish back from the store, before anything names it, and compares them with
+    /// `source`; the first range that differs.
+    ///
+    /// # Errors
+    /// When something is missing or damaged, the source cannot be read, the store fails, or `progress` cancels; the
+    /// publish can then only be aborted.
+    ///
+    /// # Durability
+    /// What was added so far is durable, though no manifest names it.
+    pub async fn read_back(
+        &mut self,
+        tree: &TreeRef,
+        source: Arc<dyn Source>,
+        ranges: Vec<Range<u64>>,
+        progress: &Progress,
+    ) -> Result<Option<Range<u64>>> {
+        let (tree, progress) = (*tree, progress.clone());
+        let dropped = CancelOnDrop::new(&progress);
+        let operation = move |core: &Core, state: &mut State| {
+            state.settle(core)?;
+            let ranges = merge(ranges, tree.length_bytes, tree.chunk_size);
+            core.compare(&tree, source.as_ref(), &ranges, &progress)
+        };
+        let found = self.with_state("read a tree back", operation).await;
+        dropped.disarm();
+        found
+    }
+
+    /// The bytes of packs and index objects written so far: of all that was added, once it was read back.
+    #[must_use]
+    pub fn stored_bytes(&self) -> u64 {
+        self.state.as_ref().map_or(0, |state| state.outbox.bytes())
+    }
+
     /// Makes the checkpoint: when this returns `Ok`, it is there, whole and durable.
     ///
     /// # Errors
@@ -777,22 +841,18 @@ fn commit(
         }
     }
     let object = manifest.encode()?;
-    state.data.flush(core, &mut state.outbox)?;
-    state.nodes.flush(core, &mut state.outbox)?;
-    let (index_bytes, index_objects) = state.outbox.write_index(core)?;
+    let (_, index_objects) = state.settle(core)?;
     if !core.io.exists(&lease.object())? {
         lease.is_removed();
         return Err(Error::LeaseLost {
             lease: lease.id.clone(),
         });
     }
-    let object_bytes = object.len() as u64;
+    let bytes = state.outbox.bytes() + object.len() as u64;
     let id = write_manifest(core, manifest, object)?;
-    let pack_bytes = |pack: &IndexedPack| pack.table.pack_bytes();
-    let packs = state.outbox.packs();
     let mut report = state.report;
-    report.objects = packs.len() as u64 + index_objects + 1;
-    report.stored_bytes = packs.iter().map(pack_bytes).sum::<u64>() + index_bytes + object_bytes;
+    report.objects = state.outbox.packs().len() as u64 + index_objects + 1;
+    report.stored_bytes = bytes;
     // It is committed: a lease that stays is told in the report, not as a failure.
     report.lease_removed = match core.io.delete(&lease.object()) {
         Ok(()) => true,

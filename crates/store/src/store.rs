@@ -171,7 +171,16 @@ impl Store {
         self.run("list templates", operation).await
     }
 
-    /// The checkpoint or template with this id, or the only one whose id starts so.
+    /// All backups, damaged ones included.
+    ///
+    /// # Errors
+    /// When the store cannot be listed.
+    pub async fn backups(&self) -> Result<Vec<ListedManifest>> {
+        let operation = |core: &Core| core.manifests(Role::Backup);
+        self.run("list backups", operation).await
+    }
+
+    /// The checkpoint, template or backup with this id, or the only one whose id starts so.
     ///
     /// # Errors
     /// [`Error::NoSuchManifest`], [`Error::Ambiguous`], or [`Error::Damaged`].
@@ -185,7 +194,7 @@ impl Store {
         self.run("read a manifest", operation).await
     }
 
-    /// Removes a checkpoint or template; what only it used is deleted by the next gc. A damaged one
+    /// Removes a checkpoint, template or backup; what only it used is deleted by the next gc. A damaged one
     /// can be removed too.
     ///
     /// # Errors
@@ -377,6 +386,12 @@ impl Store {
         let operation = move |core: &Core| core.remove_leases_of(&owner);
         self.run("remove old leases", operation).await
     }
+}
+
+/// Whether a place that a user names is a store: a URL, or a folder with a store's description in it.
+#[must_use]
+pub fn names_a_store(place: &Path) -> bool {
+    place.to_string_lossy().contains("://") || place.join(CONFIG).is_file()
 }
 
 /// Cancels an operation whose caller has stopped waiting for it.

@@ -6,6 +6,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
+mod in_guest;
+
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
@@ -256,7 +258,7 @@ fn a_built_template_is_whole_boots_to_its_agent_and_is_rebuilt_in_seconds() {
         "other files"
     );
 
-    for template in [&template, &other] {
+    for (template, is_first) in [(&template, true), (&other, false)] {
         let run = tempfile::tempdir().unwrap();
         let started = Instant::now();
         let (_guest, monitor, console) = boot(template, run.path());
@@ -266,6 +268,9 @@ fn a_built_template_is_whole_boots_to_its_agent_and_is_rebuilt_in_seconds() {
             fs::read_to_string(console).unwrap()
         );
         println!("boot to agent: {:.1} s", started.elapsed().as_secs_f64());
+        if is_first {
+            in_guest::check(&run.path().join("agent.sock"), agent());
+        }
     }
 }
 

@@ -2,9 +2,15 @@
 //!
 //! ```text
 //!  start_commit ─▶ running ◀──▶ paused (asked, or no room)     finalize         dismiss
-//!                     └──────────▶ pending ───────────────────▶ concluded ─────▶ null
+//!                     ├──────────▶ pending ───────────────────▶ concluded ─────▶ null
+//!                     │ complete      ▲
+//!                     ├─▶ ready ──────┘  (where the active layer is committed)
 //!                     └─ an error, or cancelled ──────────────▶ concluded with an error
 //! ```
+//! A commit of the active layer is *ready* when the base has all of it, and what the guest writes from then on goes to
+//! both. Told to complete, it holds the disk's requests until it is finalized or cancelled: in *pending* both have the
+//! same, and the base's file is flushed.
+//!
 //! A job is made with `auto-finalize` and `auto-dismiss` off: nothing about the chain changes before it is told to,
 //! and its end stays to be read. A job that QEMU calls complete is only that: what its file says is looked at by
 //! whoever needs it.
@@ -82,18 +88,18 @@ pub struct Job {
     pub error: Option<String>,
 }
 
-/// A commit of frozen layers into the one below them.
+/// A commit of layers into the one below them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Commit<'a> {
     /// The id that the job gets.
     pub id: &'a str,
     /// The node of the disk's active layer.
     pub active: &'a str,
-    /// The node of the topmost layer that is committed; not the active one.
-    pub top: &'a str,
+    /// The node of the topmost layer that is committed; none where the active one is, too.
+    pub top: Option<&'a str>,
     /// The node that is committed into.
     pub base: &'a str,
-    /// What the header of the layer above the top says is below it, afterwards.
+    /// What the header of the layer above the top says is below it, afterwards; none where there is no such layer.
     pub backing_file: Option<&'a str>,
     /// The most bytes a second; 0 for as fast as can be.
     pub bytes_per_second: u64,
@@ -107,13 +113,15 @@ pub fn start_commit(qmp: &mut Qmp, commit: &Commit<'_>) -> Result<()> {
     let mut arguments = json!({
         "job-id": commit.id,
         "device": commit.active,
-        "top-node": commit.top,
         "base-node": commit.base,
         "on-error": "enospc",
         "speed": commit.bytes_per_second,
         "auto-finalize": false,
         "auto-dismiss": false,
     });
+    if let Some(top) = commit.top {
+        arguments["top-node"] = top.into();
+    }
     if let Some(name) = commit.backing_file {
         arguments["backing-file"] = name.into();
     }
@@ -341,6 +349,19 @@ pub fn change_bitmaps(qmp: &mut Qmp, node: &str, changes: &[BitmapChange<'_>]) -
     let actions: Vec<Value> = changes.iter().map(|change| change.action(node)).collect();
     qmp.execute::<Value>("transaction", json!({ "actions": actions }))
         .map(drop)
+}
+
+/// Closes a node that nobody uses any more; whether it could be: one that somebody uses, or that was not opened by
+/// its name, is left to QEMU.
+///
+/// # Errors
+/// As [`Qmp::execute`], but for a refusal.
+pub fn close_node(qmp: &mut Qmp, node: &str) -> Result<bool> {
+    match qmp.execute::<Value>("blockdev-del", json!({ "node-name": node })) {
+        Ok(_) => Ok(true),
+        Err(Error::Refused { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// Connects to a QMP socket of a QEMU that somebody else started.

@@ -25,6 +25,7 @@
 //! docs/devel/migration on the stream and the capability `x-ignore-shared`.
 #![forbid(unsafe_code)]
 
+pub mod block_backup;
 pub mod block_jobs;
 mod capture;
 pub mod dir;

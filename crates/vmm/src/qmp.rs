@@ -76,8 +76,14 @@ impl Qmp {
         };
         let doing = "waiting for the greeting (another program may hold the connection)";
         let until = Instant::now() + within;
-        let Some(message) = qmp.next_message(doing, until)? else {
-            return Err(unanswered(doing, within));
+        let message = loop {
+            let Some(message) = qmp.next_message(doing, until)? else {
+                return Err(unanswered(doing, within));
+            };
+            // What a client before us was killed too early to read comes first.
+            if !qmp.keep_event(&message) && message.get("return").is_none() {
+                break message;
+            }
         };
         qmp.version = greeting_version(&message).ok_or_else(|| protocol(doing, &message))?;
         qmp.execute::<Value>("qmp_capabilities", json!({}))?;
@@ -119,8 +125,57 @@ impl Qmp {
     /// # Errors
     /// As [`Qmp::execute`].
     pub fn give_descriptor(&mut self, name: &str, descriptor: BorrowedFd<'_>) -> Result<()> {
-        let command = "getfd";
-        let (id, line) = self.request(command, json!({ "fdname": name }));
+        let arguments = json!({ "fdname": name });
+        self.execute_with::<Value>("getfd", arguments, descriptor)
+            .map(drop)
+    }
+
+    /// Gives QEMU the open file `descriptor` for as long as something uses it; the path that it is opened by.
+    /// [`Qmp::take_back_descriptors`] knows it by `owner`.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn lend_descriptor(&mut self, owner: &str, descriptor: BorrowedFd<'_>) -> Result<String> {
+        #[derive(Deserialize)]
+        struct Lent {
+            #[serde(rename = "fdset-id")]
+            set: u64,
+        }
+        let arguments = json!({ "opaque": owner });
+        let lent: Lent = self.execute_with("add-fd", arguments, descriptor)?;
+        Ok(format!("/dev/fdset/{}", lent.set))
+    }
+
+    /// Takes back what was lent to `owner`; what is open stays so until it is closed.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn take_back_descriptors(&mut self, owner: &str) -> Result<()> {
+        #[derive(Deserialize)]
+        struct Lent {
+            opaque: Option<String>,
+        }
+        #[derive(Deserialize)]
+        struct Set {
+            #[serde(rename = "fdset-id")]
+            set: u64,
+            fds: Vec<Lent>,
+        }
+        let sets: Vec<Set> = self.execute("query-fdsets", json!({}))?;
+        let is_owners = |lent: &Lent| lent.opaque.as_deref() == Some(owner);
+        for set in sets.iter().filter(|set| set.fds.iter().any(is_owners)) {
+            self.execute::<Value>("remove-fd", json!({ "fdset-id": set.set }))?;
+        }
+        Ok(())
+    }
+
+    fn execute_with<T: DeserializeOwned>(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        descriptor: BorrowedFd<'_>,
+    ) -> Result<T> {
+        let (id, line) = self.request(command, arguments);
         self.set_write_bound(command, ANSWER_WITHIN)?;
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = SendAncillaryBuffer::new(&mut space);
@@ -135,8 +190,7 @@ impl Qmp {
         )
         .map_err(|error| connection(command, error.into()))?;
         self.send(command, &line[sent..], ANSWER_WITHIN)?;
-        self.answer::<Value>(command, id, ANSWER_WITHIN)?;
-        Ok(())
+        self.answer(command, id, ANSWER_WITHIN)
     }
 
     /// The events that came since the last call, oldest first; at most 256 are kept.
@@ -368,6 +422,19 @@ mod tests {
         let (qmp, _end) = told(&[GREETING_10, r#"{"return": {}, "id": 1}"#]);
         let version = qmp.expect("negotiate").version();
         assert_eq!(version.to_string(), "10.0.2");
+    }
+
+    #[test]
+    fn what_an_earlier_client_did_not_read_comes_before_the_greeting_and_is_skipped() {
+        let (qmp, _theirs) = told(&[
+            r#"{"data":{"id":"job","status":"created"},"event":"JOB_STATUS_CHANGE","timestamp":{"microseconds":1,"seconds":2}}"#,
+            r#"{"return":{},"id":17}"#,
+            r#"{"QMP":{"version":{"qemu":{"micro":22,"minor":2,"major":7},"package":""},"capabilities":[]}}"#,
+            r#"{"return":{},"id":1}"#,
+        ]);
+        let mut qmp = qmp.expect("negotiate");
+        assert_eq!(qmp.version().major, 7);
+        assert_eq!(qmp.take_events().len(), 1);
     }
 
     #[test]

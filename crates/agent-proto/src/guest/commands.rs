@@ -3,26 +3,24 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::replay::{ENDED_BYTES, LARGE_BYTES, LARGE_COMMANDS, Replay, SMALL_BYTES};
-use super::session::{Attached, Stdin, Stream, unexpected};
-use super::{Action, Agent, MAX_STREAMS, REMEMBERED_COMMANDS, StreamKey, bounded_text};
+use super::session::{Attached, Stdin, Stream};
+use super::{Action, Agent, REMEMBERED_COMMANDS, StreamKey, bounded_text};
 use crate::flow::{MIN_WINDOW_BYTES, ReceiveWindow, STREAM_WINDOW_BYTES};
 use crate::message::{
-    Attachment, Bytes, CommandEntry, CommandState, ExecRequest, ExitStatus, GuestMessage, Kept,
-    LISTED_ARGV_BYTES, OutputStream, Rejection, StdinState,
+    Bytes, CommandEntry, CommandState, ExecRequest, ExitStatus, GuestMessage, Kept,
+    LISTED_ARGV_BYTES, OutputStream, Rejection,
 };
-use crate::{Epoch, ExecKey, ProtocolError};
+use crate::{Epoch, ExecKey};
 
-/// How many bytes of noted requests a session holds at most.
-const MAX_NOTED_BYTES: usize = 1024 * 1024;
 /// How many open inputs get a whole window; more of them get the least.
 const LARGE_INPUTS: usize = 32;
 
 /// What the agent knows of commands.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub(super) struct Commands {
-    table: BTreeMap<ExecKey, Command>,
+    pub(super) table: BTreeMap<ExecKey, Command>,
     // Those that run or whose output is held open by somebody.
-    live: BTreeSet<ExecKey>,
+    pub(super) live: BTreeSet<ExecKey>,
     // Those of the table that have ended, the oldest first.
     ended: VecDeque<ExecKey>,
     has_forgotten: bool,
@@ -30,17 +28,17 @@ pub(super) struct Commands {
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Command {
-    epoch: Epoch,
+    pub(super) epoch: Epoch,
     argv: Vec<Bytes>,
     pty: bool,
-    progress: Progress,
+    pub(super) progress: Progress,
     pub(super) owner: Option<StreamKey>,
     pub(super) outputs: [Replay; 2],
-    input: Option<Input>,
+    pub(super) input: Option<Input>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-enum Progress {
+pub(super) enum Progress {
     Starting,
     // The session that has said go is gone. Nothing will run, unless the key is told to go again before the thread that
     // prepares the program has asked: it is started for who has said so then.
@@ -59,14 +57,19 @@ enum Progress {
 
 /// An input that is open.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct Input {
-    received: u64,
+pub(super) struct Input {
+    pub(super) received: u64,
     // What came in sessions that are gone and was not taken yet: it is taken first, and nobody gets credit for it.
     orphaned: usize,
 }
 
 impl Command {
-    fn new(request: &ExecRequest, epoch: Epoch, owner: StreamKey, capacity: usize) -> Self {
+    pub(super) fn new(
+        request: &ExecRequest,
+        epoch: Epoch,
+        owner: StreamKey,
+        capacity: usize,
+    ) -> Self {
         Self {
             epoch,
             argv: listed(&request.argv),
@@ -91,7 +94,7 @@ impl Command {
         }
     }
 
-    fn pid(&self) -> Option<u32> {
+    pub(super) fn pid(&self) -> Option<u32> {
         match self.progress {
             Progress::Starting | Progress::Withdrawn | Progress::Released => None,
             Progress::Running { pid, .. } | Progress::Ended { pid, .. } => Some(pid),
@@ -116,7 +119,7 @@ impl Command {
         }
     }
 
-    fn kept(&self) -> [Kept; 2] {
+    pub(super) fn kept(&self) -> [Kept; 2] {
         [self.outputs[0].kept(), self.outputs[1].kept()]
     }
 
@@ -162,7 +165,7 @@ impl Commands {
     }
 
     /// What is kept of each output of one more command.
-    fn next_capacity(&self) -> usize {
+    pub(super) fn next_capacity(&self) -> usize {
         let is_large = |command: &&Command| {
             command.outputs[0].capacity() == LARGE_BYTES
                 && !matches!(command.progress, Progress::Ended { .. })
@@ -174,7 +177,7 @@ impl Commands {
         }
     }
 
-    fn input_window(&self) -> u32 {
+    pub(super) fn input_window(&self) -> u32 {
         let open = self
             .table
             .values()
@@ -426,328 +429,6 @@ impl Agent {
         self.commands.live.remove(&key);
     }
 
-    pub(super) fn on_exec(
-        &mut self,
-        at: StreamKey,
-        key: ExecKey,
-        again: Option<Epoch>,
-        request: ExecRequest,
-        actions: &mut Vec<Action>,
-    ) -> Result<(), ProtocolError> {
-        self.take_id(at)?;
-        if let Some(known) = self.find_known(key, again) {
-            self.reply(
-                at,
-                GuestMessage::Known {
-                    id: at.id,
-                    state: known,
-                },
-                actions,
-            );
-            return Ok(());
-        }
-        let refused = self
-            .find_refusal(at)
-            .or_else(|| self.find_noted_excess(at, &request))
-            .or_else(|| find_fault(&request).map(|fault| Rejection::Invalid(fault.to_owned())));
-        if let Some(reason) = refused {
-            self.reply(at, GuestMessage::Rejected { id: at.id, reason }, actions);
-            return Ok(());
-        }
-        let request = Box::new(request);
-        self.open_stream(at, Stream::Noted { key, request });
-        self.reply(at, GuestMessage::Accepted { id: at.id }, actions);
-        Ok(())
-    }
-
-    /// What became of a key that was used before.
-    fn find_known(&self, key: ExecKey, again: Option<Epoch>) -> Option<CommandState> {
-        let state = match again {
-            Some(epoch) => self.command_state(key, epoch),
-            None => self.commands.get(key)?.state(),
-        };
-        (state != CommandState::NotRun).then_some(state)
-    }
-
-    pub(super) fn find_refusal(&mut self, at: StreamKey) -> Option<Rejection> {
-        self.find_hindrance()
-            .or_else(|| self.find_stream_excess(at))
-    }
-
-    pub(super) fn find_stream_excess(&mut self, at: StreamKey) -> Option<Rejection> {
-        let open = self.session(at.port, at.nonce)?.streams.len();
-        (open >= MAX_STREAMS).then_some(Rejection::TooManyStreams {
-            limit: u32::try_from(MAX_STREAMS).unwrap_or(u32::MAX),
-        })
-    }
-
-    fn find_noted_excess(&mut self, at: StreamKey, request: &ExecRequest) -> Option<Rejection> {
-        let session = self.session(at.port, at.nonce)?;
-        let noted = session.streams.values().map(|stream| match stream {
-            Stream::Noted { request, .. } => request_bytes(request),
-            Stream::Command(_) | Stream::File(_) => 0,
-        });
-        let sum: usize = noted.sum();
-        (sum + request_bytes(request) > MAX_NOTED_BYTES).then(|| {
-            let limit = session.streams.len();
-            Rejection::TooManyStreams {
-                limit: u32::try_from(limit).unwrap_or(u32::MAX),
-            }
-        })
-    }
-
-    pub(super) fn on_go(
-        &mut self,
-        at: StreamKey,
-        actions: &mut Vec<Action>,
-    ) -> Result<(), ProtocolError> {
-        let Some(Stream::Noted { key, request }) = self.take_noted(at) else {
-            return Err(unexpected("go", "without a command that was accepted"));
-        };
-        if let Some(state) = self.find_known(key, None) {
-            self.reply(at, GuestMessage::Known { id: at.id, state }, actions);
-            return Ok(());
-        }
-        // One thread prepares a key's program, whoever has said go: with two, the one that is refused would speak for the other.
-        let is_prepared = self.commands.get(key).is_some();
-        let excess = (!is_prepared).then(|| self.find_command_excess()).flatten();
-        if let Some(reason) = self.find_hindrance().or(excess) {
-            self.reply(at, GuestMessage::Rejected { id: at.id, reason }, actions);
-            return Ok(());
-        }
-        let Some(epoch) = self.epoch() else {
-            return Ok(());
-        };
-        let capacity = self.commands.next_capacity();
-        let command = Command::new(&request, epoch, at, capacity);
-        self.commands.table.insert(key, command);
-        self.commands.live.insert(key);
-        let mut attached = Attached::new(key, [0; 2]);
-        attached.awaits_start = true;
-        self.open_stream(at, Stream::Command(Box::new(attached)));
-        if !is_prepared {
-            actions.push(Action::Start { key, request });
-        }
-        Ok(())
-    }
-
-    fn find_command_excess(&self) -> Option<Rejection> {
-        let limit = self.config.max_commands;
-        let live = self.commands.live.len();
-        let full = u32::try_from(live).map_or(true, |count| count >= limit);
-        full.then_some(Rejection::TooManyCommands { limit })
-    }
-
-    pub(super) fn on_attach(
-        &mut self,
-        at: StreamKey,
-        key: ExecKey,
-        from: [u64; 2],
-        actions: &mut Vec<Action>,
-    ) -> Result<(), ProtocolError> {
-        self.take_id(at)?;
-        let released = self.is_released();
-        let refused = (!released)
-            .then_some(Rejection::NotReleased)
-            .or_else(|| self.find_stream_excess(at))
-            .or_else(|| self.find_unattachable(key, from));
-        if let Some(reason) = refused {
-            self.reply(at, GuestMessage::Rejected { id: at.id, reason }, actions);
-            return Ok(());
-        }
-        self.take_away(key, "another session listens to it", actions);
-        let window = self.commands.input_window();
-        let Some(command) = self.commands.get_mut(key) else {
-            return Ok(());
-        };
-        let kept = command.kept();
-        let first = [0, 1].map(|place| from[place].max(kept[place].first));
-        command.owner = Some(at);
-        let stdin = command.input.as_ref().map(|input| StdinState {
-            received: input.received,
-            window_bytes: window,
-        });
-        let pid = command.pid();
-        let mut attached = Attached::new(key, first);
-        if stdin.is_some() {
-            attached.stdin = Stdin::Open(ReceiveWindow::new(window));
-        }
-        self.open_stream(at, Stream::Command(Box::new(attached)));
-        let at_place = Attachment { pid, first, stdin };
-        let message = GuestMessage::Attached {
-            id: at.id,
-            at: at_place,
-        };
-        self.reply(at, message, actions);
-        actions.push(Action::Wake { key });
-        Ok(())
-    }
-
-    fn find_unattachable(&self, key: ExecKey, from: [u64; 2]) -> Option<Rejection> {
-        let Some(command) = self.commands.get(key) else {
-            let known = self.epoch().unwrap_or(Epoch([0; 16]));
-            return Some(Rejection::Unknown(self.command_state(key, known)));
-        };
-        if matches!(command.progress, Progress::Starting | Progress::Withdrawn) {
-            // Who has said go is still to be told of it.
-            return Some(Rejection::Unknown(command.state()));
-        }
-        let kept = command.kept();
-        let beyond = [0, 1].iter().any(|&place| from[place] > kept[place].end);
-        beyond.then(|| Rejection::Invalid("the output is not that long".to_owned()))
-    }
-
-    /// Ends the stream of whoever listens to the command.
-    fn take_away(&mut self, key: ExecKey, why: &str, actions: &mut Vec<Action>) {
-        let Some(owner) = self.commands.get(key).and_then(|command| command.owner) else {
-            return;
-        };
-        if let Some(attached) = self.attached_mut(owner).cloned() {
-            self.commands.let_go(&attached);
-        }
-        self.close_stream(owner);
-        let reason = why.to_owned();
-        self.reply(
-            owner,
-            GuestMessage::Detached {
-                id: owner.id,
-                reason,
-            },
-            actions,
-        );
-    }
-
-    pub(super) fn on_detach(
-        &mut self,
-        at: StreamKey,
-        actions: &mut Vec<Action>,
-    ) -> Result<(), ProtocolError> {
-        let reason = "as it was asked".to_owned();
-        if self.take_noted(at).is_some() {
-            self.reply(at, GuestMessage::Detached { id: at.id, reason }, actions);
-            return Ok(());
-        }
-        let Some(attached) = self.attached_mut(at).cloned() else {
-            return self.expect_past(at, "detach");
-        };
-        let is_starting = self
-            .commands
-            .get(attached.key)
-            .is_some_and(|command| command.progress == Progress::Starting);
-        if is_starting {
-            // It goes on to run: the host has said go. Only who has started can be let go.
-            if let Some(command) = self.commands.get_mut(attached.key) {
-                command.owner = None;
-            }
-        } else {
-            self.commands.let_go(&attached);
-        }
-        self.close_stream(at);
-        self.reply(at, GuestMessage::Detached { id: at.id, reason }, actions);
-        actions.push(Action::Wake { key: attached.key });
-        Ok(())
-    }
-
-    pub(super) fn on_stdin(
-        &mut self,
-        at: StreamKey,
-        data: Vec<u8>,
-        actions: &mut Vec<Action>,
-    ) -> Result<(), ProtocolError> {
-        let Some(attached) = self.attached_mut(at) else {
-            // The command ended while this was on its way.
-            return self.expect_past(at, "stdin");
-        };
-        let key = attached.key;
-        match &mut attached.stdin {
-            Stdin::Open(window) => window.receive(data.len())?,
-            Stdin::ClosedByCommand(window) => return window.receive(data.len()),
-            Stdin::Ended => return Err(unexpected("stdin", "past the end of stdin")),
-        }
-        if let Some(input) = self
-            .commands
-            .get_mut(key)
-            .and_then(|found| found.input.as_mut())
-        {
-            input.received += data.len() as u64;
-            actions.push(Action::Stdin { key, data });
-        }
-        Ok(())
-    }
-
-    pub(super) fn on_stdin_end(
-        &mut self,
-        at: StreamKey,
-        actions: &mut Vec<Action>,
-    ) -> Result<(), ProtocolError> {
-        let Some(attached) = self.attached_mut(at) else {
-            return self.expect_past(at, "end of stdin");
-        };
-        let key = attached.key;
-        match std::mem::replace(&mut attached.stdin, Stdin::Ended) {
-            Stdin::Open(_) => {
-                if let Some(command) = self.commands.get_mut(key) {
-                    command.input = None;
-                }
-                actions.push(Action::StdinEnd { key });
-                Ok(())
-            }
-            Stdin::ClosedByCommand(_) => Ok(()),
-            Stdin::Ended => Err(unexpected("end of stdin", "past the end of stdin")),
-        }
-    }
-
-    pub(super) fn on_signal(
-        &mut self,
-        at: StreamKey,
-        signal: i32,
-        actions: &mut Vec<Action>,
-    ) -> Result<(), ProtocolError> {
-        if !(1..=31).contains(&signal) {
-            return Err(unexpected("signal", "limited to signals 1 to 31"));
-        }
-        match self.attached_mut(at).map(|attached| attached.key) {
-            Some(key) => {
-                actions.push(Action::Signal { key, signal });
-                Ok(())
-            }
-            None => self.expect_past(at, "signal"),
-        }
-    }
-
-    pub(super) fn on_resize(
-        &mut self,
-        at: StreamKey,
-        rows: u16,
-        cols: u16,
-        actions: &mut Vec<Action>,
-    ) -> Result<(), ProtocolError> {
-        match self.attached_mut(at).map(|attached| attached.key) {
-            Some(key) => {
-                actions.push(Action::Resize { key, rows, cols });
-                Ok(())
-            }
-            None => self.expect_past(at, "resize"),
-        }
-    }
-
-    pub(super) fn on_credit(
-        &mut self,
-        at: StreamKey,
-        stream: OutputStream,
-        bytes: u32,
-        actions: &mut Vec<Action>,
-    ) -> Result<(), ProtocolError> {
-        match self.attached_mut(at) {
-            Some(attached) => {
-                attached.windows[stream.place()].grant(bytes)?;
-                actions.push(Action::Flush { port: at.port });
-                Ok(())
-            }
-            None => self.expect_past(at, "credit"),
-        }
-    }
-
     fn sent(&self, at: StreamKey) -> Option<[u64; 2]> {
         let super::Port::Attached(session) = &self.ports.get(&at.port)?.port else {
             return None;
@@ -758,14 +439,8 @@ impl Agent {
         }
     }
 
-    fn attached_mut(&mut self, at: StreamKey) -> Option<&mut Attached> {
+    pub(super) fn attached_mut(&mut self, at: StreamKey) -> Option<&mut Attached> {
         self.session(at.port, at.nonce)?.command(at.id)
-    }
-
-    fn take_noted(&mut self, at: StreamKey) -> Option<Stream> {
-        let session = self.session(at.port, at.nonce)?;
-        let is_noted = matches!(session.streams.get(&at.id), Some(Stream::Noted { .. }));
-        is_noted.then(|| session.streams.remove(&at.id)).flatten()
     }
 
     pub(super) fn open_stream(&mut self, at: StreamKey, stream: Stream) {
@@ -798,15 +473,6 @@ fn flush(owner: Option<StreamKey>) -> Vec<Action> {
         .collect()
 }
 
-fn request_bytes(request: &ExecRequest) -> usize {
-    let words: usize = request.argv.iter().map(|word| word.0.len() + 32).sum();
-    let variables = request.env.iter();
-    let env: usize = variables
-        .map(|(name, value)| name.0.len() + value.0.len() + 64)
-        .sum();
-    words + env + 256
-}
-
 fn listed(argv: &[Bytes]) -> Vec<Bytes> {
     let mut left = LISTED_ARGV_BYTES;
     let mut out = Vec::new();
@@ -819,43 +485,6 @@ fn listed(argv: &[Bytes]) -> Vec<Bytes> {
         left -= length;
     }
     out
-}
-
-fn find_fault(request: &ExecRequest) -> Option<&'static str> {
-    let has_zero = |bytes: &Bytes| bytes.0.contains(&0);
-    if request
-        .argv
-        .first()
-        .is_none_or(|program| program.0.is_empty())
-    {
-        return Some("there is no program to run");
-    }
-    if request.argv.iter().any(has_zero) {
-        return Some("an argument has a zero byte");
-    }
-    let wrong_name = |name: &Bytes| name.0.is_empty() || name.0.contains(&b'=') || has_zero(name);
-    if request
-        .env
-        .iter()
-        .any(|(name, value)| wrong_name(name) || has_zero(value))
-    {
-        return Some("an environment variable has an empty name, '=' in its name or a zero byte");
-    }
-    if request
-        .cwd
-        .as_ref()
-        .is_some_and(|cwd| cwd.0.is_empty() || has_zero(cwd))
-    {
-        return Some("the folder to start in is empty or has a zero byte");
-    }
-    if request
-        .pty
-        .as_ref()
-        .is_some_and(|pty| pty.term.contains('\0'))
-    {
-        return Some("the name of the terminal has a zero byte");
-    }
-    None
 }
 
 pub(super) fn bounded(reason: Rejection) -> Rejection {

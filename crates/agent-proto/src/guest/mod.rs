@@ -38,6 +38,7 @@
 //! - An epoch that another has replaced never comes back.
 
 mod commands;
+mod exec;
 mod files;
 mod freeze;
 mod life;

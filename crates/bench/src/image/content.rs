@@ -9,11 +9,6 @@ use super::Images;
 use crate::error::{Doing, Result};
 use crate::program;
 
-/// How much of the system's files goes into the disk that is compressed.
-const TREE_BYTES: u64 = 1 << 30;
-/// The length of that disk in bytes.
-const TREE_DISK_BYTES: u64 = 2 << 30;
-
 /// Writes `data` bytes that nothing can compress, in a file of `length` bytes.
 ///
 /// # Errors
@@ -36,17 +31,18 @@ pub fn write_random(to: &Path, data: u64, length: u64) -> Result<()> {
     file.sync_all().doing(doing)
 }
 
-/// Makes `name`, a qcow2 disk with an ext4 file system that holds files of this machine's `/usr`, about 1 GiB.
+/// Makes `name`, a qcow2 disk with an ext4 file system half full of files of this machine's `/usr`.
 ///
 /// # Errors
 /// When a program fails.
 pub async fn write_tree(images: &Images, name: &str) -> Result<()> {
     let (tree, raw) = (images.folder.join("tree"), images.path("tree.raw"));
     durable::create_dir(&tree, 0o700).doing("create a folder")?;
+    let tree_bytes = images.disk_bytes / 2;
     // The same files on every run of one machine: in order, as many as fit.
     let script = format!(
         "cd /usr && find bin sbin lib share include -xdev -type f -printf '%s %p\\n' | LC_ALL=C sort -k2 \
-         | awk '{{ sum += $1; if (sum > {TREE_BYTES}) exit; print substr($0, index($0, \" \") + 1) }}' \
+         | awk '{{ sum += $1; if (sum > {tree_bytes}) exit; print substr($0, index($0, \" \") + 1) }}' \
          | tar --create --files-from=- | tar --extract --directory='{}'",
         tree.display()
     );
@@ -59,7 +55,7 @@ pub async fn write_tree(images: &Images, name: &str) -> Result<()> {
         "-d",
         &tree.display().to_string(),
         &raw,
-        &format!("{}k", TREE_DISK_BYTES >> 10),
+        &format!("{}k", images.disk_bytes >> 10),
     ];
     program::run("mke2fs", &arguments).await?;
     durable::remove_tree(&tree).doing("remove a folder")?;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::Images;
+use super::measured::{self, Used};
 use crate::error::{Doing, Result};
 use crate::report::{Report, Row, Value, median};
 use crate::{facts, program};
@@ -28,12 +29,12 @@ impl Cache {
     }
 
     /// Brings the files in `read` about.
-    fn set(self, read: &[PathBuf]) -> Result<()> {
+    fn set(self, images: &Images, read: &[PathBuf]) -> Result<()> {
         rustix::fs::sync();
         if self == Self::Cold {
             drop_caches()?;
         }
-        touch_memory()?;
+        touch_memory(images)?;
         match self {
             Self::Warm => read.iter().try_for_each(read_through),
             Self::Cold => Ok(()),
@@ -41,13 +42,11 @@ impl Cache {
     }
 }
 
-/// The most memory that is touched, in bytes: more than the largest new file.
-const TOUCHED_BYTES: u64 = 5 << 30;
-
-/// Takes memory, writes to it and gives it back. On a virtual machine, free memory may have gone back to its host, and
-/// whoever fills the page cache first pays for getting it again: that is neither program's work.
-fn touch_memory() -> Result<()> {
-    let bytes = TOUCHED_BYTES.min(facts::available_memory()? / 3);
+/// Takes as much memory as a disk that is made has bytes, writes to it and gives it back. On a virtual machine, free
+/// memory may have gone back to its host, and whoever fills the page cache first pays for getting it again: that is
+/// neither program's work.
+fn touch_memory(images: &Images) -> Result<()> {
+    let bytes = (images.disk_bytes / 4 * 5).min(facts::available_memory()? / 3);
     let length = usize::try_from(bytes).unwrap_or_default();
     std::hint::black_box(vec![1_u8; length]);
     Ok(())
@@ -85,10 +84,10 @@ pub struct Contest<'a> {
     pub read: &'a [&'a str],
     /// Files that are removed after each run.
     pub made: &'a [&'a str],
-    /// What `stead img` is told.
+    /// What `stead` is told.
     pub ours: &'a [&'a str],
-    /// What `qemu-img` is told.
-    pub peer: &'a [&'a str],
+    /// What `qemu-img` is told, command after command.
+    pub peer: &'a [&'a [&'a str]],
 }
 
 /// The times of both.
@@ -138,11 +137,9 @@ impl Contest<'_> {
         ours: bool,
         times: &mut Times,
     ) -> Result<Duration> {
-        for (from, to) in self.fresh {
-            program::run("cp", &[images.path(from), images.path(to)]).await?;
-        }
+        self.make_fresh(images).await?;
         let read: Vec<PathBuf> = self.read.iter().map(|n| images.folder.join(n)).collect();
-        cache.set(&read)?;
+        cache.set(images, &read)?;
         let begun = Instant::now();
         self.command(images, ours).await?;
         let took = begun.elapsed();
@@ -150,18 +147,48 @@ impl Contest<'_> {
             let index = usize::from(!ours);
             times.lengths[index] = program::length(&images.folder.join(made))?;
         }
-        let fresh = self.fresh.iter().map(|(_, to)| to);
-        for name in self.made.iter().chain(fresh) {
-            images.remove(name)?;
-        }
+        self.remove_fresh(images)?;
         Ok(took)
     }
 
-    async fn command(&self, images: &Images, ours: bool) -> Result<String> {
-        match ours {
-            true => program::run(&images.stead, &images.ours(self.ours)).await,
-            false => program::run("qemu-img", &images.arguments(self.peer)).await,
+    async fn make_fresh(&self, images: &Images) -> Result<()> {
+        for (from, to) in self.fresh {
+            program::run("cp", &[images.path(from), images.path(to)]).await?;
         }
+        Ok(())
+    }
+
+    fn remove_fresh(&self, images: &Images) -> Result<()> {
+        let fresh = self.fresh.iter().map(|(_, to)| to);
+        self.made
+            .iter()
+            .chain(fresh)
+            .try_for_each(|name| images.remove(name))
+    }
+
+    /// What one command of ours uses.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub async fn used_by_ours(&self, images: &Images) -> Result<Used> {
+        self.make_fresh(images).await?;
+        rustix::fs::sync();
+        let words = images.arguments(self.ours);
+        let used = measured::command(images.stead.as_os_str(), &words).await?;
+        self.remove_fresh(images)?;
+        Ok(used)
+    }
+
+    async fn command(&self, images: &Images, ours: bool) -> Result<()> {
+        if ours {
+            return program::run(&images.stead, &images.arguments(self.ours))
+                .await
+                .map(drop);
+        }
+        for words in self.peer {
+            program::run("qemu-img", &images.arguments(words)).await?;
+        }
+        Ok(())
     }
 }
 
@@ -173,12 +200,5 @@ impl Images {
             None => (*word).to_owned(),
         };
         words.iter().map(word).collect()
-    }
-
-    /// The same for `stead`.
-    pub fn ours(&self, words: &[&str]) -> Vec<String> {
-        let mut arguments = vec!["img".to_owned()];
-        arguments.extend(self.arguments(words));
-        arguments
     }
 }

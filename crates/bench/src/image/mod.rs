@@ -9,6 +9,7 @@ mod content;
 mod contest;
 mod limits;
 mod measured;
+pub mod merge;
 mod rows;
 
 use std::path::{Path, PathBuf};
@@ -16,12 +17,13 @@ use std::path::{Path, PathBuf};
 use stead_sys::durable;
 
 use crate::error::{BenchError, Doing, Result};
+use crate::report::megabytes;
 use crate::{Run, program};
 
-/// The disk that is flattened and converted.
-const DISK_BYTES: u64 = 4 << 30;
-/// How many of its bytes lie in the base.
-const DATA_BYTES: u64 = 3_600_000_000;
+/// The length of the disk that is flattened and converted, of which nine tenths lie in the base.
+const DISK_BYTES: u64 = 1 << 30;
+/// The same of a large run.
+const LARGE_DISK_BYTES: u64 = 4 << 30;
 
 /// Where images lie while they are measured, and our program.
 #[derive(Debug)]
@@ -30,9 +32,42 @@ struct Images {
     stead: PathBuf,
     /// How often each figure is taken warm; cold figures, which take longer, half as often.
     runs: usize,
+    /// The length of the disk that is flattened and converted.
+    disk_bytes: u64,
 }
 
 impl Images {
+    /// An empty folder for them.
+    fn open(run: &Run, name: &str) -> Result<Self> {
+        let own = std::env::current_exe().doing("find the own program")?;
+        let stead = own.with_file_name("stead");
+        if !stead.is_file() {
+            let attempt = "find stead beside the own program";
+            return Err(BenchError::new(attempt, "build it first: make build"));
+        }
+        let here = Self {
+            folder: run.scratch.path("."),
+            stead,
+            runs: run.runs.div_ceil(2),
+            disk_bytes: match run.large {
+                true => LARGE_DISK_BYTES,
+                false => DISK_BYTES,
+            },
+        };
+        here.within(&run.scratch.path(name))
+    }
+
+    /// How much of the disk lies in the base, in bytes.
+    fn data_bytes(&self) -> u64 {
+        self.disk_bytes / 10 * 9
+    }
+
+    /// How long the disk is and how much lies in the base, in words.
+    fn disk(&self) -> String {
+        let (length, data) = (self.disk_bytes >> 30, self.data_bytes());
+        format!("{length} GiB with {} from the base", megabytes(data))
+    }
+
     /// The path of a file, as an argument.
     fn path(&self, name: &str) -> String {
         self.folder.join(name).display().to_string()
@@ -49,6 +84,7 @@ impl Images {
             folder: folder.to_owned(),
             stead: self.stead.clone(),
             runs: self.runs,
+            disk_bytes: self.disk_bytes,
         })
     }
 }
@@ -58,18 +94,7 @@ impl Images {
 /// # Errors
 /// When a command fails.
 pub async fn measure(run: &mut Run) -> Result<()> {
-    let own = std::env::current_exe().doing("find the own program")?;
-    let stead = own.with_file_name("stead");
-    if !stead.is_file() {
-        let attempt = "find stead beside the own program";
-        return Err(BenchError::new(attempt, "build it first: make build"));
-    }
-    let here = Images {
-        folder: run.scratch.path("."),
-        stead,
-        runs: run.runs.div_ceil(2),
-    };
-    let images = here.within(&run.scratch.path("images"))?;
+    let images = Images::open(run, "images")?;
     tables(run, &images).await?;
     copies(run, &images).await?;
     durable::remove_tree(&images.folder).doing("remove the images")
@@ -87,7 +112,7 @@ async fn tables(run: &mut Run, images: &Images) -> Result<()> {
 async fn copies(run: &mut Run, images: &Images) -> Result<()> {
     run.say("images: make a base");
     let base = images.folder.join("base.raw");
-    content::write_random(&base, DATA_BYTES, DISK_BYTES)?;
+    content::write_random(&base, images.data_bytes(), images.disk_bytes)?;
     run.say("images: flatten");
     rows::flatten(images, &mut run.report, rows::EXT4).await?;
     run.say("images: convert");

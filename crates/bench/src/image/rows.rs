@@ -5,7 +5,7 @@ use super::limits::{COPIED, Limit, SHARED};
 use super::{Images, content, measured};
 use crate::error::Result;
 use crate::program;
-use crate::report::{Report, Row, Value};
+use crate::report::{Report, Row, Value, megabytes};
 
 /// A kind of file system, and what is promised there.
 #[derive(Debug)]
@@ -47,8 +47,8 @@ async fn overlay(images: &Images, base: [&str; 2], name: &str) -> Result<()> {
 /// When a command fails.
 pub async fn flatten(images: &Images, report: &mut Report, place: Place) -> Result<()> {
     overlay(images, ["base.raw", "raw"], "over.qcow2").await?;
-    let figure = format!("flatten 4 GiB with 3.6 GB from the base, {}", place.name);
-    let command = ["rebase", "-f", "qcow2", "-b", "", "@work.qcow2"];
+    let figure = format!("flatten {}, {}", images.disk(), place.name);
+    let command = ["img", "rebase", "-f", "qcow2", "-b", "", "@work.qcow2"];
     let contest = Contest {
         figure: &figure,
         beside: "qemu-img rebase -b \"\", synced like ours",
@@ -57,7 +57,7 @@ pub async fn flatten(images: &Images, report: &mut Report, place: Place) -> Resu
         read: &["base.raw"],
         made: &[],
         ours: &command,
-        peer: &command,
+        peer: &[&command[1..]],
     };
     contest.run(images, Cache::Cold, report).await?;
     contest.run(images, Cache::Warm, report).await?;
@@ -71,69 +71,37 @@ pub async fn flatten(images: &Images, report: &mut Report, place: Place) -> Resu
 /// When a command fails.
 pub async fn convert(images: &Images, report: &mut Report) -> Result<()> {
     overlay(images, ["base.raw", "raw"], "over.qcow2").await?;
-    let ours = ["convert", "-O", "qcow2", "@over.qcow2", "@new.qcow2"];
-    let unsynced = [
-        "convert",
-        "-t",
-        "unsafe",
-        "-O",
-        "qcow2",
-        "@over.qcow2",
-        "@new.qcow2",
-    ];
-    let eight = [
-        "convert",
-        "-W",
-        "-m",
-        "8",
-        "-O",
-        "qcow2",
-        "@over.qcow2",
-        "@new.qcow2",
-    ];
-    let synced = [
-        "convert",
-        "-W",
-        "-m",
-        "8",
-        "-t",
-        "writeback",
-        "-O",
-        "qcow2",
-        "@over.qcow2",
-        "@new.qcow2",
-    ];
-    let contest = Contest {
-        figure: "convert the same to qcow2, synced",
-        beside: "qemu-img convert -W -m 8, which does not sync",
-        target: None,
+    let words = |before: &[&'static str]| {
+        let files = ["-O", "qcow2", "@over.qcow2", "@new.qcow2"];
+        [before, &files].concat()
+    };
+    let ours = words(&["img", "convert", "-t", "unsafe"]);
+    let peer = words(&["convert", "-W", "-m", "8"]);
+    let figure = format!("convert {} to qcow2, neither synced", images.disk());
+    let neither_syncs = Contest {
+        figure: &figure,
+        beside: "qemu-img convert -W -m 8",
+        target: Some(0.7),
         fresh: &[],
         read: &["base.raw", "over.qcow2"],
         made: &["new.qcow2"],
         ours: &ours,
-        peer: &eight,
+        peer: &[&peer],
     };
-    contest.run(images, Cache::Cold, report).await?;
-    contest.run(images, Cache::Warm, report).await?;
-    COPIED.beside_last(images, report).await?;
+    neither_syncs.run(images, Cache::Cold, report).await?;
+    neither_syncs.run(images, Cache::Warm, report).await?;
+    let ours = words(&["img", "convert"]);
+    let peer = words(&["convert", "-W", "-m", "8", "-t", "writeback"]);
     let both_sync = Contest {
         figure: "convert the same, both synced",
         beside: "qemu-img convert -W -m 8 -t writeback",
         target: None,
-        peer: &synced,
-        ..contest
+        ours: &ours,
+        peer: &[&peer],
+        ..neither_syncs
     };
     both_sync.run(images, Cache::Warm, report).await?;
-    let neither_syncs = Contest {
-        figure: "convert the same, neither synced",
-        beside: "qemu-img convert -W -m 8",
-        target: Some(0.7),
-        ours: &unsynced,
-        peer: &eight,
-        ..both_sync
-    };
-    neither_syncs.run(images, Cache::Cold, report).await?;
-    neither_syncs.run(images, Cache::Warm, report).await?;
+    COPIED.beside_last(images, report).await?;
     images.remove("over.qcow2")
 }
 
@@ -163,7 +131,7 @@ pub async fn commit(images: &Images, report: &mut Report) -> Result<()> {
     program::run("cp", &[images.path("base.qcow2"), base]).await?;
     program::run("qemu-io", &arguments).await?;
     images.remove("work-base.qcow2")?;
-    let command = ["commit", "-q", "-f", "qcow2", "@work.qcow2"];
+    let command = ["img", "commit", "-q", "-f", "qcow2", "@work.qcow2"];
     let contest = Contest {
         figure: "commit 400 MiB, every other MiB, into a base of 1 GiB",
         beside: "qemu-img commit, synced like ours",
@@ -175,7 +143,7 @@ pub async fn commit(images: &Images, report: &mut Report) -> Result<()> {
         read: &["work-base.qcow2", "work.qcow2"],
         made: &[],
         ours: &command,
-        peer: &command,
+        peer: &[&command[1..]],
     };
     contest.run(images, Cache::Cold, report).await?;
     contest.run(images, Cache::Warm, report).await?;
@@ -191,6 +159,7 @@ pub async fn compress(images: &Images, report: &mut Report) -> Result<()> {
     content::write_tree(images, "tree.qcow2").await?;
     let zstd = "compression_type=zstd";
     let ours = [
+        "img",
         "convert",
         "-c",
         "-O",
@@ -213,15 +182,19 @@ pub async fn compress(images: &Images, report: &mut Report) -> Result<()> {
         "@tree.qcow2",
         "@new.qcow2",
     ];
+    let figure = format!(
+        "convert {} of /usr to zstd, synced",
+        megabytes(images.disk_bytes / 2)
+    );
     let contest = Contest {
-        figure: "convert 1 GiB of /usr to zstd, synced",
+        figure: &figure,
         beside: "qemu-img convert -c -W -m 8, which does not sync",
         target: Some(0.6),
         fresh: &[],
         read: &["tree.qcow2"],
         made: &["new.qcow2"],
         ours: &ours,
-        peer: &peer,
+        peer: &[&peer],
     };
     contest.run(images, Cache::Cold, report).await?;
     let times = contest.run(images, Cache::Warm, report).await?;
@@ -252,7 +225,7 @@ pub async fn check(images: &Images, report: &mut Report) -> Result<()> {
         "1T",
     ];
     program::run("qemu-img", &images.arguments(&words)).await?;
-    let command = ["check", "-q", "-f", "qcow2", "@wide.qcow2"];
+    let command = ["img", "check", "-q", "-f", "qcow2", "@wide.qcow2"];
     let contest = Contest {
         figure: "check of 1 TiB of allocated clusters",
         beside: "qemu-img check",
@@ -261,12 +234,13 @@ pub async fn check(images: &Images, report: &mut Report) -> Result<()> {
         read: &[],
         made: &[],
         ours: &command,
-        peer: &command,
+        peer: &[&command[1..]],
     };
     contest.run(images, Cache::Cold, report).await?;
     contest.run(images, Cache::Warm, report).await?;
-    let ours = measured::command(images.stead.as_os_str(), &images.ours(&command)).await?;
-    let peer = measured::command("qemu-img".as_ref(), &images.arguments(&command)).await?;
+    let ours = contest.used_by_ours(images).await?;
+    let words = images.arguments(&command[1..]);
+    let peer = measured::command("qemu-img".as_ref(), &words).await?;
     report.rows.push(Row {
         figure: "its peak memory".to_owned(),
         ours: Value::Bytes(ours.peak_bytes),

@@ -33,6 +33,8 @@ pub struct BackupInstant {
     pub sandbox: String,
     /// Whether the sandbox runs on in new layers. If not, the topmost layers are the ones that it will write to.
     pub frozen: bool,
+    /// Whether the disks are as a power failure would have left them: nothing was frozen in the guest.
+    pub crash_consistent: bool,
     /// The disks.
     pub disks: Vec<BackupDisk>,
     _lock: FileLock,
@@ -77,13 +79,17 @@ impl Engine {
                     .next("wake it, or take its state from the store"));
             }
         };
-        let disks = match frozen {
+        let (disks, crash_consistent) = match frozen {
             true => self.freeze_for_backup(sandbox.clone(), begin).await?,
-            false => self.layers_of(&sandbox).await?,
+            false => {
+                let crashed = sandbox.state == SandboxState::Crashed;
+                (self.layers_of(&sandbox).await?, crashed)
+            }
         };
         Ok(BackupInstant {
             sandbox: sandbox.name,
             frozen,
+            crash_consistent,
             disks,
             _lock: lock,
         })
@@ -93,25 +99,25 @@ impl Engine {
         &self,
         sandbox: Sandbox,
         begin: &(dyn Fn(&str) -> Option<Vec<u8>> + Sync),
-    ) -> Result<Vec<BackupDisk>> {
+    ) -> Result<(Vec<BackupDisk>, bool)> {
         let mut plan = self.plan_capture(sandbox, None, true, false).await?;
         let bitmaps = plan.disks.iter().map(|(disk, _, _)| begin(disk));
         plan.bitmaps = bitmaps.collect();
         let mut job = self.begin_capture(&plan, "backup").await?;
         let made = async {
-            self.take_instant(&mut job, &plan).await?;
+            let instant = self.take_instant(&mut job, &plan).await?;
             let mut tx = self.records.begin().await?;
             job.finish(&mut tx).await?;
             tx.commit().await?;
-            Ok(())
+            Ok(instant.crash_consistent)
         }
         .await;
-        self.undone_on_error(&job, made).await?;
+        let crash_consistent = self.undone_on_error(&job, made).await?;
         let mut disks = Vec::new();
         for (disk, old, _) in &plan.disks {
             disks.push(self.backup_disk(disk, &old.id).await?);
         }
-        Ok(disks)
+        Ok((disks, crash_consistent))
     }
 
     async fn layers_of(&self, sandbox: &Sandbox) -> Result<Vec<BackupDisk>> {

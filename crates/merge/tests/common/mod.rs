@@ -6,6 +6,8 @@
     reason = "copies of images in tests need not be durable"
 )]
 
+pub mod vm;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -249,6 +251,39 @@ impl Drop for Loop {
             detached.is_ok_and(|status| status.success()),
             "the loop device is detached"
         );
+    }
+}
+
+/// A small file system in the place of a world's folder.
+pub struct Small<'a>(&'a Path);
+
+impl<'a> Small<'a> {
+    /// `None` where one cannot be had.
+    pub fn over(folder: &'a Path, bytes: u64) -> Option<Self> {
+        let mut mount = Command::new("mount");
+        mount
+            .args(["-t", "tmpfs", "-o"])
+            .arg(format!("size={bytes}"));
+        let mounted = mount.arg("tmpfs").arg(folder).status().ok()?;
+        mounted.success().then_some(Self(folder))
+    }
+
+    /// Leaves so many bytes free.
+    pub fn fill(&self, leave: u64) {
+        let free = stead_sys::space::available_bytes(self.0).expect("free");
+        let length = usize::try_from(free.saturating_sub(leave)).expect("small");
+        fs::write(self.0.join("filler"), vec![1; length]).expect("filled");
+    }
+
+    pub fn make_room(&self) {
+        fs::remove_file(self.0.join("filler")).expect("removed");
+    }
+}
+
+impl Drop for Small<'_> {
+    fn drop(&mut self) {
+        // A test that failed may still have files open there.
+        drop(Command::new("umount").arg("-l").arg(self.0).status());
     }
 }
 

@@ -1,11 +1,11 @@
 //! Guest data that goes into new clusters, moved by several threads in large pieces.
 
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use stead_sys::spread::spread;
+
 use crate::chain::Chain;
-use crate::control::Control;
+use crate::control::{Control, Moving};
 use crate::error::Result;
 use crate::header::to_usize;
 use crate::units::{GuestOffset, HostOffset};
@@ -14,18 +14,17 @@ use super::transaction::Edit;
 
 /// The most bytes that one thread moves at a time.
 const PIECE_BYTES: u64 = 32 << 20;
-/// Below this many bytes, one thread is faster.
-const ALONE_BYTES: u64 = 8 << 20;
 /// When as much is waiting, it is moved.
 const BATCH_BYTES: u64 = 1 << 30;
 /// When as many pieces are waiting, they are moved.
 const BATCH_PIECES: usize = 1 << 16;
-/// The most threads.
-const MAX_THREADS: usize = 4;
+/// Of what stays in memory: whenever so many bytes more were moved, one thread has them put on the disk while the
+/// others go on.
+const WRITTEN_OUT_BYTES: u64 = 64 << 20;
 
 /// Where the bytes of new clusters come from.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum From {
+pub(crate) enum From {
     /// From a place of a member's file, in whole clusters.
     Member { member: usize, at: HostOffset },
     /// From the disk as a guest sees it: `length` bytes; the rest of the clusters gets zeros.
@@ -36,7 +35,7 @@ pub(super) enum From {
 
 /// New clusters and what goes into them.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Copy {
+pub(crate) struct Copy {
     pub to: HostOffset,
     pub length: u64,
     pub from: From,
@@ -70,15 +69,24 @@ impl Copy {
 
 /// Copies that wait to be made.
 #[derive(Debug)]
-pub(super) struct Copies<'a> {
+pub(crate) struct Copies<'a> {
     disk: Option<&'a Chain>,
-    control: &'a Control<'a>,
+    watcher: Watcher<'a>,
     waiting: Vec<Copy>,
     waiting_bytes: u64,
     /// Bytes that were moved, or are to be.
     done: AtomicU64,
-    /// Bytes that there are in all, where that is known.
-    all: u64,
+    /// What was moved is read again soon, so it stays in memory.
+    stays: bool,
+}
+
+/// Who is told what was moved.
+#[derive(Debug, Clone, Copy)]
+enum Watcher<'a> {
+    /// Is told what was moved of all.
+    Whole(&'a Control<'a>, u64),
+    /// Adds it to what else is moved.
+    Part(&'a Moving<'a>),
 }
 
 impl<'a> Copies<'a> {
@@ -86,11 +94,23 @@ impl<'a> Copies<'a> {
     pub fn new(disk: Option<&'a Chain>, control: &'a Control<'a>, all: u64) -> Self {
         Self {
             disk,
-            control,
+            watcher: Watcher::Whole(control, all),
             waiting: Vec::new(),
             waiting_bytes: 0,
             done: AtomicU64::new(0),
-            all,
+            stays: false,
+        }
+    }
+
+    /// Copies from `disk` as a part of what `moving` is told of; what they make is read back soon.
+    pub fn to_read(disk: &'a Chain, moving: &'a Moving<'a>) -> Self {
+        Self {
+            disk: Some(disk),
+            watcher: Watcher::Part(moving),
+            waiting: Vec::new(),
+            waiting_bytes: 0,
+            done: AtomicU64::new(0),
+            stays: true,
         }
     }
 
@@ -132,36 +152,17 @@ impl<'a> Copies<'a> {
                 .step_by(step)
                 .map(|start| copy.piece(start))
         });
-        let queue = Mutex::new(pieces);
-        let work = || {
-            loop {
-                let next = queue.lock().unwrap_or_else(PoisonError::into_inner).next();
-                let Some(piece) = next else { return Ok(()) };
-                self.make(&piece, edit)?;
-            }
-        };
-        if bytes < ALONE_BYTES {
-            return work();
-        }
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        std::thread::scope(|scope| {
-            let others: Vec<_> = (1..threads.clamp(2, MAX_THREADS))
-                .map(|_| scope.spawn(work))
-                .collect();
-            let mut result = work();
-            for other in others {
-                let ended = other.join();
-                result = result.and(ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-            }
-            result
-        })
+        spread(bytes, pieces, || (), |(), piece| self.make(&piece, edit))
     }
 
     fn make(&self, copy: &Copy, edit: &Edit) -> Result<()> {
-        self.control.go_on(&edit.path)?;
+        match self.watcher {
+            Watcher::Whole(control, _) => control.go_on(&edit.path)?,
+            Watcher::Part(moving) => moving.go_on(&edit.path)?,
+        }
         match (copy.from, self.disk) {
             (From::Member { member, at }, Some(disk)) => {
-                from_member(disk, copy, (member, at), edit)?;
+                self.copy_member(disk, copy, (member, at), edit)?;
             }
             (From::Disk { start, length }, Some(disk)) => {
                 from_disk(disk, copy, (start, length), edit)?;
@@ -171,32 +172,51 @@ impl<'a> Copies<'a> {
                 unreachable!("data comes from a disk")
             }
         }
-        let done = self.done.fetch_add(copy.length, Ordering::Relaxed) + copy.length;
-        self.control.tell(done, self.all);
+        let before = self.done.fetch_add(copy.length, Ordering::Relaxed);
+        let done = before + copy.length;
+        match self.watcher {
+            Watcher::Whole(control, all) => control.tell(done, all),
+            Watcher::Part(moving) => moving.moved(copy.length),
+        }
+        if self.stays && before / WRITTEN_OUT_BYTES < done / WRITTEN_OUT_BYTES {
+            edit.sync_guest()?;
+        }
         Ok(())
     }
-}
 
-fn from_member(disk: &Chain, copy: &Copy, from: (usize, HostOffset), edit: &Edit) -> Result<()> {
-    let (member, at) = from;
-    if let (Some(file), _length) = disk.member_file(member) {
-        return edit.clone_guest(copy.to, file, at.0, copy.length);
+    fn copy_member(
+        &self,
+        disk: &Chain,
+        copy: &Copy,
+        (member, at): (usize, HostOffset),
+        edit: &Edit,
+    ) -> Result<()> {
+        match disk.member_file(member) {
+            (Some(file), _length) if self.stays => {
+                edit.clone_guest_to_read(copy.to, file, at.0, copy.length)
+            }
+            (Some(file), _length) => edit.clone_guest(copy.to, file, at.0, copy.length),
+            (None, _length) => {
+                let mut bytes = vec![0; to_usize(copy.length)];
+                disk.read_member(member, at.0, &mut bytes)?;
+                edit.put_guest(copy.to, &bytes)
+            }
+        }
     }
-    let mut bytes = vec![0; to_usize(copy.length)];
-    disk.read_member(member, at.0, &mut bytes)?;
-    edit.put_guest(copy.to, &bytes)
 }
 
 /// Cluster by cluster: what is read so is small or compressed.
 fn from_disk(disk: &Chain, copy: &Copy, from: (GuestOffset, u64), edit: &Edit) -> Result<()> {
     let size = edit.size();
-    let mut bytes = vec![0; size.buffer_len()];
+    let mut buffer = vec![0; size.buffer_len()];
     for start in (0..copy.length).step_by(size.buffer_len()) {
-        let there = from.1.saturating_sub(start).min(size.bytes());
+        let length = size.bytes().min(copy.length - start);
+        let bytes = &mut buffer[..to_usize(length)];
+        let there = from.1.saturating_sub(start).min(length);
         let (seen, behind) = bytes.split_at_mut(to_usize(there));
         disk.read_padded(from.0.0 + start, seen)?;
         behind.fill(0);
-        edit.put_guest(HostOffset(copy.to.0 + start), &bytes)?;
+        edit.put_guest(HostOffset(copy.to.0 + start), bytes)?;
     }
     Ok(())
 }

@@ -300,6 +300,27 @@ impl Edit<'_> {
         copied.map_err(|source| Error::io("copy data to", path, source))
     }
 
+    /// As [`Edit::clone_guest`], of what is read back soon.
+    pub(super) fn clone_guest_to_read(
+        &self,
+        at: HostOffset,
+        source: &File,
+        from: u64,
+        length: u64,
+    ) -> Result<()> {
+        let there = self.shown_bytes(at, length);
+        let (storage, path) = self.guest_storage();
+        let copied = storage.copy_to_read(source, from, at.0, there);
+        copied.map_err(|source| Error::io("copy data to", path, source))
+    }
+
+    /// Puts what was written so far of the file that guest data lies in on the disk.
+    pub(super) fn sync_guest(&self) -> Result<()> {
+        let (storage, path) = self.guest_storage();
+        let synced = storage.sync();
+        synced.map_err(|source| Error::io("sync", path, source))
+    }
+
     /// Reads guest data of the file that it lies in; zeros behind that file's end.
     pub(super) fn read_guest(&self, at: HostOffset, bytes: &mut [u8]) -> Result<()> {
         let (storage, path) = self.guest_storage();

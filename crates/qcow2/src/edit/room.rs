@@ -126,9 +126,11 @@ impl Storage for Scratch {
             let slot = match written.slots.get(&cluster) {
                 Some(slot) => *slot,
                 None => {
-                    let mut whole = vec![0; self.size.buffer_len()];
-                    self.read_part(&written, &mut whole, cluster)?;
-                    self.file.write_all_at(&whole, fresh)?;
+                    if end - start < self.size.buffer_len() {
+                        let mut whole = vec![0; self.size.buffer_len()];
+                        self.read_part(&written, &mut whole, cluster)?;
+                        self.file.write_all_at(&whole, fresh)?;
+                    }
                     written.slots.insert(cluster, fresh);
                     fresh
                 }

@@ -24,7 +24,7 @@ use crate::header::{
     AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA, Header, MAX_L1_BYTES, to_u64, to_usize,
 };
 use crate::layer::Layer;
-use crate::units::{GuestOffset, HostOffset};
+use crate::units::HostOffset;
 
 use super::allowed::JournalFiles;
 use super::bitmaps_proof::says_enough;
@@ -34,8 +34,6 @@ use super::in_place::{InPlaceRange, Journal, MAX_IN_PLACE_RANGES, Target};
 use super::records;
 use super::transaction::Edit;
 
-/// How many bytes one step of redoing data moves.
-const STEP_BYTES: u64 = 1 << 20;
 /// The longest journal that a recovery reads, in bytes.
 const MAX_JOURNAL_BYTES: u64 = 256 << 20;
 
@@ -294,17 +292,17 @@ impl Built<'_> {
 }
 
 /// The steps of the switch, the same for the change itself and for its recovery.
-struct Switch<'a> {
-    storage: &'a Arc<dyn Storage>,
+pub(super) struct Switch<'a> {
+    pub storage: &'a Arc<dyn Storage>,
     /// The raw file that the ranges of the journal lie in, if they do.
-    target: Option<&'a Arc<dyn Storage>>,
-    path: &'a Path,
+    pub target: Option<&'a Arc<dyn Storage>>,
+    pub path: &'a Path,
     /// Is told of data that is written in place.
-    moving: Option<&'a Moving<'a>>,
+    pub moving: Option<&'a Moving<'a>>,
 }
 
 impl Switch<'_> {
-    fn failed(&self, action: &'static str) -> impl FnOnce(std::io::Error) -> Error {
+    pub fn failed(&self, action: &'static str) -> impl FnOnce(std::io::Error) -> Error {
         let path = self.path.to_owned();
         move |source| Error::Switch {
             path,
@@ -318,7 +316,7 @@ impl Switch<'_> {
         written.map_err(self.failed("a write"))
     }
 
-    fn sync(&self) -> Result<()> {
+    pub fn sync(&self) -> Result<()> {
         self.storage.sync().map_err(self.failed("a sync"))
     }
 
@@ -348,86 +346,13 @@ impl Switch<'_> {
         if journal.first.len() > SECTOR {
             self.write(&journal.first[SECTOR..], to_u64(SECTOR))?;
         }
-        self.sync()?;
-        let verified = match &sources {
-            Some(sources) => self.verify(journal, sources)?,
-            None => 0,
-        };
+        let verified = self.settle(journal, sources.as_ref())?;
         self.write_sector(&journal.first)?;
         Ok(verified)
     }
 
-    /// Reads back what was written in place, while the image is still in progress, so that a recovery can write it
-    /// again.
-    fn verify(&self, journal: &Journal, sources: &Chain) -> Result<u64> {
-        let to = self.target.unwrap_or(self.storage);
-        let mut expected = vec![0; to_usize(STEP_BYTES)];
-        let mut found = expected.clone();
-        let mut verified = 0;
-        for step in journal.ranges.iter().flat_map(steps) {
-            let length = to_usize(step.length);
-            let read = sources.read_at(step.guest.0, &mut expected[..length]);
-            read.map_err(|error| self.unrecoverable(error.to_string()))?;
-            let read = to.read_exact_at(&mut found[..length], step.host.0);
-            read.map_err(self.failed("reading data back"))?;
-            if found[..length] != expected[..length] {
-                return Err(self.lost(journal, step));
-            }
-            verified += step.length;
-            self.tell(step.length);
-        }
-        Ok(verified)
-    }
-
-    fn lost(&self, journal: &Journal, step: InPlaceRange) -> Error {
-        let path = journal.target.as_ref().map_or(self.path, |to| &to.path);
-        let text = format!(
-            "the {} bytes at {} of {} are not those that were written; the storage is faulty",
-            step.length,
-            step.host,
-            path.display()
-        );
-        self.failed("reading data back")(io::Error::new(io::ErrorKind::InvalidData, text))
-    }
-
-    fn tell(&self, bytes: u64) {
-        if let Some(moving) = self.moving {
-            moving.moved(bytes);
-        }
-    }
-
-    /// Writes what is to be written in place, and gives the disk that it comes from.
-    fn redo(&self, journal: &Journal) -> Result<Option<Chain>> {
-        let chain = self.sources(journal);
-        let chain = chain.map_err(|error| self.unrecoverable(error.to_string()))?;
-        let to = self.target.unwrap_or(self.storage);
-        if let Some(target) = &journal.target {
-            let length = to.len().map_err(self.failed("asking for the length"))?;
-            if length != target.length {
-                let set = to.set_len(target.length);
-                set.map_err(self.failed("setting the length of the other file"))?;
-            }
-        }
-        let mut buffer = vec![0; to_usize(STEP_BYTES)];
-        for step in journal.ranges.iter().flat_map(steps) {
-            let bytes = &mut buffer[..to_usize(step.length)];
-            let Some(chain) = &chain else {
-                unreachable!("ranges have sources");
-            };
-            let read = chain.read_at(step.guest.0, bytes);
-            read.map_err(|error| self.unrecoverable(error.to_string()))?;
-            let written = to.write_all_at(bytes, step.host.0);
-            written.map_err(self.failed("a write"))?;
-            self.tell(step.length);
-        }
-        if let Some(target) = self.target {
-            target.sync().map_err(self.failed("a sync"))?;
-        }
-        Ok(chain)
-    }
-
     /// The disk that the ranges get their bytes from.
-    fn sources(&self, journal: &Journal) -> Result<Option<Chain>> {
+    pub fn sources(&self, journal: &Journal) -> Result<Option<Chain>> {
         let mut members = Vec::new();
         if journal.target.as_ref().is_some_and(|to| !to.data_file) {
             let header = Header::decode(&journal.first, self.path)?;
@@ -454,7 +379,7 @@ impl Switch<'_> {
         Chain::of_members(members).map(Some)
     }
 
-    fn unrecoverable(&self, reason: String) -> Error {
+    pub fn unrecoverable(&self, reason: String) -> Error {
         Error::Unrecoverable {
             path: self.path.to_owned(),
             reason,
@@ -475,17 +400,6 @@ impl Switch<'_> {
             .map_err(self.failed("cutting the end off"))?;
         self.sync()
     }
-}
-
-/// A range in pieces that are moved at once.
-fn steps(range: &InPlaceRange) -> impl Iterator<Item = InPlaceRange> + use<> {
-    let range = *range;
-    let starts = (0..range.length).step_by(to_usize(STEP_BYTES));
-    starts.map(move |start| InPlaceRange {
-        guest: GuestOffset(range.guest.0 + start),
-        host: HostOffset(range.host.0 + start),
-        length: STEP_BYTES.min(range.length - start),
-    })
 }
 
 /// What [`recover`](super::recover) found.

@@ -4,6 +4,7 @@
 //! something ([`super::Edit`] sees to that). It is written there when its room is needed, or at the end.
 
 use std::collections::{HashMap, VecDeque};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -17,6 +18,10 @@ use crate::units::{ClusterSize, HostOffset};
 const MIN_CLUSTERS: usize = 8;
 /// Neighbouring clusters are written together up to this many bytes.
 const WRITE_BYTES: usize = 4 << 20;
+/// Of at most so many bytes, what is there already is looked for, and not written.
+const SPARED_BYTES: usize = 1 << 20;
+/// What a file system writes at once.
+const BLOCK_BYTES: usize = 4096;
 
 #[derive(Debug)]
 struct Kept {
@@ -168,7 +173,60 @@ impl Tables {
 }
 
 fn write(storage: &Arc<dyn Storage>, path: &Path, at: HostOffset, bytes: &[u8]) -> Result<()> {
-    storage
-        .write_all_at(bytes, at.0)
+    write_new(storage.as_ref(), at, bytes)
         .map_err(|source| Error::io("write a table of", path, source))
+}
+
+/// Writes tables into clusters that no state refers to. Of a few clusters, blocks that have those bytes already are not
+/// written, as where a new table has zeros behind its few entries; the room for them is taken all the same.
+///
+/// # Errors
+/// When reading or writing fails, or there is no room.
+pub(super) fn write_new(storage: &dyn Storage, at: HostOffset, bytes: &[u8]) -> io::Result<()> {
+    let few = (BLOCK_BYTES + 1..=SPARED_BYTES).contains(&bytes.len());
+    if !few || !storage.reserve(at.0, to_u64(bytes.len()))? {
+        return storage.write_all_at(bytes, at.0);
+    }
+    let mut there = vec![0; bytes.len()];
+    storage.read_exact_at(&mut there, at.0)?;
+    let starts = (0..bytes.len()).step_by(BLOCK_BYTES);
+    let blocks = starts.map(|start| start..bytes.len().min(start + BLOCK_BYTES));
+    let mut run = 0..0;
+    for block in blocks.filter(|block| bytes[block.clone()] != there[block.clone()]) {
+        if block.start != run.end {
+            storage.write_all_at(&bytes[run.clone()], at.0 + to_u64(run.start))?;
+            run = block.start..block.start;
+        }
+        run.end = block.end;
+    }
+    storage.write_all_at(&bytes[run.clone()], at.0 + to_u64(run.start))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use stead_sys::storage::FileStorage;
+
+    #[test]
+    fn a_new_table_has_its_bytes_whatever_was_there_and_takes_its_room() {
+        let file = tempfile::tempfile().expect("temp file");
+        let storage = FileStorage::new(file).expect("a file");
+        let old: Vec<u8> = (0..300_000_u32).map(|n| (n / 4096 % 3) as u8).collect();
+        storage.write_all_at(&old, 0).expect("write");
+        let mut expected = old.clone();
+        // Over old bytes, across the end, and behind it.
+        for (place, length) in [(8192, 65536), (262_144, 65536), (1 << 20, 65536)] {
+            let mut table = vec![0; length];
+            table[..100].fill(7);
+            table[20_000..30_000].fill(1);
+            table[length - 1] = 9;
+            write_new(&storage, HostOffset(place as u64), &table).expect("write");
+            expected.resize(expected.len().max(place + length), 0);
+            expected[place..place + length].copy_from_slice(&table);
+        }
+        let mut found = vec![9; expected.len()];
+        storage.read_exact_at(&mut found, 0).expect("read");
+        assert!(found == expected);
+        assert_eq!(storage.len().expect("length"), to_u64(expected.len()));
+    }
 }

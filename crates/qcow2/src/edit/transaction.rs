@@ -24,7 +24,7 @@ use super::in_place::InPlace;
 use super::records::{self, SnapshotRecord};
 use super::refcounts::{Refcounts, refused};
 use super::room::{BLOCK_BYTES, NewBlocks};
-use super::tables::Tables;
+use super::tables::{Tables, write_new};
 use super::views::LoadedTable;
 
 /// The new state of an image while it is built beside the old one; see the module.
@@ -344,7 +344,7 @@ impl<'a> Edit<'a> {
         let whole = to_u64(bytes.len()).next_multiple_of(self.size().bytes());
         bytes.resize(to_usize(whole), 0);
         self.require_new(at, whole)?;
-        let written = self.storage.write_all_at(&bytes, at.0);
+        let written = write_new(self.storage.as_ref(), at, &bytes);
         written.map_err(self.io("write a table of"))
     }
 

@@ -53,7 +53,7 @@ pub fn amend(
     control: &Control<'_>,
 ) -> Result<Done<()>> {
     if let Some(backing) = amendments.backing {
-        require_name(editor.layer().path(), backing)?;
+        require_name(editor.layer(), backing)?;
     }
     editor.apply_with(control, |edit| change(edit, amendments, below, control))
 }
@@ -69,7 +69,7 @@ pub fn plan(
     control: &Control<'_>,
 ) -> Result<Plan> {
     if let Some(backing) = amendments.backing {
-        require_name(editor.layer().path(), backing)?;
+        require_name(editor.layer(), backing)?;
     }
     editor.plan_with(control, |edit| change(edit, amendments, below, control))
 }

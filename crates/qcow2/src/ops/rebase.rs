@@ -125,10 +125,7 @@ pub fn plan(
 /// # Errors
 /// [`Error::Refused`] when the name cannot be said; else as [`Editor::apply`].
 pub fn rename(editor: &mut Editor, new: Option<BackingFile<'_>>) -> Result<Done<()>> {
-    require_name(editor.layer().path(), new)?;
-    if new.is_some() {
-        require_room_below(editor.layer())?;
-    }
+    require_name(editor.layer(), new)?;
     editor.apply(|edit| {
         edit.set_backing(new.map(|file| (file.name, file.format)));
         Ok(())
@@ -223,8 +220,7 @@ fn require_fitting(
         (Some(_), Some(_)) | (None, None) => {}
     }
     let Some(new) = new else { return Ok(()) };
-    require_name(path, Some(new.file))?;
-    require_room_below(image)?;
+    require_name(image, Some(new.file))?;
     let Ok(own) = path.canonicalize() else {
         // A storage that is no file: only its user knows what it is.
         return Ok(());
@@ -238,22 +234,19 @@ fn require_fitting(
     Ok(())
 }
 
-/// A raw data file is the whole disk by itself.
-fn require_room_below(image: &Layer) -> Result<()> {
-    let external = image.header().external_data.as_ref();
-    if external.is_none_or(|external| !external.raw) {
-        return Ok(());
-    }
-    let reason = "its data file is raw, the whole disk by itself, so nothing can be below it";
-    Err(refused(image.path(), reason))
-}
-
-pub(super) fn require_name(path: &Path, new: Option<BackingFile<'_>>) -> Result<()> {
+/// The image can say that this file is below it: the name is not too long, and its data file is not raw, which is the
+/// whole disk by itself.
+pub(super) fn require_name(image: &Layer, new: Option<BackingFile<'_>>) -> Result<()> {
     let Some(new) = new else { return Ok(()) };
     let length = u32::try_from(new.name.len()).unwrap_or(u32::MAX);
-    if (1..=MAX_BACKING_NAME_BYTES).contains(&length) {
-        return Ok(());
+    if !(1..=MAX_BACKING_NAME_BYTES).contains(&length) {
+        let reason = format!("a name of {length} bytes cannot be said, only of 1 to 1023");
+        return Err(refused(image.path(), reason));
     }
-    let reason = format!("a name of {length} bytes cannot be said, only of 1 to 1023");
-    Err(refused(path, reason))
+    let external = image.header().external_data.as_ref();
+    if external.is_some_and(|external| external.raw) {
+        let reason = "its data file is raw, the whole disk by itself, so nothing can be below it";
+        return Err(refused(image.path(), reason));
+    }
+    Ok(())
 }

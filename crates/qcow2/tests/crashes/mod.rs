@@ -16,7 +16,7 @@ pub const LOSSES: u64 = 8;
 pub type ViewState = (Vec<u8>, u64, blake3::Hash, Vec<(u64, bool)>);
 
 /// What the guest and the tools can see of an image.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct State {
     /// The internal snapshots and, last, the active disk.
     views: Vec<ViewState>,

@@ -14,4 +14,5 @@ mod locks;
 mod opening;
 mod properties;
 mod ratio;
+mod read_back;
 mod s3;

@@ -241,6 +241,7 @@ pub(super) fn decide(views: &Views<'_>, options: &CommitOptions) -> Result<Decid
     for name in names(views)? {
         let chosen = options.chosen.iter().find(|(other, _)| *other == name);
         let (fate, step) = match chosen {
+            Some((_, Chosen::Carry)) => carry(views, &name, options.incomplete)?,
             Some((_, chosen)) => choose(views, &name, *chosen)?,
             None => decide_one(views, &name, options.incomplete)?,
         };
@@ -250,22 +251,27 @@ pub(super) fn decide(views: &Views<'_>, options: &CommitOptions) -> Result<Decid
     Ok(decided)
 }
 
-/// What the caller wants of a bitmap that the base has.
+/// What the caller wants of a bitmap.
 fn choose(views: &Views, name: &[u8], chosen: Chosen) -> Result<(BitmapFate, Option<Step>)> {
     let stored = match views.base.layer(0) {
         Some(layer) => layer.stored_bitmaps()?,
         None => Vec::new(),
     };
+    let removed = || BitmapFate::Dropped {
+        reason: "it was to be removed".to_owned(),
+    };
     let Some(stored) = stored.iter().find(|stored| stored.name == name) else {
+        if chosen == Chosen::Remove {
+            return Ok((removed(), None));
+        }
         let name = String::from_utf8_lossy(name);
         let reason = format!("the base has no bitmap {name:?} of which something was chosen");
         return Err(views.refused(views.above, reason));
     };
     match chosen {
         Chosen::Remove => {
-            let reason = "it was to be removed".to_owned();
             let gone = Some(Step::Remove(name.to_vec()));
-            Ok((BitmapFate::Dropped { reason }, gone))
+            Ok((removed(), gone))
         }
         Chosen::Mark => {
             let bits = Some(Step::Merge(changed(views, stored)?));
@@ -274,6 +280,7 @@ fn choose(views: &Views, name: &[u8], chosen: Chosen) -> Result<(BitmapFate, Opt
         Chosen::Leave if stored.in_use || !stored.is_known() || !stored.auto => {
             Ok((BitmapFate::Kept, None))
         }
+        Chosen::Carry => unreachable!("it is decided elsewhere"),
         Chosen::Leave => {
             let name = String::from_utf8_lossy(name);
             let reason = format!(
@@ -282,6 +289,57 @@ fn choose(views: &Views, name: &[u8], chosen: Chosen) -> Result<(BitmapFate, Opt
             Err(views.refused(views.above, reason))
         }
     }
+}
+
+/// A bitmap that stands for itself, wherever it began.
+fn carry(
+    views: &Views<'_>,
+    name: &[u8],
+    incomplete: Incomplete,
+) -> Result<(BitmapFate, Option<Step>)> {
+    let Some(base) = views.base.layer(0) else {
+        return decide_one(views, name, incomplete);
+    };
+    match has(base, name)? {
+        Has::Usable(own) => Ok((BitmapFate::Marked, Some(Step::Merge(changed(views, &own)?)))),
+        Has::Unusable(_) | Has::Disabled(_) => Ok((BitmapFate::Kept, None)),
+        Has::Nothing(_) if base.header().version < 3 => decide_one(views, name, incomplete),
+        Has::Nothing(reason) => {
+            for index in (0..views.above).rev() {
+                let Some(layer) = views.top.layer(index) else {
+                    unreachable!("a layer above the base is qcow2");
+                };
+                match has(layer, name)? {
+                    Has::Nothing(_) => {}
+                    Has::Usable(own) => return carry_from(views, (layer, index), &own),
+                    Has::Unusable(reason) | Has::Disabled(reason) => {
+                        return dropped(views, name, incomplete, reason, None);
+                    }
+                }
+            }
+            dropped(views, name, incomplete, reason, None)
+        }
+    }
+}
+
+/// What a layer's bitmap says, and all that the `above` layers over it define.
+fn carry_from(
+    views: &Views<'_>,
+    (layer, above): (&Layer, usize),
+    own: &StoredBitmap,
+) -> Result<(BitmapFate, Option<Step>)> {
+    let length = views.top.len().max(views.base.len());
+    let mut bits = Bitmap::new(&own.name, own.granularity_bits, length)?;
+    bits.merge(&layer.read_bitmap(own)?);
+    set(&mut bits, &(views.top.len()..length));
+    let before = bits.dirty_bytes();
+    if above > 0 {
+        for range in views.top.allocated(above) {
+            set(&mut bits, &range?);
+        }
+    }
+    let unnamed_bytes = bits.dirty_bytes() - before;
+    Ok((BitmapFate::Carried { unnamed_bytes }, Some(Step::Add(bits))))
 }
 
 /// Why a bitmap is not complete in the layers above, or theirs: those of the top and of the layers that follow it

@@ -63,15 +63,18 @@ pub enum Incomplete {
     Refuse,
 }
 
-/// What a caller wants for a bitmap of the base, whatever the rules say.
+/// What a caller wants for a bitmap, whatever the rules say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Chosen {
-    /// The base does not have it any more.
+    /// The base does not have it afterwards.
     Remove,
     /// The base keeps it bit for bit; only for one that says nothing, or nothing of this commit.
     Leave,
     /// Everything that the commit changes is marked in it; whether it records writes stays as it is.
     Mark,
+    /// It stands for itself: the base has what the lowest layer that has it says, and all that those above it define,
+    /// which need not have it. Also of a bitmap that the base does not have.
+    Carry,
 }
 
 /// How to commit.
@@ -85,7 +88,7 @@ pub struct CommitOptions {
     pub longer_base: LongerBase,
     /// What becomes of bitmaps that cannot be complete.
     pub incomplete: Incomplete,
-    /// What becomes of single bitmaps of the base, by name, before any rule is asked.
+    /// What becomes of single bitmaps, by name, before any rule is asked.
     pub chosen: Vec<(Vec<u8>, Chosen)>,
     /// Whether the external data files that the images name are opened. A name in an image could be that of any file.
     pub follow_data: bool,

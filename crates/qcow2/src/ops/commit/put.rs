@@ -14,6 +14,8 @@
 
 use std::ops::Range;
 
+use crate::chain::StoredAs;
+use crate::edit::copies::{Copies, Copy, From};
 use crate::edit::{Edit, Mapping, View};
 use crate::entry::SUBCLUSTERS;
 use crate::error::Result;
@@ -39,6 +41,7 @@ pub(super) fn put(edit: &mut Edit, views: &Views<'_>) -> Result<()> {
         views,
         next_data: None,
         run: 0..0,
+        copies: Copies::to_read(&views.top, &views.moving),
         part: None,
         edit,
     };
@@ -47,7 +50,8 @@ pub(super) fn put(edit: &mut Edit, views: &Views<'_>) -> Result<()> {
         put.range(range?)?;
     }
     put.flush_part()?;
-    put.flush_run()
+    put.flush_run()?;
+    put.copies.finish(put.edit)
 }
 
 /// Parts of one cluster that the layers above define.
@@ -71,6 +75,8 @@ pub(super) struct Put<'a, 'w> {
     next_data: Option<(u64, Range<u64>)>,
     /// Clusters that are to be new.
     run: Range<u64>,
+    /// What goes into new clusters.
+    copies: Copies<'a>,
     part: Option<Part>,
 }
 
@@ -192,7 +198,6 @@ impl Put<'_, '_> {
             let (host, count) = self.edit.place(next, run.end - next)?;
             self.views.go_on()?;
             self.fill(next, host, count)?;
-            self.tell(count << self.size.bits());
             for cluster in 0..count {
                 let host = HostOffset(host.0 + (cluster << self.size.bits()));
                 let data = Mapping::Data { host };
@@ -203,34 +208,49 @@ impl Put<'_, '_> {
         Ok(())
     }
 
-    /// Makes new clusters what the top shows from guest cluster `first` on.
+    /// Has new clusters made what the top shows from guest cluster `first` on.
     fn fill(&mut self, first: u64, host: HostOffset, count: u64) -> Result<()> {
-        if self.edit.is_plan() {
-            return Ok(());
-        }
         let start = first << self.size.bits();
         let whole = start + (count << self.size.bits());
+        if self.edit.is_plan() {
+            self.views.moving.plan(whole - start);
+            return Ok(());
+        }
         let end = whole.min(self.end);
+        let shown = end.min(self.views.top.len()).max(start);
+        let place = |at: u64| HostOffset(host.0 + at - start);
         let mut at = start;
-        while at < end {
-            let top = self.views.top.len();
-            let (length, place) = match at < top {
-                true => self.views.top.place_at(at, end.min(top))?,
-                false => (end - at, None),
-            };
-            let to = HostOffset(host.0 + at - start);
-            match place {
-                Some((file, from)) => self.edit.copy_guest(to, file, from, length)?,
-                None => self.copy_by_hand(at..at + length, to)?,
-            }
+        while at < shown {
+            let (length, from) = self.source(at, shown)?;
+            let to = place(at);
+            self.copies.add(Copy { to, length, from }, self.edit)?;
             at += length;
+        }
+        if shown < end {
+            self.copy_by_hand(shown..end, place(shown))?;
         }
         if end < whole {
             let rest = vec![0; to_usize(whole - end)];
-            self.edit
-                .write_guest(HostOffset(host.0 + end - start), &rest)?;
+            self.edit.write_guest(place(end), &rest)?;
         }
+        self.views.moving.moved(whole - shown);
         Ok(())
+    }
+
+    /// Where the top's bytes from `at` on come from, and how many of them, up to `end`.
+    fn source(&self, at: u64, end: u64) -> Result<(u64, From)> {
+        let stored = self.views.top.stored(at, end)?;
+        let length = stored.end - at;
+        let from = match stored.how {
+            StoredAs::Plain { member, at } if self.views.top.layer(member).is_some() => {
+                From::Member { member, at }
+            }
+            StoredAs::Plain { .. } | StoredAs::Packed { .. } | StoredAs::Zeros => From::Disk {
+                start: GuestOffset(at),
+                length,
+            },
+        };
+        Ok((length, from))
     }
 
     fn copy_by_hand(&mut self, guest: Range<u64>, to: HostOffset) -> Result<()> {

@@ -9,11 +9,16 @@ use std::process::Command;
 
 use serde_json::Value;
 use stead_tests::guest;
-use stead_tests::{Worker, until};
+use stead_tests::{TEMPLATE, Worker, until};
 
 /// Files that change all the time until the guest stops.
 const WRITER: &str = r#"
 setsid sh -c 'n=0; while :; do n=$((n + 1)); head -c 300000 /dev/urandom > /root/busy.$((n % 7)); sync; done' > /dev/null 2>&1 < /dev/null &
+"#;
+
+/// Writes the same number to two disks, one after the other, and then the next one, past all caches.
+const PAIR: &str = r#"
+setsid sh -c 'n=0; while [ ! -e /run/enough ]; do n=$((n + 1)); for d in vdb vdc; do printf "%015d\n" $n | dd of=/dev/$d bs=512 count=1 conv=sync,notrunc oflag=direct 2>/dev/null; done; done' > /dev/null 2>&1 < /dev/null &
 "#;
 
 struct Backups {
@@ -22,17 +27,57 @@ struct Backups {
 }
 
 impl Backups {
+    /// Backs up the sandbox's first disk.
     fn make(&self, line: &[&str], bitmap: &str) -> Value {
-        let folder = self.folder.join(bitmap).display().to_string();
+        self.make_all(line, bitmap, "web:vda").remove(0)
+    }
+
+    fn make_all(&self, line: &[&str], bitmap: &str, disks: &str) -> Vec<Value> {
+        let place = self.place(bitmap);
         let mut args = vec!["backup"];
         args.extend(line);
-        args.extend(["web", "--bitmap", bitmap, "--to", &folder, "--quiet"]);
-        self.worker.json(&args)[0].clone()
+        args.extend([disks, "--bitmap", bitmap, "--to", &place, "--quiet"]);
+        let made = self.worker.json(&args);
+        made.as_array().expect("a list").clone()
+    }
+
+    /// The folder of a bitmap's backups, or the worker's store.
+    fn place(&self, bitmap: &str) -> String {
+        match bitmap {
+            "stored" => self.worker.store.clone(),
+            _ => self.folder.join(bitmap).display().to_string(),
+        }
+    }
+
+    /// The numbers on the second and the third disk are the same, or the second was just written: all were taken at one
+    /// instant. The first of the two numbers.
+    fn pair(&self, bitmap: &str, reports: &[Value]) -> u64 {
+        let number = |report: &Value| {
+            let restored = self.restored(bitmap, &report["record"]["id"]);
+            let bytes = std::fs::read(restored).expect("read");
+            let text = String::from_utf8_lossy(&bytes[..15]).into_owned();
+            text.parse::<u64>().expect("a number")
+        };
+        let (second, third) = (number(&reports[1]), number(&reports[2]));
+        assert!(second == third || second == third + 1, "{second}, {third}");
+        second
+    }
+
+    /// The layer that has a bitmap.
+    fn layer_with(&self, bitmap: &Value) -> PathBuf {
+        let bitmap = bitmap.as_str().expect("a name");
+        let layers = std::fs::read_dir(self.worker.data.join("layers")).expect("layers");
+        let mut paths = layers.map(|entry| entry.expect("listed").path());
+        let has_it = |path: &PathBuf| {
+            let info = Command::new("qemu-img").arg("info").arg(path).output();
+            String::from_utf8_lossy(&info.expect("qemu-img runs").stdout).contains(bitmap)
+        };
+        paths.find(has_it).expect("a layer has it")
     }
 
     fn restored(&self, bitmap: &str, id: &Value) -> PathBuf {
         let to = self.folder.join("restored.raw");
-        let folder = self.folder.join(bitmap).display().to_string();
+        let folder = self.place(bitmap);
         let (id, path) = (id.as_str().expect("an id"), to.display().to_string());
         let restore = [
             "backup", "restore", &folder, id, &path, "--format", "raw", "--force", "--quiet",
@@ -70,7 +115,8 @@ fn kind(report: &Value) -> &str {
 #[test]
 fn a_running_guest_is_backed_up_while_it_writes_and_each_backup_restores_to_its_instant() {
     let worker = Worker::with_own_store();
-    worker.boot("web");
+    let two = ["--disk", "2M", "--disk", "2M"];
+    worker.ok(&[&["create", TEMPLATE, "--name", "web"], &two[..]].concat());
     let folder = tempfile::tempdir().expect("folder");
     let backups = Backups {
         folder: folder.path().to_owned(),
@@ -100,12 +146,33 @@ fn a_running_guest_is_backed_up_while_it_writes_and_each_backup_restores_to_its_
     }
     guest::look(worker, "web");
 
+    // All disks at one instant, into the folder and into the store, whatever is written to them.
+    worker.shell("web", PAIR);
+    let mut seen = 0;
+    for (bitmap, kind) in [
+        ("all", "full"),
+        ("all", "incremental"),
+        ("stored", "full"),
+        ("stored", "incremental"),
+    ] {
+        guest::add_file(worker, "web", &format!("{bitmap}-{kind}"), 100_000);
+        let reports = backups.make_all(&[kind], bitmap, "web");
+        let kinds: Vec<&str> = reports.iter().map(self::kind).collect();
+        assert_eq!(kinds, [kind; 3]);
+        let number = backups.pair(bitmap, &reports);
+        assert!(number > seen, "the guest went on: {seen}, {number}");
+        seen = number;
+        backups.require(bitmap, &reports[0]);
+    }
+
+    worker.shell("web", "touch /run/enough");
+
     // A command that dies in the middle costs its backup only.
     let to = backups.folder.join("daily").display().to_string();
     let line = [
         "backup",
         "incremental",
-        "web",
+        "web:vda",
         "--bitmap",
         "daily",
         "--to",
@@ -120,6 +187,22 @@ fn a_running_guest_is_backed_up_while_it_writes_and_each_backup_restores_to_its_
     worker.ok(&["stop", "web"]);
     let report = backups.make(&["incremental", "--no-fallback"], "daily");
     assert_eq!(kind(&report), "incremental");
+    // One disk's bitmap that cannot be relied on costs a full backup of that disk.
+    let reports = backups.make_all(&["full"], "broken", "web");
+    let broken = reports[1]["next-bitmap"].as_str().expect("a name");
+    let layer = backups.layer_with(&reports[1]["next-bitmap"]);
+    let disabled = Command::new("qemu-img")
+        .args(["bitmap", "--disable"])
+        .arg(&layer)
+        .arg(broken)
+        .status();
+    assert!(disabled.expect("qemu-img runs").success());
+    let reports = backups.make_all(&["incremental"], "broken", "web");
+    let kinds: Vec<&str> = reports.iter().map(kind).collect();
+    assert_eq!(kinds, ["incremental", "full", "incremental"]);
+    let why = reports[1]["record"]["why-full"].as_str().expect("a reason");
+    assert!(why.contains("it is disabled"), "{why}");
+    backups.pair("broken", &reports);
     backups.require("daily", &report);
     worker.ok(&["start", "web"]);
     guest::add_file(worker, "web", "after", 500_000);

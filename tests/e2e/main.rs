@@ -1,0 +1,20 @@
+//! The whole of Steadfast against real QEMU guests, in one program: a test that waits for a guest leaves its core to others.
+#![forbid(unsafe_code)]
+
+mod backup;
+mod backup_store;
+mod cli;
+mod commit;
+mod compact;
+mod crash;
+mod damage;
+mod demo;
+mod exec;
+mod files;
+mod interrupted;
+mod life;
+mod save;
+mod save_images;
+mod space;
+mod state;
+mod two_workers;
