@@ -317,6 +317,8 @@ impl Session {
     /// Ends the session: nothing more is taken or sent.
     pub fn end(&mut self) {
         self.state = State::Ended;
+        self.streams.clear();
+        self.asked.clear();
     }
 
     /// Takes what came from the guest; nothing when it was discarded.
