@@ -24,6 +24,8 @@ pub struct Guest {
     pub order: Option<Order>,
     /// Whether the kernel holds the workload: it outlives the agent.
     pub stands: bool,
+    /// Which ports' writers have been told that there is something to write, and have not found nothing since.
+    awake: [bool; 2],
 }
 
 /// What the workload is to do.
@@ -52,6 +54,7 @@ impl Guest {
             running: Vec::new(),
             order: None,
             stands: false,
+            awake: [true; 2],
         }
     }
 
@@ -78,7 +81,8 @@ impl Guest {
                     let answers = self.agent.pong(key, 0);
                     self.take(answers);
                 }
-                Action::Flush { .. } | Action::Wake { .. } => {}
+                Action::Flush { port } => self.awake[port as usize] = true,
+                Action::Wake { .. } => {}
                 Action::Stdin { .. }
                 | Action::StdinEnd { .. }
                 | Action::Signal { .. }
@@ -96,10 +100,12 @@ impl Guest {
         }
     }
 
-    /// Writes what is to be said while the port has room, as its writer does.
+    /// Writes what is to be said while the port has room, as its writer does: when it has found nothing, it waits until it
+    /// is told.
     pub fn write(&mut self, number: u32, port: &mut Port, room: usize) {
-        while port.to_host.len() < room {
+        while port.to_host.len() < room && self.awake[number as usize] {
             let Some((frame, actions)) = self.agent.next_frame(number) else {
+                self.awake[number as usize] = false;
                 return;
             };
             self.take(actions);

@@ -27,6 +27,8 @@ pub struct Driven {
     input: Vec<(ExecKey, usize)>,
     data: Vec<(StreamKey, usize)>,
     nonces: u64,
+    /// Which ports' writers have been told to write since they last found nothing.
+    told: [bool; PORTS as usize],
     /// Handshakes and commands that came to their end.
     pub acknowledged: usize,
     pub exited: usize,
@@ -64,6 +66,7 @@ impl Driven {
             input: Vec::new(),
             data: Vec::new(),
             nonces: 0,
+            told: [false; PORTS as usize],
             acknowledged: 0,
             exited: 0,
         }
@@ -166,8 +169,8 @@ impl Driven {
                 Action::FileBegin { stream, .. } => self.files.push(stream),
                 Action::Stdin { key, data } => self.input.push((key, data.len())),
                 Action::FileData { stream, data } => self.data.push((stream, data.len())),
-                Action::Flush { .. }
-                | Action::StdinEnd { .. }
+                Action::Flush { port } => self.told[port as usize] = true,
+                Action::StdinEnd { .. }
                 | Action::Signal { .. }
                 | Action::Resize { .. }
                 | Action::Wake { .. }
@@ -298,6 +301,7 @@ impl Driven {
         let mut answered = 0;
         for _ in 0..frames {
             let Some((frame, actions)) = self.agent.next_frame(port) else {
+                self.told[port as usize] = false;
                 break;
             };
             self.take(actions);
@@ -322,6 +326,8 @@ impl Driven {
 
     fn check(&self) {
         for port in 0..PORTS {
+            let waits = self.agent.has_frame(port) && !self.told[port as usize];
+            assert!(!waits, "a writer sleeps beside something to write");
             if let Some((epoch, _)) = self.agent.attached(port) {
                 assert_eq!(
                     Some(epoch),
