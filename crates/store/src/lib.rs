@@ -26,6 +26,7 @@ mod homes;
 pub mod index;
 mod lease;
 pub mod manifest;
+mod naming;
 pub mod pack;
 mod pool;
 mod progress;

@@ -369,16 +369,17 @@ impl State {
 }
 
 /// What a tree with a base is put together from.
-struct Plan {
+pub(crate) struct Plan {
     /// What must be read: aligned to chunks, ascending, apart from each other.
-    read: Vec<Range<u64>>,
+    pub(crate) read: Vec<Range<u64>>,
     base: Option<TreeRef>,
 }
 
 impl Plan {
-    fn new(
+    /// `is_known` tells of a chunk of the base whether it can be named without being read.
+    pub(crate) fn new(
         core: &Core,
-        state: &State,
+        is_known: impl Fn(&Hash) -> bool,
         length: u64,
         size: ChunkSize,
         base: Option<Base>,
@@ -392,7 +393,7 @@ impl Plan {
         };
         if base.tree.chunk_size != size {
             return Err(Error::Invalid {
-                attempted: format!("publish on top of {}", base.tree),
+                attempted: format!("name content on top of {}", base.tree),
                 reason: "it is cut into chunks of another size".to_owned(),
             });
         }
@@ -407,7 +408,7 @@ impl Plan {
         for leaf in Leaves::new(core, base.tree) {
             let (index, hash) = leaf?;
             let start = index * size.bytes();
-            if start < length && !cursor.contains(start) && !state.is_known(core, &hash) {
+            if start < length && !cursor.contains(start) && !is_known(&hash) {
                 missing.push(start..start + size.bytes());
             }
         }
@@ -455,7 +456,7 @@ impl<'a> RangeCursor<'a> {
 }
 
 /// The chunks that are taken over from the base, ascending.
-struct Reused<'a> {
+pub(crate) struct Reused<'a> {
     leaves: Option<Leaves<'a, Core>>,
     read: RangeCursor<'a>,
     size: ChunkSize,
@@ -464,7 +465,7 @@ struct Reused<'a> {
 }
 
 impl<'a> Reused<'a> {
-    fn new(core: &'a Core, plan: &'a Plan, length: u64, size: ChunkSize) -> Self {
+    pub(crate) fn new(core: &'a Core, plan: &'a Plan, length: u64, size: ChunkSize) -> Self {
         Self {
             leaves: plan.base.map(|tree| Leaves::new(core, tree)),
             read: RangeCursor::new(&plan.read),
@@ -475,7 +476,7 @@ impl<'a> Reused<'a> {
     }
 
     /// The next chunk before chunk `limit`.
-    fn before(&mut self, limit: u64) -> Result<Option<(u64, Hash)>> {
+    pub(crate) fn before(&mut self, limit: u64) -> Result<Option<(u64, Hash)>> {
         if self.next.is_none() {
             self.next = self.advance()?;
         }
@@ -511,7 +512,8 @@ impl TreeJob<'_> {
     /// What to read and what to take over; nothing is stored yet.
     fn plan(&self, base: Option<Base>) -> Result<Plan> {
         check_length(self.source)?;
-        Plan::new(self.core, self.state, self.source.len(), self.size, base)
+        let is_known = |hash: &Hash| self.state.is_known(self.core, hash);
+        Plan::new(self.core, is_known, self.source.len(), self.size, base)
     }
 
     fn run(mut self, plan: &Plan) -> Result<TreeRef> {

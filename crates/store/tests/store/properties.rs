@@ -73,9 +73,12 @@ proptest! {
             let increment = add_on(&mut publish, after.clone(), base).await.unwrap();
             let full = hash_source(&after, chunk_size(), 2, &Progress::silent()).unwrap();
             assert_eq!(increment, full);
+            let base = Base { tree, changed: changed.clone() };
+            let silent = Progress::silent();
+            let named = store.name_changed(Arc::new(after.clone()), base, &silent).await.unwrap();
+            assert_eq!(named, full, "naming reads and stores less, and says the same");
             publish.commit(&manifest("after", increment)).await.unwrap();
             assert_eq!(fetch(&store, &increment).await.unwrap(), after.bytes());
-            let silent = Progress::silent();
             let found = store.locate_damage(&tree, Arc::new(after.clone()), &silent).await.unwrap();
             let covers = |at: u64| found.iter().any(|range| range.contains(&at));
             assert!(changed.iter().all(|range| covers(range.start)));
