@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use images::{COOKIE, Chance, Scratch, XML, foreign, new_image, stream, streams};
 use serde_json::Value;
 use stead_save_image::{Appears, Control, DiskContent, Format, Writer};
+use stead_store::{ChunkSize, Progress, hash_source};
 use stead_tests::mount::Mount;
 use stead_tests::{Stead, finish, stead_program, until};
 
@@ -93,7 +94,12 @@ fn image(scratch: &Scratch, file: &str, format: Format) -> String {
     let new = new_image(format);
     let mut writer =
         Writer::create(&path, &new, Appears::AtOnce, Control::silent()).expect("create");
-    let disk = DiskContent::of("vda", DISK).expect("a disk");
+    let tree = hash_source(&DISK.to_vec(), ChunkSize::DISK, 1, &Progress::silent()).expect("hash");
+    let disk = DiskContent {
+        name: "vda".to_owned(),
+        bytes: DISK.len() as u64,
+        hash: *tree.root.as_bytes(),
+    };
     writer.set_disks(vec![disk]).expect("disks");
     writer.copy_from(stream()).expect("copy");
     writer.finish().expect("finish");

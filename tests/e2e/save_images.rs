@@ -179,15 +179,20 @@ fn what_is_not_whole_or_does_not_fit_is_refused_before_anything_runs() {
     assert!(refused(&other, 6).contains("sound"));
 
     let overlay = folder.path().join("a.save.vda.qcow2");
-    let io = Command::new("qemu-io")
-        .args(["-c", "write -P 0x77 64k 4k", text(&overlay)])
-        .output();
-    assert!(io.expect("qemu-io is installed").status.success());
+    write_to_overlay(&overlay);
     let said = refused(&image, 5);
     assert!(
         said.contains("vda") && said.contains("other content"),
         "{said}"
     );
+}
+
+/// What a guest of somebody else would do.
+fn write_to_overlay(overlay: &Path) {
+    let io = Command::new("qemu-io")
+        .args(["-c", "write -P 0x77 64k 4k", text(overlay)])
+        .output();
+    assert!(io.expect("qemu-io is installed").status.success());
 }
 
 fn write(path: &Path, at: u64, bytes: &[u8]) {
@@ -224,6 +229,64 @@ fn a_killed_saver_leaves_the_vm_running_and_a_file_that_is_partial_or_whole() {
             .or_else(ignore_missing)
             .expect("remove");
     }
+}
+
+#[test]
+fn a_checkpoint_becomes_a_save_image_and_a_save_image_a_checkpoint_without_a_vm() {
+    let worker = Worker::with_own_store();
+    let folder = tempfile::tempdir().expect("folder");
+    boot(&worker, "a");
+    worker.shell("a", "echo kept > /root/kept; sync");
+    let at = ticks(&worker, "a");
+    worker.ok(&["checkpoint", "create", "a", "--name", "one"]);
+    worker.ok(&["rm", "--force", "a"]);
+    let image = folder.path().join("one.save");
+    let to = text(&image);
+    worker.fails(
+        &["save", "convert", "checkpoint:none", to, "--format", "raw"],
+        3,
+    );
+    worker.fails(&["save", "convert", "checkpoint:one", to], 2);
+    let made = worker.json(&["save", "convert", "checkpoint:one", to, "--format", "raw"]);
+    assert_eq!(made["overlays"].as_array().map(Vec::len), Some(1));
+    worker.ok(&["save", "verify", to]);
+    worker.fails(
+        &["save", "convert", "checkpoint:one", to, "--format", "raw"],
+        4,
+    );
+    assert!(worker.qemus().is_empty(), "nothing was started");
+
+    worker.ok(&["save", "restore", to, "--name", "b"]);
+    let seen = ticks(&worker, "b");
+    assert!(seen > at, "{at} then {seen}");
+
+    // And back, by way of an image that libvirt saved.
+    let ours = folder.path().join("ours.save");
+    let stop = worker.json(&["save", "write", "b", text(&ours), "--stop"]);
+    assert_eq!(stop["overlays"].as_array().map(Vec::len), Some(1));
+    let libvirt = Libvirt::start(&folder.path().join("libvirt"), "gzip");
+    libvirt.ok(&["restore", text(&ours)]);
+    let later = number(&libvirt.console_line("b", "tick "));
+    assert!(later > seen, "{seen} then {later}");
+    let theirs = folder.path().join("theirs.save");
+    libvirt.ok(&["save", "b", text(&theirs)]);
+    drop(libvirt);
+    worker.fails(&["save", "convert", text(&theirs), "checkpoint:one"], 4);
+    worker.ok(&["save", "convert", text(&theirs), "checkpoint:two"]);
+    write_to_overlay(&folder.path().join("one.save.vda.qcow2"));
+    let moved = worker.fails(&["save", "convert", to, "checkpoint:three"], 5);
+    assert!(moved.to_string().contains("vda"), "{moved}");
+    worker.ok(&["rm", "--force", "b"]);
+    for image in [&image, &ours, &theirs] {
+        fs::remove_file(image).expect("remove");
+    }
+    worker.ok(&["gc"]);
+    assert_eq!(worker.checkpoints().len(), 2);
+    worker.ok(&["fork", "two", "--name", "back"]);
+    assert!(ticks(&worker, "back") > later);
+    assert_eq!(worker.shell("back", "cat /root/kept"), "kept");
+    worker.ok(&["fork", "one", "--name", "first"]);
+    assert!(ticks(&worker, "first") > at);
 }
 
 fn ignore_missing(error: std::io::Error) -> std::io::Result<()> {

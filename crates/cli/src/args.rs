@@ -455,8 +455,12 @@ pub enum SaveCommand {
         after_help = "Without --xml the editor named by VISUAL or EDITOR is started, else vi.\n\nExample:\n  stead save edit-xml web.save --xml web.xml"
     )]
     EditXml(SaveEditArgs),
-    /// Write a save image with another compression, verified before it appears
-    #[command(after_help = "Example:\n  stead save convert web.save web.zst.save --format zstd")]
+    /// Write a save image with another compression, or make one of a checkpoint, or a checkpoint of one
+    #[command(
+        after_help = "`checkpoint:NAME` names a checkpoint of the store, by name or id. No VM is run. An image made of a \
+checkpoint has overlays beside it as with `stead save write`.\n\nExamples:\n  stead save convert web.save web.zst.save \
+--format zstd\n  stead save convert checkpoint:ready ready.save --format raw\n  stead save convert web.save checkpoint:web"
+    )]
     Convert(SaveConvertArgs),
     /// Write a save image of a running sandbox, which runs on; libvirt can restore it too
     #[command(
@@ -517,17 +521,34 @@ pub enum SaveFormat {
     Zstd,
 }
 
+/// What a conversion reads or makes.
+#[derive(Debug, Clone)]
+pub enum Place {
+    /// A save image.
+    File(PathBuf),
+    /// A checkpoint, by name or id.
+    Checkpoint(String),
+}
+
+fn place(text: &str) -> Result<Place, String> {
+    match text.strip_prefix("checkpoint:") {
+        Some("") => Err("checkpoint: is followed by a name or id".to_owned()),
+        Some(name) => Ok(Place::Checkpoint(name.to_owned())),
+        None => Ok(Place::File(PathBuf::from(text))),
+    }
+}
+
 #[derive(Debug, Args)]
 pub struct SaveConvertArgs {
-    /// The save image
-    #[arg(value_name = "FILE")]
-    pub file: PathBuf,
-    /// The new save image; may be the same file with --force
-    #[arg(value_name = "TO")]
-    pub to: PathBuf,
-    /// How the payload is to be stored
+    /// The save image, or checkpoint:NAME
+    #[arg(value_name = "FILE", value_parser = place)]
+    pub file: Place,
+    /// The new save image, which may be the same file with --force; or checkpoint:NAME
+    #[arg(value_name = "TO", value_parser = place)]
+    pub to: Place,
+    /// How the payload of the new save image is to be stored
     #[arg(long, value_enum)]
-    pub format: SaveFormat,
+    pub format: Option<SaveFormat>,
     /// Replace TO if it is there
     #[arg(long, short)]
     pub force: bool,

@@ -1,6 +1,6 @@
 //! `stead save`: libvirt's save images. Only what runs VMs opens a worker.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
@@ -13,8 +13,8 @@ use stead_sys::durable::Existing;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::{
-    SaveCommand, SaveConvertArgs, SaveEditArgs, SaveExtractArgs, SaveFormat, SaveRestoreArgs,
-    SaveVerifyArgs, SaveWriteArgs,
+    Place, SaveCommand, SaveConvertArgs, SaveEditArgs, SaveExtractArgs, SaveFormat,
+    SaveRestoreArgs, SaveVerifyArgs, SaveWriteArgs,
 };
 use crate::commands::cancel_on_interrupt;
 use crate::editor::Draft;
@@ -31,6 +31,9 @@ pub async fn run(
     let what = match &command {
         SaveCommand::Write(args) => return write(args, settings?, watch, json).await,
         SaveCommand::Restore(args) => return restore(args, settings?, watch, json).await,
+        SaveCommand::Convert(args) if has_checkpoint(args) => {
+            return convert_checkpoint(args, settings?, watch, json).await;
+        }
         SaveCommand::Info(_) | SaveCommand::DumpXml(_) => "read",
         SaveCommand::Verify(_) => "verify",
         SaveCommand::EditXml(_) => "edit",
@@ -56,7 +59,9 @@ pub async fn run(
         | SaveCommand::Convert(_)
         | SaveCommand::Extract(_)
         | SaveCommand::Write(_)
-        | SaveCommand::Restore(_)) => on_a_thread(move || dispatch(command, &control, json)).await,
+        | SaveCommand::Restore(_)) => {
+            on_a_thread(move || dispatch(command, &control, &hand, json)).await
+        }
     };
     listener.abort();
     outcome
@@ -80,11 +85,11 @@ fn control(watch: &Watch, what: &'static str) -> Control {
     Control::new(move |progress| watch.progress(what, progress.done, progress.total))
 }
 
-fn dispatch(command: SaveCommand, control: &Control, json: bool) -> Result<u8> {
+fn dispatch(command: SaveCommand, control: &Control, watch: &Watch, json: bool) -> Result<u8> {
     match command {
         SaveCommand::Info(one) => Ok(info(&open(&one.file)?.info(), json)),
         SaveCommand::DumpXml(one) => dump_xml(&open(&one.file)?, json),
-        SaveCommand::Verify(args) => verify(&args, control, json),
+        SaveCommand::Verify(args) => verify(&args, control, watch, json),
         SaveCommand::EditXml(args) => match &args.xml {
             Some(xml) => edit(&args, xml, control, json),
             None => unreachable!("handled with an editor"),
@@ -130,6 +135,64 @@ async fn restore(
         return Ok(print::json(&sandbox));
     }
     Ok(print::line(&sandbox.name))
+}
+
+fn has_checkpoint(args: &SaveConvertArgs) -> bool {
+    matches!(args.file, Place::Checkpoint(_)) || matches!(args.to, Place::Checkpoint(_))
+}
+
+/// Makes a save image of a checkpoint, or a checkpoint of a save image.
+async fn convert_checkpoint(
+    args: &SaveConvertArgs,
+    settings: Settings,
+    watch: Watch,
+    json: bool,
+) -> Result<u8> {
+    let refused = |found: &str, next: &str| {
+        EngineError::new(Kind::Usage, "convert", found)
+            .left("nothing was changed")
+            .next(next)
+    };
+    if args.force {
+        let next = "remove what is in the way first";
+        return Err(refused("--force is for an image made of an image", next));
+    }
+    match (&args.file, &args.to) {
+        (Place::Checkpoint(name), Place::File(to)) => {
+            let format = format(wanted_format(args)?);
+            let engine = Engine::open(settings, watch).await?;
+            let saved = engine.save_of_checkpoint(name, to, format).await?;
+            if json {
+                return Ok(print::json(&saved));
+            }
+            let (file, bytes) = (saved.file.display(), human(saved.file_bytes));
+            Ok(print::line(&format!("{file}  {bytes}")))
+        }
+        (Place::File(file), Place::Checkpoint(name)) => {
+            let engine = Engine::open(settings, watch).await?;
+            let made = engine.checkpoint_of_save(file, Some(name)).await?;
+            if json {
+                return Ok(print::json(&made));
+            }
+            Ok(print::line(&format!("{name}  {}", made.id)))
+        }
+        (Place::Checkpoint(_), Place::Checkpoint(_)) | (Place::File(_), Place::File(_)) => {
+            let next = "name a save image on one side and checkpoint:NAME on the other";
+            Err(refused("both sides are checkpoints", next))
+        }
+    }
+}
+
+fn wanted_format(args: &SaveConvertArgs) -> Result<SaveFormat> {
+    args.format.ok_or_else(|| {
+        EngineError::new(
+            Kind::Usage,
+            "convert",
+            "no format is given for the new image",
+        )
+        .left("nothing was changed")
+        .next("give one with --format, for instance raw or zstd")
+    })
 }
 
 fn format(format: SaveFormat) -> Format {
@@ -205,7 +268,7 @@ fn dump_xml(image: &SaveImage, json: bool) -> Result<u8> {
     Ok(print::bytes(image.xml().as_bytes()))
 }
 
-fn verify(args: &SaveVerifyArgs, control: &Control, json: bool) -> Result<u8> {
+fn verify(args: &SaveVerifyArgs, control: &Control, watch: &Watch, json: bool) -> Result<u8> {
     let image = open(&args.file)?;
     let report = image.verify(control).map_err(told)?;
     let printed = if json {
@@ -215,8 +278,8 @@ fn verify(args: &SaveVerifyArgs, control: &Control, json: bool) -> Result<u8> {
     };
     report.require_whole().map_err(told)?;
     for (name, path) in &args.disks {
-        let content = File::open(path).map_err(|source| unreadable(path, source))?;
-        image.verify_disk(name, content).map_err(told)?;
+        let content = stead_engine::disk_content(name, path, watch)?;
+        image.verify_disk(&content).map_err(told)?;
     }
     Ok(printed)
 }
@@ -346,10 +409,12 @@ fn read_text(path: &Path) -> std::io::Result<String> {
 }
 
 fn change_format(args: &SaveConvertArgs, control: &Control, json: bool) -> Result<u8> {
-    let format = format(args.format);
-    let existing = existing(args.force);
-    let change = convert(&args.file, &args.to, format, existing, control).map_err(told)?;
-    Ok(changed(&args.to, &change, json))
+    let (Place::File(file), Place::File(to)) = (&args.file, &args.to) else {
+        unreachable!("handled with a worker")
+    };
+    let format = format(wanted_format(args)?);
+    let change = convert(file, to, format, existing(args.force), control).map_err(told)?;
+    Ok(changed(to, &change, json))
 }
 
 fn existing(force: bool) -> Existing {

@@ -31,6 +31,7 @@ use crate::materialise::content_of;
 use crate::records::{LayerRow, RamSharing, Records, Sandbox, SandboxDisk, SandboxState};
 use crate::restore::micros;
 use crate::sandbox::{vm_error, wrong_state};
+use crate::standstill::Standstill;
 use crate::store::{CheckpointBody, CheckpointInfo, store_error};
 use crate::{Engine, blobs, blocking, id, launch, paths};
 
@@ -113,16 +114,40 @@ pub(crate) struct Plan {
     pub disks: Vec<(String, LayerRow, LayerRow)>,
     /// The name of the RAM image, unless only the disks are taken.
     pub ram: Option<String>,
+    /// Whether the RAM is read from where it is: for a VM that stays paused until everything is durable.
+    pub ram_in_place: bool,
+    /// Whether the guest's processes are not made to stand still: of a save image, which libvirt may restore.
+    pub processes_run: bool,
     /// The bitmap that begins in each overlay, for a backup.
     bitmaps: Vec<Option<Vec<u8>>>,
 }
 
 /// One instant, taken.
 pub(crate) struct Instant {
+    /// The memory, unless only the disks are taken.
+    pub ram: Option<CapturedRam>,
     pub device_state: Option<Vec<u8>>,
     pub state_format: Option<StateFormat>,
     pub pause: PauseReport,
     crash_consistent: bool,
+}
+
+/// A guest's memory at the instant.
+pub(crate) enum CapturedRam {
+    /// Where it was copied to while the guest stood still; it goes when this is dropped.
+    Staged(Partial, PathBuf),
+    /// The VM's own, which does not change while the VM stands still.
+    InPlace(File),
+}
+
+impl CapturedRam {
+    /// The memory, from its first byte.
+    pub(crate) fn file(&self) -> &File {
+        match self {
+            Self::Staged(partial, _) => partial.file(),
+            Self::InPlace(file) => file,
+        }
+    }
 }
 
 impl Engine {
@@ -202,7 +227,7 @@ impl Engine {
         Ok(plan)
     }
 
-    async fn check_name_is_free(&self, name: Option<&str>) -> Result<()> {
+    pub(crate) async fn check_name_is_free(&self, name: Option<&str>) -> Result<()> {
         if let Some(name) = name {
             id::check_name("checkpoint", name)?;
             if self.find_manifest(Role::Checkpoint, name).await?.is_some() {
@@ -240,6 +265,8 @@ impl Engine {
             sandbox,
             launch,
             name: None,
+            ram_in_place: false,
+            processes_run: false,
             stays_paused,
             disks,
             bitmaps: Vec::new(),
@@ -279,9 +306,10 @@ impl Engine {
             disks += space::allocated_bytes(&path).at("measure", &path)?;
         }
         let attempt = format!("capture sandbox {}", plan.sandbox.name);
-        let mut needs = vec![(self.dir.root().to_owned(), ram + SPARE_BYTES)];
-        if ram > 0 && !self.reflinks()? {
-            needs.push((PathBuf::from(paths::MEMORY), ram + SPARE_BYTES));
+        let copied = if plan.ram_in_place { 0 } else { ram };
+        let mut needs = vec![(self.dir.root().to_owned(), copied + SPARE_BYTES)];
+        if copied > 0 && !self.reflinks()? {
+            needs.push((PathBuf::from(paths::MEMORY), copied + SPARE_BYTES));
         }
         if let Some(target) = target {
             needs.push((target.to_owned(), ram + disks + SPARE_BYTES));
@@ -364,15 +392,28 @@ impl Engine {
         overlays: Vec<NewOverlay>,
         ram: &str,
     ) -> Result<Instant> {
-        let staged = self.ram_staging(plan, ram)?;
-        let partial = Partial::create(&staged, 0o600).at("create", &staged)?;
+        let ram = if plan.ram_in_place {
+            let live = self.live_ram(&plan.launch);
+            CapturedRam::InPlace(File::open(&live).at("open", &live)?)
+        } else {
+            let staged = self.ram_staging(plan, ram)?;
+            let partial = Partial::create(&staged, 0o600).at("create", &staged)?;
+            CapturedRam::Staged(partial, staged)
+        };
         let stays_paused = plan.stays_paused;
         let sandbox = plan.sandbox.clone();
-        let standstill = self.prepare_standstill(&plan.sandbox).await;
-        let (captured, partial, standstill) = blocking(move || {
+        let standstill = if plan.processes_run {
+            Standstill::of_nobody()
+        } else {
+            self.prepare_standstill(&plan.sandbox).await
+        };
+        let (captured, ram, standstill) = blocking(move || {
             let request = CaptureRequest {
                 overlays: &overlays,
-                ram: partial.file(),
+                ram: match &ram {
+                    CapturedRam::Staged(partial, _) => Some(partial.file()),
+                    CapturedRam::InPlace(_) => None,
+                },
                 state_bytes_max: stead_vmm::STATE_BYTES_MAX,
                 at: &|moment| standstill.at(moment),
             };
@@ -382,7 +423,7 @@ impl Engine {
                 vm.capture(&request)
             };
             match taken {
-                Ok(captured) => Ok((captured, partial, standstill)),
+                Ok(captured) => Ok((captured, ram, standstill)),
                 Err(source) => Err(vm_error("capture", &sandbox, source)),
             }
         })
@@ -390,7 +431,6 @@ impl Engine {
         self.report_standstill(&standstill);
         drop(standstill);
         crate::job::crash_point("checkpoint", "staged");
-        self.keep_ram(partial, &staged, ram).await?;
         let Captured {
             device_state,
             state_format,
@@ -398,6 +438,7 @@ impl Engine {
             ..
         } = captured;
         Ok(Instant {
+            ram: Some(ram),
             device_state: Some(device_state),
             state_format: Some(state_format),
             pause: times.into(),
@@ -420,16 +461,18 @@ impl Engine {
     }
 
     /// Makes the RAM image durable in its place.
-    async fn keep_ram(&self, partial: Partial, staged: &Path, ram: &str) -> Result<()> {
+    async fn keep_ram(&self, captured: CapturedRam, ram: &str) -> Result<()> {
         let image = self.ram_image(ram);
-        let staged = staged.to_owned();
         blocking(move || {
-            if staged == image {
-                partial.publish(Existing::Keep).at("publish", &image)?;
-            } else {
-                let kept = Partial::create(&image, 0o600).at("create", &image)?;
-                copy::sparse(partial.file(), kept.file()).at("copy RAM to", &image)?;
-                kept.publish(Existing::Keep).at("publish", &image)?;
+            match captured {
+                CapturedRam::Staged(partial, staged) if staged == image => {
+                    partial.publish(Existing::Keep).at("publish", &image)?;
+                }
+                elsewhere @ (CapturedRam::Staged(..) | CapturedRam::InPlace(_)) => {
+                    let kept = Partial::create(&image, 0o600).at("create", &image)?;
+                    copy::sparse(elsewhere.file(), kept.file()).at("copy RAM to", &image)?;
+                    kept.publish(Existing::Keep).at("publish", &image)?;
+                }
             }
             launch::seal_image(&image)
         })
@@ -469,6 +512,7 @@ impl Engine {
         };
         let switched = switched?;
         Ok(Instant {
+            ram: None,
             device_state: None,
             state_format: None,
             pause: PauseReport {
@@ -562,9 +606,12 @@ impl Engine {
         &self,
         job: &mut Job,
         plan: &Plan,
-        instant: Instant,
+        mut instant: Instant,
     ) -> Result<CaptureReport> {
         let begun = std::time::Instant::now();
+        if let (Some(staged), Some(ram)) = (instant.ram.take(), &plan.ram) {
+            self.keep_ram(staged, ram).await?;
+        }
         job.step("publish").await?;
         let (publish, manifest, trees) = self
             .publish_parts(plan, &instant)
@@ -621,20 +668,7 @@ impl Engine {
         for (disk, frozen, _) in &plan.disks {
             let chain = self.records.chain(&frozen.id).await?;
             let source = Arc::new(ChainSource::open_rows(&self.dir, &chain)?);
-            // What is known of a layer further down need not be read again.
-            let mut base = None;
-            for (depth, layer) in chain.iter().enumerate().skip(1) {
-                let Some(tree) = content_of(layer)? else {
-                    continue;
-                };
-                // Its nodes may be gone: another store, or the template was removed.
-                if store.local_index(&tree).await.is_ok() {
-                    self.prove_if_touched(&chain[depth..], &tree).await?;
-                    let changed = source.changed(depth)?;
-                    base = Some(Base { tree, changed });
-                    break;
-                }
-            }
+            let base = self.known_base(store, &chain, &source).await?;
             let tree = publish
                 .add_tree(
                     source,
@@ -647,6 +681,28 @@ impl Engine {
             trees.push(tree);
         }
         Ok(trees)
+    }
+
+    /// The highest layer of `chain` below its top of which the store knows what it holds, and what differs from that:
+    /// what is known need not be read again.
+    pub(crate) async fn known_base(
+        &self,
+        store: &Store,
+        chain: &[LayerRow],
+        source: &ChainSource,
+    ) -> Result<Option<Base>> {
+        for (depth, layer) in chain.iter().enumerate().skip(1) {
+            let Some(tree) = content_of(layer)? else {
+                continue;
+            };
+            // Its nodes may be gone: another store, or the template was removed.
+            if store.local_index(&tree).await.is_ok() {
+                self.prove_if_touched(&chain[depth..], &tree).await?;
+                let changed = source.changed(depth)?;
+                return Ok(Some(Base { tree, changed }));
+            }
+        }
+        Ok(None)
     }
 
     async fn manifest_of(
@@ -703,15 +759,11 @@ impl Engine {
                 }),
                 template: parse_id(Some(&plan.sandbox.template)),
             },
-            producer: Producer {
-                qemu_version: Some(self.qemu().await?.version().to_string()),
-                machine_type: qemu.machine_type.clone(),
-                cpu_model: qemu.cpu_model.clone(),
-                accelerator: qemu.accelerator.to_string(),
-                cpus: u32::from(qemu.cpus),
-                memory_bytes: qemu.memory_bytes,
-                kernel_command_line: Some(plan.machine.cmdline.clone()),
-            },
+            producer: producer_of(
+                qemu,
+                &self.qemu().await?.version().to_string(),
+                &plan.machine.cmdline,
+            ),
             disks: plan
                 .disks
                 .iter()
@@ -752,7 +804,7 @@ impl Engine {
         .map_err(|source| EngineError::internal("write a manifest", "").because(source))
     }
 
-    fn blob_bytes(&self, name: &str) -> Result<Vec<u8>> {
+    pub(crate) fn blob_bytes(&self, name: &str) -> Result<Vec<u8>> {
         blobs::verify(&self.dir, name)?;
         let path = blobs::path_of(&self.dir, name);
         Ok(blobs::read_file(&path)?.1)
@@ -847,6 +899,23 @@ impl Engine {
 
 fn parse_id(text: Option<&str>) -> Option<ManifestId> {
     text.and_then(|text| text.parse().ok())
+}
+
+/// Who made the state, as a manifest says it.
+pub(crate) fn producer_of(
+    machine: &stead_vmm::Machine,
+    qemu_version: &str,
+    cmdline: &str,
+) -> Producer {
+    Producer {
+        qemu_version: Some(qemu_version.to_owned()),
+        machine_type: machine.machine_type.clone(),
+        cpu_model: machine.cpu_model.clone(),
+        accelerator: machine.accelerator.to_string(),
+        cpus: u32::from(machine.cpus),
+        memory_bytes: machine.memory_bytes,
+        kernel_command_line: Some(cmdline.to_owned()),
+    }
 }
 
 /// Needs on one file system are one need.

@@ -165,7 +165,7 @@ impl ChainSource {
 
     pub(crate) fn open_rows(dir: &DataDir, rows: &[LayerRow]) -> Result<Self> {
         let layers = files(dir, rows);
-        let chain = Chain::open(&layers).map_err(|source| {
+        Self::open_files(&layers).map_err(|source| {
             EngineError::new(
                 Kind::Damaged,
                 format!(
@@ -176,11 +176,19 @@ impl ChainSource {
             )
             .because(source)
             .next("move the damaged file away if it is of a checkpoint: the next use rebuilds it; a sandbox goes back with `stead restore`")
-        })?;
+        })
+    }
+
+    /// Opens layers that are not this worker's, top first.
+    ///
+    /// # Errors
+    /// When a file is missing or not a whole image.
+    pub(crate) fn open_files(layers: &[LayerFile]) -> stead_qcow2::Result<Self> {
+        let chain = Chain::open(layers)?;
         Ok(Self {
             length: chain.len(),
             chain,
-            files: layers.into_iter().map(|layer| layer.path).collect(),
+            files: layers.iter().map(|layer| layer.path.clone()).collect(),
         })
     }
 

@@ -16,33 +16,27 @@
 //! - Until everything is durable the file says that it is partial; after an error it is removed, after a death it stays.
 //! - Whatever fails, the VM runs on: the next command resumes one that a death left paused.
 
-use std::fs::File;
-use std::io::{self, BufReader};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use serde::Serialize;
 use stead_qcow2::{ClusterSize, LayerFile, LayerFormat};
 use stead_save_image::{Appears, Control, DiskContent, Finished, Format, NewImage, Writer};
 use stead_save_image::{Kind as ImageKind, SaveImageError};
-use stead_store::Source;
-use stead_sys::durable;
+use stead_sys::{copy, durable};
 
-use crate::capture::{Instant, PauseReport, Plan};
+use crate::capture::{CapturedRam, Instant, PauseReport, Plan};
 use crate::domain::{Domain, LIBVIRT_RAM, uuid_of};
 use crate::error::{AtFile, EngineError, Kind, Result};
 use crate::job::{Job, Undo};
-use crate::layers::{self, ChainSource};
-use crate::records::{Records, SandboxState};
+use crate::layers;
+use crate::records::{RamSharing, Records, SandboxState};
 use crate::restore::micros;
 use crate::sandbox::{vm_error, wrong_state};
 use crate::{Engine, blobs, blocking};
 
 /// The permission bits of an image: it holds a guest's memory.
 const MODE: u32 = 0o600;
-/// How much of a disk is read at a time.
-const STEP_BYTES: usize = 1 << 20;
 /// What an image is called where layers are kept for it, before its path.
 const HOLDER: &str = "save-image:";
 
@@ -94,13 +88,16 @@ impl Engine {
         let (SandboxState::Running, Some(launch)) = (sandbox.state, sandbox.launch.clone()) else {
             return Err(wrong_state("save", &sandbox, "it does not run"));
         };
-        let plan = self
+        let mut plan = self
             .plan_instant("save", sandbox, launch, false, request.stop)
             .await?;
+        plan.processes_run = true;
+        // It ends when the image is complete, so nobody waits for it.
+        plan.ram_in_place = request.stop && plan.sandbox.ram_sharing == Some(RamSharing::Shared);
         let file = std::path::absolute(&request.file).at("find", &request.file)?;
         let folder = file.parent().unwrap_or(Path::new("/"));
         self.check_room(&plan, Some(folder))?;
-        let target = Target::create(self.domain_of(&plan, &file).await?, &file, request.format)?;
+        let target = Target::create(&self.domain_of(&plan, &file).await?, &file, request.format)?;
         let mut job = self.begin_capture(&plan, "save").await?;
         let made = async {
             let instant = self.take_instant(&mut job, &plan).await?;
@@ -113,7 +110,8 @@ impl Engine {
     /// The domain that whoever restores the image runs.
     async fn domain_of(&self, plan: &Plan, file: &Path) -> Result<Domain> {
         let mut machine = plan.machine.qemu.clone();
-        machine.qemu_version = self.qemu().await?.version();
+        // The one whose state it will be, which may be another one than this worker would start.
+        machine.qemu_version = self.connect_vm(&plan.sandbox).await?.qmp().version();
         let mut disks = Vec::new();
         for (disk, frozen, _) in &plan.disks {
             let rows = self.records.chain(&frozen.id).await?;
@@ -139,23 +137,19 @@ impl Engine {
         &self,
         job: &mut Job,
         plan: &Plan,
-        instant: Instant,
+        mut instant: Instant,
         target: Target,
     ) -> Result<SaveReport> {
         let begun = std::time::Instant::now();
         job.step("write").await?;
-        self.keep_layers(plan, &target.file).await?;
-        let content = self.content_of_image(plan, &instant).await?;
-        let stopper = tokio::spawn({
-            let (watch, control) = (self.watch.clone(), target.control.clone());
-            async move {
-                watch.cancelled().await;
-                control.cancel();
-            }
-        });
-        let written = blocking(move || target.fill(content)).await;
+        let frozen = plan.disks.iter().map(|(_, frozen, _)| frozen.id.clone());
+        self.keep_layers(&target.file, &frozen.collect::<Vec<_>>())
+            .await?;
+        let memory = memory_of(plan, &mut instant)?;
+        let stopper = self.stops(&target.control);
+        let finished = self.fill(plan, target, memory).await;
         stopper.abort();
-        let (mut target, finished) = written?;
+        let (mut target, finished) = finished?;
         crate::job::crash_point("save", "complete");
         if plan.stays_paused {
             self.end_saved(plan).await?;
@@ -176,35 +170,67 @@ impl Engine {
         })
     }
 
-    /// From here on the frozen layers stay, whatever becomes of the sandbox, until the image's file is gone.
-    async fn keep_layers(&self, plan: &Plan, file: &Path) -> Result<()> {
-        let frozen: Vec<String> = (plan.disks.iter())
-            .map(|(_, frozen, _)| frozen.id.clone())
-            .collect();
+    /// From here on these layers stay, whatever else becomes of them, until the image's file is gone.
+    pub(crate) async fn keep_layers(&self, file: &Path, layers: &[String]) -> Result<()> {
         let mut tx = self.records.begin().await?;
         let holder = format!("{HOLDER}{}", file.display());
-        Records::insert_local_checkpoint(&mut tx, &holder, None, &frozen).await?;
+        Records::insert_local_checkpoint(&mut tx, &holder, None, layers).await?;
         tx.commit().await?;
         Ok(())
     }
 
-    async fn content_of_image(&self, plan: &Plan, instant: &Instant) -> Result<Content> {
-        let (Some(state), Some(format), Some(ram)) =
-            (&instant.device_state, instant.state_format, &plan.ram)
-        else {
-            unreachable!("a save takes the memory too")
+    /// Cancels the writing when the command is; to be aborted when it has ended.
+    pub(crate) fn stops(&self, control: &Control) -> tokio::task::JoinHandle<()> {
+        let (watch, control) = (self.watch.clone(), control.clone());
+        tokio::spawn(async move {
+            watch.cancelled().await;
+            control.cancel();
+        })
+    }
+
+    /// Writes the memory while the disks are read, then completes the file.
+    async fn fill(
+        &self,
+        plan: &Plan,
+        target: Target,
+        memory: Memory,
+    ) -> Result<(Target, Finished)> {
+        let progress = self.progress_of("read disks");
+        let control = target.control.clone();
+        let writing = async {
+            let written = blocking(move || target.write(&memory)).await;
+            if written.is_err() {
+                progress.cancel();
+            }
+            written
         };
-        let join = stead_vmm::whole_stream(state, format, LIBVIRT_RAM)
-            .map_err(|source| vm_error("read the state of", &plan.sandbox, source))?;
-        let path = self.ram_image(ram);
-        let ram = File::open(&path).at("open", &path)?;
+        let naming = async {
+            let named = self.name_disks(plan, &progress).await;
+            if named.is_err() {
+                control.cancel();
+            }
+            named
+        };
+        match tokio::join!(writing, naming) {
+            (Ok(target), Ok(disks)) => blocking(move || target.finish(disks)).await,
+            // Whichever failed first has cancelled the other.
+            (Err(error), Ok(_)) | (Ok(_), Err(error)) => Err(error),
+            (Err(write), Err(name)) if name.kind() == Kind::Cancelled => Err(write),
+            (Err(_cancelled), Err(name)) => Err(name),
+        }
+    }
+
+    async fn name_disks(
+        &self,
+        plan: &Plan,
+        progress: &stead_store::Progress,
+    ) -> Result<Vec<DiskContent>> {
         let mut disks = Vec::new();
         for (disk, frozen, _) in &plan.disks {
             let chain = self.records.chain(&frozen.id).await?;
-            let source = ChainSource::open_rows(&self.dir, &chain)?;
-            disks.push((disk.clone(), Arc::new(source)));
+            disks.push(self.name_disk(disk, &chain, progress).await?);
         }
-        Ok(Content { join, ram, disks })
+        Ok(disks)
     }
 
     /// Ends the VM whose image is complete. Its disks stay as they were at the instant.
@@ -218,30 +244,43 @@ impl Engine {
 }
 
 /// Where the empty overlay over a disk lies.
-fn overlay_of(file: &Path, disk: &str) -> PathBuf {
+pub(crate) fn overlay_of(file: &Path, disk: &str) -> PathBuf {
     let mut name = file.as_os_str().to_owned();
     name.push(format!(".{disk}.qcow2"));
     PathBuf::from(name)
 }
 
-/// What goes into an image.
-struct Content {
-    join: stead_migration_stream::Join,
-    ram: File,
-    disks: Vec<(String, Arc<ChainSource>)>,
+/// What becomes the migration stream: the state of the devices, and where the RAM is.
+pub(crate) struct Memory {
+    pub join: stead_migration_stream::Join,
+    pub ram: CapturedRam,
+}
+
+fn memory_of(plan: &Plan, instant: &mut Instant) -> Result<Memory> {
+    let (Some(state), Some(format), Some(ram)) = (
+        &instant.device_state,
+        instant.state_format,
+        instant.ram.take(),
+    ) else {
+        unreachable!("a save takes the memory too")
+    };
+    let join = stead_vmm::whole_stream(state, format, LIBVIRT_RAM)
+        .map_err(|source| vm_error("read the state of", &plan.sandbox, source))?;
+    Ok(Memory { join, ram })
 }
 
 /// An image's files while they are made: dropped before [`Target::keep`], they are removed.
-struct Target {
-    file: PathBuf,
+pub(crate) struct Target {
+    pub file: PathBuf,
     writer: Option<Writer>,
-    control: Control,
-    overlays: Vec<PathBuf>,
+    pub control: Control,
+    pub overlays: Vec<PathBuf>,
     kept: bool,
 }
 
 impl Target {
-    fn create(domain: Domain, file: &Path, format: Format) -> Result<Self> {
+    /// Starts the image, which says that it is partial, and makes its overlays.
+    pub(crate) fn create(domain: &Domain, file: &Path, format: Format) -> Result<Self> {
         let control = Control::silent();
         let image = NewImage {
             xml: domain.to_xml(),
@@ -272,27 +311,22 @@ impl Target {
         Ok(target)
     }
 
-    /// Writes everything and completes the file.
-    fn fill(mut self, content: Content) -> Result<(Self, Finished)> {
-        let Some(mut writer) = self.writer.take() else {
-            unreachable!("a target is filled once")
+    /// Writes the migration stream.
+    pub(crate) fn write(mut self, memory: &Memory) -> Result<Self> {
+        let Some(writer) = &mut self.writer else {
+            unreachable!("a target is written once")
         };
-        let hashing = std::thread::spawn({
-            let (disks, control) = (content.disks, self.control.clone());
-            move || hash_disks(&disks, &control)
-        });
-        let ram = &content.ram;
-        let written = content
-            .join
-            .write(&mut writer, |at, bytes| ram.read_exact_at(bytes, at));
-        if written.is_err() {
-            self.control.cancel();
-        }
-        let hashed = hashing.join();
-        written.at("write", &self.file)?;
-        let disks = match hashed {
-            Ok(disks) => disks.at("read the disks for", &self.file)?,
-            Err(panic) => std::panic::resume_unwind(panic),
+        let ram = memory.ram.file();
+        let data = copy::data_ranges(ram).at("read the memory for", &self.file)?;
+        let read = |at: u64, bytes: &mut [u8]| ram.read_exact_at(bytes, at);
+        (memory.join.write(writer, &data, read)).at("write", &self.file)?;
+        Ok(self)
+    }
+
+    /// Completes the file.
+    pub(crate) fn finish(mut self, disks: Vec<DiskContent>) -> Result<(Self, Finished)> {
+        let Some(mut writer) = self.writer.take() else {
+            unreachable!("a target is finished once")
         };
         writer.set_disks(disks)?;
         crate::job::crash_point("save", "finish");
@@ -300,7 +334,8 @@ impl Target {
         Ok((self, finished))
     }
 
-    fn keep(&mut self) {
+    /// From here on its files stay.
+    pub(crate) fn keep(&mut self) {
         self.kept = true;
     }
 }
@@ -347,49 +382,6 @@ fn failed_overlay(path: &Path, source: stead_qcow2::Error) -> EngineError {
         .because(source)
         .left("nothing was changed")
         .next("name an image whose files are not there yet")
-}
-
-fn hash_disks(
-    disks: &[(String, Arc<ChainSource>)],
-    control: &Control,
-) -> io::Result<Vec<DiskContent>> {
-    let hash = |(name, source): &(String, Arc<ChainSource>)| {
-        let content = Reading::new(source.as_ref(), control);
-        DiskContent::of(name.clone(), BufReader::with_capacity(STEP_BYTES, content))
-    };
-    disks.iter().map(hash).collect()
-}
-
-/// A disk's content from its first byte to its last.
-struct Reading<'a, S: ?Sized> {
-    source: &'a S,
-    control: &'a Control,
-    at: u64,
-}
-
-impl<'a, S: Source + ?Sized> Reading<'a, S> {
-    fn new(source: &'a S, control: &'a Control) -> Self {
-        let at = 0;
-        Self {
-            source,
-            control,
-            at,
-        }
-    }
-}
-
-impl<S: Source + ?Sized> io::Read for Reading<'_, S> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.control.is_cancelled() {
-            return Err(io::Error::other("interrupted"));
-        }
-        let left = self.source.len() - self.at;
-        let length = (buffer.len().min(STEP_BYTES) as u64).min(left);
-        let length = usize::try_from(length).map_err(io::Error::other)?;
-        self.source.read_at(self.at, &mut buffer[..length])?;
-        self.at += length as u64;
-        Ok(length)
-    }
 }
 
 impl From<SaveImageError> for EngineError {

@@ -13,9 +13,11 @@ use std::sync::Arc;
 
 use stead_qcow2::Chain;
 use stead_save_image::{Control, DiskContent, SaveImage};
+use stead_store::TreeRef;
 use stead_sys::durable::{Existing, Partial};
 use stead_vmm::StateFormat;
 
+use crate::disk_content::{name_file, tree_of_content};
 use crate::domain::{Domain, LIBVIRT_RAM};
 use crate::error::{AtFile, EngineError, Kind, Result};
 use crate::job::{Job, Undo};
@@ -79,7 +81,7 @@ impl Engine {
     }
 
     /// Reads the image to its end.
-    async fn proven_image(&self, file: &Path) -> Result<SaveImage> {
+    pub(crate) async fn proven_image(&self, file: &Path) -> Result<SaveImage> {
         self.watch.step("save-restore", "verify");
         let path = file.to_owned();
         let control = self.control_of("verify");
@@ -102,18 +104,23 @@ impl Engine {
         Control::new(move |progress| watch.progress(what, progress.done, progress.total))
     }
 
-    fn making(&self, domain: &Domain, name: Option<&str>) -> Result<Making> {
-        let id = id::short()?;
-        let name = name.unwrap_or(&id).to_owned();
-        id::check_name("sandbox", &name)?;
+    /// The machine's record; its kernel and initramfs lie here then.
+    pub(crate) fn machine_record(&self, domain: &Domain) -> Result<MachineRecord> {
         let blob = |path: &Path| blobs::put(&self.dir, &blobs::read_file(path)?.1);
-        let machine = MachineRecord {
+        Ok(MachineRecord {
             qemu: domain.machine.clone(),
             kernel: blob(&domain.kernel)?,
             initrd: blob(&domain.initrd)?,
             cmdline: domain.cmdline.clone(),
             agent: domain.agent,
-        };
+        })
+    }
+
+    fn making(&self, domain: &Domain, name: Option<&str>) -> Result<Making> {
+        let id = id::short()?;
+        let name = name.unwrap_or(&id).to_owned();
+        id::check_name("sandbox", &name)?;
+        let machine = self.machine_record(domain)?;
         let row = Sandbox {
             id,
             name,
@@ -161,13 +168,15 @@ impl Engine {
                 .iter()
                 .find(|disk| disk.name == *name)
                 .cloned();
-            self.copy_disk(name, source, &path, recorded).await?;
+            let content = self.copy_disk(name, source, &path, recorded).await?;
             let mut tx = self.records.begin().await?;
+            Records::set_layer_content(&mut tx, &copy.id, &content).await?;
             Records::set_layer_stamp(&mut tx, &copy.id, &layers::stamp(&path)?).await?;
             tx.commit().await?;
         }
         job.step("memory").await?;
-        let state = self.take_memory(&making, image).await?;
+        let (ram, memory_bytes) = (&making.ram, making.machine.qemu.memory_bytes);
+        let state = self.take_memory(ram, memory_bytes, image).await?;
         job.step("start").await?;
         let running = self.start_image(&making, state).await?;
         let mut tx = self.records.begin().await?;
@@ -182,43 +191,50 @@ impl Engine {
         Ok(())
     }
 
-    /// Copies what a guest sees of a disk, and compares it with what the image says.
+    /// Copies what a guest sees of a disk, and compares the copy with what the image says.
     async fn copy_disk(
         &self,
         name: &str,
         source: &[stead_qcow2::LayerFile],
         path: &Path,
         recorded: Option<DiskContent>,
-    ) -> Result<()> {
+    ) -> Result<TreeRef> {
         let (name, source, path) = (name.to_owned(), source.to_vec(), path.to_owned());
         let watch = self.watch.clone();
+        let progress = self.progress_of("compare disk");
         let root = self.dir.root();
         let room = stead_sys::space::available_bytes(root).at("ask for room on", root)?;
         blocking(move || {
             let chain = Chain::open(&source).map_err(|error| moved(&name, "").because(error))?;
             let partial = Partial::create(&path, 0o600).at("create", &path)?;
-            let found = copy_chain(&name, &chain, partial.file(), &watch, room)
+            copy_chain(&chain, partial.file(), &watch, room)
                 .map_err(|error| EngineError::file("copy a disk to", &path, error))?;
+            let found = name_file(partial.file(), &path, &progress)?;
             match recorded {
-                Some(recorded) if recorded != found => {
+                Some(recorded) if tree_of_content(&recorded) != found => {
                     let sizes = format!(
                         "it has other content than when the VM was saved ({} bytes then, {} now)",
-                        recorded.bytes, found.bytes
+                        recorded.bytes, found.length_bytes
                     );
                     return Err(moved(&name, &sizes));
                 }
                 Some(_) | None => {}
             }
             partial.publish(Existing::Keep).at("publish", &path)?;
-            layers::seal(&path)
+            layers::seal(&path)?;
+            Ok(found)
         })
         .await
     }
 
     /// Puts the guest's memory into its file and gives the state of the devices.
-    async fn take_memory(&self, making: &Making, image: Arc<SaveImage>) -> Result<Vec<u8>> {
-        let path = self.ram_image(&making.ram);
-        let memory_bytes = making.machine.qemu.memory_bytes;
+    pub(crate) async fn take_memory(
+        &self,
+        ram: &str,
+        memory_bytes: u64,
+        image: Arc<SaveImage>,
+    ) -> Result<Vec<u8>> {
+        let path = self.ram_image(ram);
         blocking(move || {
             let partial = Partial::create(&path, 0o600).at("create", &path)?;
             let state = stead_vmm::take_apart(
@@ -290,7 +306,7 @@ impl Making {
     }
 }
 
-fn moved(disk: &str, found: &str) -> EngineError {
+pub(crate) fn moved(disk: &str, found: &str) -> EngineError {
     EngineError::new(
         Kind::Damaged,
         format!("use disk {disk} of the image"),
@@ -302,29 +318,28 @@ fn moved(disk: &str, found: &str) -> EngineError {
     )
 }
 
-/// Copies data and leaves zeros as holes; gives what was read.
+/// Copies data and leaves zeros as holes.
 fn copy_chain(
-    name: &str,
     chain: &Chain,
     to: &File,
     watch: &crate::Watch,
     room_bytes: u64,
-) -> std::io::Result<DiskContent> {
+) -> std::io::Result<()> {
     use std::os::unix::fs::FileExt;
     let total = chain.len();
     to.set_len(total)?;
-    let mut hasher = blake3::Hasher::new();
     let mut buffer = vec![0; STEP_BYTES];
-    let (mut at, mut written) = (0, 0_u64);
-    while at < total {
+    let mut written = 0_u64;
+    let mut at = 0;
+    while let Some(data) = chain.next_data(at).map_err(std::io::Error::other)? {
         if watch.is_cancelled() {
             return Err(std::io::Error::other("interrupted"));
         }
-        let length = usize::try_from((total - at).min(STEP_BYTES as u64));
+        at = data.start.max(at);
+        let length = usize::try_from((data.end - at).min(STEP_BYTES as u64));
         let piece = &mut buffer[..length.map_err(std::io::Error::other)?];
         chain.read_at(at, piece).map_err(std::io::Error::other)?;
-        hasher.update(piece);
-        if piece.iter().any(|byte| *byte != 0) {
+        if !stead_sys::copy::is_zero(piece) {
             written += piece.len() as u64;
             if written > room_bytes {
                 return Err(std::io::ErrorKind::StorageFull.into());
@@ -334,9 +349,5 @@ fn copy_chain(
         at += piece.len() as u64;
         watch.progress("copy disk", at, total);
     }
-    Ok(DiskContent {
-        name: name.to_owned(),
-        bytes: total,
-        hash: *hasher.finalize().as_bytes(),
-    })
+    Ok(())
 }

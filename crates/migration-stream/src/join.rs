@@ -1,6 +1,7 @@
 //! Putting the pages of one RAM block into a stream: the way back from [`crate::split_ram`].
 
 use std::io::{self, Cursor, Write};
+use std::ops::Range;
 
 use crate::configuration::SUBSECTION;
 use crate::error::Result;
@@ -87,14 +88,16 @@ impl Join {
         [self.head.as_slice(), self.tail.as_slice()].concat()
     }
 
-    /// Writes the stream with every page of the block. `read` fills its buffer with the block's content from an
-    /// offset; it is asked for everything once, in order.
+    /// Writes the stream with every page of the block. `data` says where there may be anything but zeros, ascending and
+    /// apart from each other; `read` fills its buffer with the block's content from an offset, and is asked for what
+    /// lies there once, in order.
     ///
     /// # Errors
     /// When `read` or `out` fails. What was written is of no use then.
     pub fn write(
         &self,
         out: &mut impl Write,
+        data: &[Range<u64>],
         mut read: impl FnMut(u64, &mut [u8]) -> io::Result<()>,
     ) -> io::Result<()> {
         out.write_all(&self.head)?;
@@ -102,16 +105,23 @@ impl Join {
         let mut content = vec![0; STEP_BYTES];
         let mut part = Vec::with_capacity(STEP_BYTES + STEP_BYTES / 32);
         part_header(&mut part, self.section);
+        let mut data = data.iter().peekable();
         let mut at = 0;
         while at < self.block.length {
             let length = (self.block.length - at).min(STEP_BYTES as u64);
             let length = usize::try_from(length).map_err(io::Error::other)?;
-            read(at, &mut content[..length])?;
-            for (page, offset) in content[..length]
-                .chunks_exact(PAGE_BYTES)
-                .zip((at..).step_by(PAGE_BYTES))
+            let offsets = (at..at + length as u64).step_by(PAGE_BYTES);
+            while data.next_if(|range| range.end <= at).is_some() {}
+            if data
+                .peek()
+                .is_none_or(|range| range.start >= at + length as u64)
             {
-                records.put(&mut part, offset, page);
+                offsets.for_each(|offset| records.put_zeros(&mut part, offset));
+            } else {
+                read(at, &mut content[..length])?;
+                for (page, offset) in content.chunks_exact(PAGE_BYTES).zip(offsets) {
+                    records.put(&mut part, offset, page);
+                }
             }
             out.write_all(&part)?;
             part.clear();

@@ -275,6 +275,15 @@ fn end(bytes: &mut Vec<u8>, section: u32) {
     bytes.extend(section.to_be_bytes());
 }
 
+/// Many bytes at a time: most pages of most guests are zeros, and a search for the first other byte goes one by one.
+fn is_zero(page: &[u8]) -> bool {
+    let (words, rest) = page.as_chunks::<64>();
+    words
+        .iter()
+        .all(|word| word.iter().fold(0, |or, byte| or | byte) == 0)
+        && rest.iter().all(|byte| *byte == 0)
+}
+
 /// Writes the records of one block's pages.
 pub(crate) struct Records<'a> {
     block: &'a str,
@@ -289,18 +298,25 @@ impl<'a> Records<'a> {
 
     /// Appends the record of a page: the first one has the block's name, the others continue.
     pub fn put(&mut self, bytes: &mut Vec<u8>, offset: u64, page: &[u8]) {
-        let zeros = page.iter().all(|byte| *byte == 0);
-        let kind = if zeros { flag::ZERO } else { flag::PAGE };
+        if is_zero(page) {
+            return self.put_zeros(bytes, offset);
+        }
+        self.begin(bytes, offset | flag::PAGE);
+        bytes.extend_from_slice(page);
+    }
+
+    /// Appends the record of a page of zeros.
+    pub fn put_zeros(&mut self, bytes: &mut Vec<u8>, offset: u64) {
+        self.begin(bytes, offset | flag::ZERO);
+        bytes.push(0);
+    }
+
+    fn begin(&mut self, bytes: &mut Vec<u8>, word: u64) {
         let follows = if self.named { flag::CONTINUE } else { 0 };
-        bytes.extend((offset | kind | follows).to_be_bytes());
+        bytes.extend((word | follows).to_be_bytes());
         if !self.named {
             name(bytes, self.block);
             self.named = true;
-        }
-        if zeros {
-            bytes.push(0);
-        } else {
-            bytes.extend_from_slice(page);
         }
     }
 

@@ -1,5 +1,6 @@
 //! Pages put back into a stream: what QEMU would have sent without any capability.
 
+use std::ops::Range;
 use std::path::Path;
 
 use stead_migration_stream::{Join, Options, split_ram, walk_bytes};
@@ -16,14 +17,30 @@ fn golden(name: &str) -> (Vec<u8>, Options) {
     (stream, Options { ignore_shared })
 }
 
+/// Where the memory has pages that are not zero, a range for each.
+fn pages_with_data(ram: &[u8]) -> Vec<Range<u64>> {
+    let pages = ram.chunks(4096).zip((0..).step_by(4096));
+    let data = pages.filter(|(page, _)| page.iter().any(|byte| *byte != 0));
+    data.map(|(_, at)| at..at + 4096).collect()
+}
+
 fn joined(join: &Join, ram: &[u8]) -> Vec<u8> {
-    let mut whole = Vec::new();
-    join.write(&mut whole, |at, bytes| {
-        let at = usize::try_from(at).expect("fits");
-        bytes.copy_from_slice(&ram[at..at + bytes.len()]);
-        Ok(())
-    })
-    .expect("memory takes everything");
+    let write = |data: &[Range<u64>]| {
+        let (mut whole, mut read) = (Vec::new(), 0);
+        join.write(&mut whole, data, |at, bytes| {
+            let at = usize::try_from(at).expect("fits");
+            bytes.copy_from_slice(&ram[at..at + bytes.len()]);
+            read += bytes.len();
+            Ok(())
+        })
+        .expect("memory takes everything");
+        (whole, read)
+    };
+    let (whole, read) = write(std::slice::from_ref(&(0..RAM_BYTES as u64)));
+    assert_eq!(read, RAM_BYTES);
+    let (same, less) = write(&pages_with_data(ram));
+    assert!(same == whole, "what holes are told changes nothing");
+    assert!(less < read, "holes are not read");
     whole
 }
 

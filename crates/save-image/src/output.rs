@@ -16,7 +16,7 @@ use crate::control::Control;
 use crate::tree::{Leaves, Tree};
 
 /// How many bytes are hashed and written at a time.
-const STEP_BYTES: usize = 2 << 20;
+const STEP_BYTES: usize = 4 << 20;
 /// How many pieces may wait to be written, besides the one that is being filled.
 const WAITING: usize = 2;
 

@@ -20,11 +20,10 @@
 //! 4080  16  "RECORD-STEADFAST"
 //! ```
 //! Numbers are little-endian. An entry of the disks' table: le16 length of the name, the name, le64 bytes of the
-//! content, 32 bytes of BLAKE3.
+//! content, 32 bytes of its name.
 //!
 //! Either mark says that there is a record, so that no flipped bit makes an image look like one without.
 
-use std::io::{self, Read};
 use std::mem::{offset_of, size_of};
 
 use zerocopy::little_endian::{U32, U64};
@@ -86,25 +85,10 @@ pub struct DiskContent {
     pub name: String,
     /// Bytes of its guest-visible content.
     pub bytes: u64,
-    /// BLAKE3 of that content, in hexadecimal where it is shown.
+    /// The name of that content: the root of its tree of 64 KiB chunks, as the store cuts and names it
+    /// (`docs/store-format.md`). In hexadecimal where it is shown.
     #[serde(serialize_with = "as_hex")]
     pub hash: [u8; 32],
-}
-
-impl DiskContent {
-    /// Reads `content` to its end.
-    ///
-    /// # Errors
-    /// When reading fails.
-    pub fn of(name: impl Into<String>, mut content: impl Read) -> io::Result<Self> {
-        let mut hasher = blake3::Hasher::new();
-        let bytes = io::copy(&mut content, &mut hasher)?;
-        Ok(Self {
-            name: name.into(),
-            bytes,
-            hash: *hasher.finalize().as_bytes(),
-        })
-    }
 }
 
 fn as_hex<S: serde::Serializer>(hash: &[u8; 32], serializer: S) -> Result<S::Ok, S::Error> {

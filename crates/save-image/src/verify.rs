@@ -154,20 +154,19 @@ impl SaveImage {
         Ok(report)
     }
 
-    /// Compares a disk's guest-visible content with what the record says of it.
+    /// Compares what a disk holds with what the record says of it.
     ///
     /// # Errors
     /// [`Kind::Damaged`] when the disk moved on since the VM was saved; [`Kind::NotFound`] when nothing is recorded of
-    /// a disk of that name; or when reading fails.
-    pub fn verify_disk(&self, name: &str, content: impl Read) -> Result<()> {
+    /// a disk of that name.
+    pub fn verify_disk(&self, found: &DiskContent) -> Result<()> {
+        let name = &found.name;
         let attempt = || self.attempt(&format!("compare disk {name} with"));
-        let Some(recorded) = self.disks().iter().find(|disk| disk.name == name) else {
+        let Some(recorded) = self.disks().iter().find(|disk| disk.name == *name) else {
             let found = "the image says nothing of a disk of this name";
             return Err(SaveImageError::new(Kind::NotFound, attempt(), found));
         };
-        let failed = |source| SaveImageError::new(Kind::Io, attempt(), "").because(source);
-        let found = DiskContent::of(name, content).map_err(failed)?;
-        if found == *recorded {
+        if found == recorded {
             return Ok(());
         }
         let text = format!(

@@ -178,7 +178,11 @@ fn a_conversion_keeps_the_stream_the_texts_and_the_disks_and_appears_whole_or_no
     let path = scratch.path("image");
     let mut writer =
         Writer::create(&path, &new_image(Format::Raw), Appears::AtOnce, silent()).expect("create");
-    let disk = DiskContent::of("vda", b"the disk's content".as_slice()).expect("hash");
+    let disk = DiskContent {
+        name: "vda".to_owned(),
+        bytes: 18,
+        hash: [0xd1; 32],
+    };
     writer.set_disks(vec![disk.clone()]).expect("disks");
     writer.copy_from(stream()).expect("copy");
     writer.finish().expect("finish");
@@ -207,16 +211,22 @@ fn a_conversion_keeps_the_stream_the_texts_and_the_disks_and_appears_whole_or_no
     assert_eq!(error.kind(), Kind::Exists);
     assert_eq!(scratch.names(), ["image"]);
     let image = SaveImage::open(&path).expect("open");
-    image
-        .verify_disk("vda", b"the disk's content".as_slice())
-        .expect("the same");
-    let moved = image
-        .verify_disk("vda", b"the disk's CONTENT".as_slice())
-        .expect_err("moved on");
-    assert_eq!(moved.kind(), Kind::Damaged);
-    let unknown = image
-        .verify_disk("vdb", b"".as_slice())
-        .expect_err("unknown");
+    image.verify_disk(&disk).expect("the same");
+    let longer = DiskContent {
+        bytes: 19,
+        ..disk.clone()
+    };
+    let other = DiskContent {
+        hash: [0xd2; 32],
+        ..disk.clone()
+    };
+    for moved in [longer, other] {
+        let error = image.verify_disk(&moved).expect_err("moved on");
+        assert_eq!(error.kind(), Kind::Damaged);
+    }
+    let name = "vdb".to_owned();
+    let unknown = image.verify_disk(&DiskContent { name, ..disk });
+    let unknown = unknown.expect_err("unknown");
     assert_eq!(unknown.kind(), Kind::NotFound);
 }
 

@@ -68,8 +68,9 @@ pub struct CaptureRequest<'a> {
     /// One overlay for each disk of the VM.
     pub overlays: &'a [NewOverlay],
     /// Where the RAM goes: an empty file open for reading and writing. On the RAM file's own file
-    /// system a reflink makes the pause short. Nothing is synced.
-    pub ram: &'a File,
+    /// system a reflink makes the pause short. Nothing is synced. `None`: it stays where it is, which is possible
+    /// where it is shared and the VM is left standing still.
+    pub ram: Option<&'a File>,
     /// The longest device state accepted, in bytes ([`STATE_BYTES_MAX`]).
     pub state_bytes_max: u64,
     /// Told of each moment when it has come; the capture waits for it. After an error the guest runs on, and it is not told.
@@ -95,6 +96,8 @@ pub enum RamMethod {
     Sparse,
     /// The VM's private pages came with the device state and were split off.
     Stream,
+    /// It was not: the RAM file has it as long as the VM stands still.
+    InPlace,
 }
 
 /// How long each step took.
@@ -173,7 +176,11 @@ impl Vm {
     ///
     /// # Errors
     /// [`Error::Capture`] says which step failed, what the guest does and where the disks write.
+    ///
+    /// # Panics
+    /// When the request leaves the RAM where it is.
     pub fn capture(&mut self, request: &CaptureRequest<'_>) -> Result<Captured> {
+        assert!(request.ram.is_some(), "a VM that goes on changes its RAM");
         let (mut captured, stopped) = self.take(request)?;
         self.go_on(&mut captured)?;
         captured.times.paused = stopped.elapsed();
@@ -265,19 +272,21 @@ impl Vm {
     fn prepare(&mut self, request: &CaptureRequest<'_>) -> Result<Prepared> {
         self.check_running("capture")?;
         let source = self.ram_source()?;
-        let copied_to = request.ram.metadata().map_err(|source| Error::System {
-            what: "look at the file for the RAM",
-            source,
-        })?;
-        if copied_to.len() != 0 {
-            return Err(Error::Description {
-                what: "file for the RAM",
-                expected: "an empty file".to_owned(),
-                found: format!("{} bytes", copied_to.len()),
-            });
-        }
-        if source.sharing == RamSharing::Shared {
-            source.warm_up(request.ram)?;
+        match (request.ram, source.sharing) {
+            (Some(ram), sharing) => {
+                check_empty(ram)?;
+                if sharing == RamSharing::Shared {
+                    source.warm_up(ram)?;
+                }
+            }
+            (None, RamSharing::Shared) => {}
+            (None, RamSharing::Private) => {
+                return Err(Error::Description {
+                    what: "RAM that is to stay where it is",
+                    expected: "shared RAM".to_owned(),
+                    found: "private RAM".to_owned(),
+                });
+            }
         }
         let overlays = self.open_overlays(request.overlays)?;
         let receiver = self.ready_stream(request, &source);
@@ -302,7 +311,7 @@ impl Vm {
         migration::set_format(self.qmp(), source.state_format())?;
         let split_into = match source.sharing {
             RamSharing::Shared => None,
-            RamSharing::Private => Some((request.ram, source.memory_bytes)),
+            RamSharing::Private => request.ram.map(|ram| (ram, source.memory_bytes)),
         };
         let (receiver, theirs) = Receiver::start(split_into, request.state_bytes_max)?;
         self.qmp()
@@ -326,9 +335,12 @@ impl Vm {
         *phase = CapturePhase::State;
         let device_state = timed(&mut times.state, || self.take_state(prepared))?;
         *phase = CapturePhase::Ram;
-        let ram_method = match prepared.source.sharing {
-            RamSharing::Private => RamMethod::Stream,
-            RamSharing::Shared => timed(&mut times.ram, || prepared.source.copy_to(request.ram))?,
+        let ram_method = match (prepared.source.sharing, request.ram) {
+            (RamSharing::Private, _) => RamMethod::Stream,
+            (RamSharing::Shared, None) => RamMethod::InPlace,
+            (RamSharing::Shared, Some(ram)) => {
+                timed(&mut times.ram, || prepared.source.copy_to(ram))?
+            }
         };
         Ok(Taken {
             device_state,
@@ -570,6 +582,21 @@ fn holes_remain(from: &File, to: &File) -> std::io::Result<bool> {
         }
     }
     Ok(true)
+}
+
+fn check_empty(ram: &File) -> Result<()> {
+    let data = ram.metadata().map_err(|source| Error::System {
+        what: "look at the file for the RAM",
+        source,
+    })?;
+    if data.len() == 0 {
+        return Ok(());
+    }
+    Err(Error::Description {
+        what: "file for the RAM",
+        expected: "an empty file".to_owned(),
+        found: format!("{} bytes", data.len()),
+    })
 }
 
 fn check_names(chains: &[DiskChain], overlays: &[NewOverlay]) -> Result<()> {

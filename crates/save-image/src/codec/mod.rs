@@ -13,7 +13,7 @@ const ZSTD_WINDOW_LOG2_MAX: u32 = 27;
 /// Fast levels: the VM stands still while its state is written.
 const GZIP_LEVEL: u32 = 3;
 const XZ_LEVEL: u32 = 1;
-const ZSTD_LEVEL: i32 = 3;
+const ZSTD_LEVEL: i32 = 1;
 const ZSTD_THREADS: u32 = 2;
 const READ_BYTES: usize = 256 << 10;
 

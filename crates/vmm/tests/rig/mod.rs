@@ -226,7 +226,7 @@ pub fn create(path: &Path, length: u64) -> File {
 pub fn request<'a>(overlays: &'a [NewOverlay], ram: &'a File) -> CaptureRequest<'a> {
     CaptureRequest {
         overlays,
-        ram,
+        ram: Some(ram),
         state_bytes_max: STATE_BYTES_MAX,
         at: &|_| {},
     }
