@@ -844,9 +844,16 @@ fn a_request_in_a_session_that_the_agent_has_lost_is_denied_and_not_left_unanswe
         matches!(found, Err(stead_agent_proto::ProtocolError::SessionLost(_))),
         "{found:?}"
     );
-    // What another life asks is not answered; an agent that was restarted knows none and denies everybody.
+    // What was asked of a life that has passed is not answered; a life that this agent has never lived was lost with an
+    // agent before it.
+    complete(&mut agent, 1, 2, 20);
     for message in [exec(11, 1), request(2, Request::Ping)] {
-        assert_eq!(told(&mut agent, 0, to_guest(9, 11, 1, &message)), []);
+        assert_eq!(told(&mut agent, 0, to_guest(1, 11, 1, &message)), []);
+        let unknown = told(&mut agent, 0, to_guest(9, 11, 1, &message));
+        assert!(
+            matches!(unknown[..], [GuestMessage::SessionBroken { .. }]),
+            "{unknown:?}"
+        );
         let mut restarted = Agent::new(config());
         let denied = told(&mut restarted, 0, to_guest(1, 11, 1, &message));
         assert!(
@@ -854,6 +861,89 @@ fn a_request_in_a_session_that_the_agent_has_lost_is_denied_and_not_left_unanswe
             "{denied:?}"
         );
     }
+}
+
+/// A session ends while its command is prepared, and another tells the same key to go: one preparation that is refused would
+/// otherwise speak for the other, and its host would be told of a command that runs that it does not.
+#[test]
+fn a_command_that_is_told_to_go_again_while_it_is_prepared_is_started_once_for_who_said_it_last() {
+    let again = |nonce| {
+        let HostMessage::Exec { id, request, .. } = exec(nonce, 1) else {
+            unreachable!("an exec is an exec");
+        };
+        HostMessage::Exec {
+            id,
+            key: key(7, 7),
+            again: Some(Epoch([1; 16])),
+            request,
+        }
+    };
+    let is_start = |action: &Action| matches!(action, Action::Start { .. });
+    let mut agent = Agent::new(config());
+    complete(&mut agent, 0, 1, 10);
+    let mut starts = 0;
+    for nonce in [11, 12] {
+        agent.on_item(
+            1,
+            to_guest(1, nonce, 0, &HostMessage::Hello(hello(Reason::Reattach))),
+        );
+        agent.on_item(1, to_guest(1, nonce, 1, &again(nonce)));
+        let gone = agent.on_item(1, to_guest(1, nonce, 2, &HostMessage::Go { id: 1 }));
+        starts += gone.iter().filter(|action| is_start(action)).count();
+        said(&mut agent, 1);
+    }
+    assert_eq!(starts, 1, "one thread prepares it");
+    assert!(agent.may_start(key(7, 7)));
+    assert!(!agent.may_start(key(7, 7)));
+    agent.started(key(7, 7), 5, 0);
+    let told = said(&mut agent, 1);
+    assert!(
+        matches!(told[..], [GuestMessage::Started { id: 1, pid: 5, .. }]),
+        "{told:?}"
+    );
+}
+
+#[test]
+fn who_asks_for_a_thaw_while_the_workload_is_frozen_or_thawed_is_answered_when_it_runs() {
+    let mut agent = Agent::new(config());
+    complete(&mut agent, 0, 1, 10);
+    let freeze = Request::FreezeWorkload { limit_ms: 1 };
+    agent.on_item(0, to_guest(1, 10, 3, &request(2, freeze)));
+    agent.on_item(0, to_guest(1, 10, 4, &request(3, Request::ThawWorkload)));
+    assert_eq!(
+        agent.workload_frozen(Ok(())).last(),
+        Some(&Action::ThawWorkload)
+    );
+    let overtaken = said(&mut agent, 0);
+    assert!(
+        matches!(
+            &overtaken[..],
+            [GuestMessage::Done {
+                id: 2,
+                outcome: Done::Failed(_)
+            }]
+        ),
+        "nobody takes for standing what goes on: {overtaken:?}"
+    );
+    agent.on_item(0, to_guest(1, 10, 5, &request(4, Request::ThawWorkload)));
+    agent.workload_thawed(Ok(1));
+    let told = said(&mut agent, 0);
+    assert!(
+        matches!(
+            &told[..],
+            [
+                GuestMessage::Done {
+                    id: 3,
+                    outcome: Done::Failed(_)
+                },
+                GuestMessage::Done {
+                    id: 4,
+                    outcome: Done::Ok
+                }
+            ]
+        ),
+        "{told:?}"
+    );
 }
 
 #[test]

@@ -54,11 +54,9 @@ pub(crate) fn spawn(
         .name("command".to_owned())
         .stack_size(STACK_BYTES)
         .spawn(move || match start(&core, key, &request, &inbox) {
-            Ok(running) => running.run(),
-            Err(reason) => {
-                core.tell(|agent| agent.rejected(key, reason));
-                core.with(|state| state.forget(key));
-            }
+            Ok(Some(running)) => running.run(),
+            Ok(None) => {}
+            Err(reason) => core.refuse(key, reason),
         })
         .map(drop)
         .map_err(|error| format!("start a thread for the command: {error}"))
@@ -72,12 +70,13 @@ fn rejection(error: &AgentError) -> Rejection {
     }
 }
 
+/// The command, running; nothing when it might not run any more and was refused.
 fn start(
     core: &Arc<Core>,
     key: ExecKey,
     request: &ExecRequest,
     inbox: &Arc<Inbox>,
-) -> Result<Running, Rejection> {
+) -> Result<Option<Running>, Rejection> {
     let own = rustix::process::getuid().as_raw().to_string();
     let account =
         account::resolve(request.user.as_deref().unwrap_or(&own)).map_err(Rejection::Invalid)?;
@@ -88,21 +87,18 @@ fn start(
     .map_err(|error| rejection(&error))?;
     let mut launcher = Launcher::prepare(request, &account).map_err(|error| rejection(&error))?;
     // The point of no return, under the lock: after another epoch has begun it cannot be passed.
-    let released = core.with(|state| {
-        state
-            .agent
-            .may_start(key)
-            .then(|| launcher.release(&streams))
-    });
+    let released = core.release(key, || launcher.release(&streams));
     drop(streams);
-    let failure = match released {
-        Some(Ok(())) => None,
-        Some(Err(error)) => Some(rejection(&error)),
-        None => Some(Rejection::Invalid("the session has ended".to_owned())),
-    };
-    if let Some(reason) = failure {
-        launcher.give_up();
-        return Err(reason);
+    match released {
+        Some(Ok(())) => {}
+        Some(Err(error)) => {
+            launcher.give_up();
+            return Err(rejection(&error));
+        }
+        None => {
+            launcher.give_up();
+            return Ok(None);
+        }
     }
     let deadline = (request.timeout_ms > 0)
         .then(|| Instant::now() + Duration::from_millis(request.timeout_ms));
@@ -124,7 +120,7 @@ fn start(
     };
     let number = u32::try_from(pid.as_raw_nonzero().get()).unwrap_or(0);
     core.tell(|agent| agent.started(key, number, now_ns()));
-    Ok(Running {
+    Ok(Some(Running {
         core: Arc::clone(core),
         key,
         inbox: Arc::clone(inbox),
@@ -143,7 +139,7 @@ fn start(
         timed_out: false,
         status: None,
         buffer: vec![0; MAX_CHUNK_BYTES],
-    })
+    }))
 }
 
 /// The guest's wall clock in nanoseconds since 1970.

@@ -181,6 +181,33 @@ impl Core {
         );
     }
 
+    /// Starts the command if it may run. If not, it is refused before anybody else has the machine: its key may be told to
+    /// go again at once, and that is another start.
+    pub(crate) fn release<T>(
+        self: &Arc<Self>,
+        key: ExecKey,
+        start: impl FnOnce() -> T,
+    ) -> Option<T> {
+        let mut state = self.lock();
+        if state.agent.may_start(key) {
+            return Some(start());
+        }
+        let reason = Rejection::Invalid("the session has ended".to_owned());
+        self.refuse_in(&mut state, key, reason);
+        None
+    }
+
+    /// Notes that the command does not run, and that nothing of it is left.
+    pub(crate) fn refuse(self: &Arc<Self>, key: ExecKey, reason: Rejection) {
+        self.refuse_in(&mut self.lock(), key, reason);
+    }
+
+    fn refuse_in(self: &Arc<Self>, state: &mut State, key: ExecKey, reason: Rejection) {
+        let answers = state.agent.rejected(key, reason);
+        state.forget(key);
+        self.perform_all(state, answers);
+    }
+
     /// Looks at the machine under its lock.
     pub(crate) fn with<T>(&self, look: impl FnOnce(&mut State) -> T) -> T {
         look(&mut self.lock())
@@ -294,10 +321,7 @@ impl Core {
                 command::spawn(Arc::clone(self), key, *request, inbox)
             });
         if let Err(step) = begun {
-            let reason = Rejection::Start { step, errno: 0 };
-            let answers = state.agent.rejected(key, reason);
-            state.forget(key);
-            self.perform_all(state, answers);
+            self.refuse_in(state, key, Rejection::Start { step, errno: 0 });
         }
     }
 

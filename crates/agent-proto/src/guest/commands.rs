@@ -40,6 +40,9 @@ pub(super) struct Command {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) enum Progress {
     Starting,
+    // The session that has said go is gone. Nothing will run, unless the key is told to go again before the thread that
+    // prepares the program has asked: it is started for who has said so then.
+    Withdrawn,
     Released,
     Running {
         pid: u32,
@@ -83,6 +86,7 @@ impl Command {
 
     pub(super) fn state(&self) -> CommandState {
         match self.progress {
+            Progress::Withdrawn => CommandState::NotRun,
             Progress::Starting | Progress::Released | Progress::Running { .. } => {
                 CommandState::Running
             }
@@ -92,14 +96,14 @@ impl Command {
 
     pub(super) fn pid(&self) -> Option<u32> {
         match self.progress {
-            Progress::Starting | Progress::Released => None,
+            Progress::Starting | Progress::Withdrawn | Progress::Released => None,
             Progress::Running { pid, .. } | Progress::Ended { pid, .. } => Some(pid),
         }
     }
 
     fn entry(&self, key: ExecKey) -> CommandEntry {
         let started_ns = match self.progress {
-            Progress::Starting | Progress::Released => 0,
+            Progress::Starting | Progress::Withdrawn | Progress::Released => 0,
             Progress::Running { started_ns, .. } | Progress::Ended { started_ns, .. } => started_ns,
         };
         CommandEntry {
@@ -150,11 +154,11 @@ impl Commands {
         let Some(command) = self.table.get_mut(&attached.key) else {
             return;
         };
+        command.owner = None;
         if command.progress == Progress::Starting {
-            self.table.remove(&attached.key);
+            command.progress = Progress::Withdrawn;
             return;
         }
-        command.owner = None;
         if let (Some(input), Stdin::Open(window)) = (&mut command.input, &attached.stdin) {
             input.orphaned += usize::try_from(window.kept_bytes()).unwrap_or(usize::MAX);
         }
@@ -223,7 +227,12 @@ impl Commands {
         let running = self
             .table
             .iter()
-            .filter(|(_, command)| !matches!(command.progress, Progress::Ended { .. }))
+            .filter(|(_, command)| {
+                !matches!(
+                    command.progress,
+                    Progress::Ended { .. } | Progress::Withdrawn
+                )
+            })
             .map(|(key, _)| key);
         ended
             .chain(running)
@@ -244,8 +253,8 @@ impl Agent {
         }
     }
 
-    /// Whether the command may be started now. True at most once for a command; the caller starts it before
-    /// it hands the machine to anyone else.
+    /// Whether the command may be started now. True at most once for a command; the caller starts it, or reports
+    /// [`Agent::rejected`] and [`Agent::command_gone`], before it hands the machine to anyone else.
     pub fn may_start(&mut self, key: ExecKey) -> bool {
         if self.find_hindrance().is_some() {
             return false;
@@ -302,7 +311,7 @@ impl Agent {
             return Vec::new();
         };
         let reason = match command.progress {
-            Progress::Starting => hindrance.unwrap_or(reason),
+            Progress::Starting | Progress::Withdrawn => hindrance.unwrap_or(reason),
             Progress::Released => reason,
             Progress::Running { .. } | Progress::Ended { .. } => return Vec::new(),
         };

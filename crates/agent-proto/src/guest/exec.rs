@@ -94,10 +94,9 @@ impl Agent {
             self.reply(at, GuestMessage::Known { id: at.id, state }, actions);
             return Ok(());
         }
-        let limit = self.config.max_commands;
-        let live = self.commands.live.len();
-        let full = u32::try_from(live).map_or(true, |count| count >= limit);
-        let excess = full.then_some(Rejection::TooManyCommands { limit });
+        // One thread prepares a key's program, whoever has said go: with two, the one that is refused would speak for the other.
+        let is_prepared = self.commands.get(key).is_some();
+        let excess = (!is_prepared).then(|| self.find_command_excess()).flatten();
         if let Some(reason) = self.find_hindrance().or(excess) {
             self.reply(at, GuestMessage::Rejected { id: at.id, reason }, actions);
             return Ok(());
@@ -112,8 +111,17 @@ impl Agent {
         let mut attached = Attached::new(key, [0; 2]);
         attached.awaits_start = true;
         self.open_stream(at, Stream::Command(Box::new(attached)));
-        actions.push(Action::Start { key, request });
+        if !is_prepared {
+            actions.push(Action::Start { key, request });
+        }
         Ok(())
+    }
+
+    fn find_command_excess(&self) -> Option<Rejection> {
+        let limit = self.config.max_commands;
+        let live = self.commands.live.len();
+        let full = u32::try_from(live).map_or(true, |count| count >= limit);
+        full.then_some(Rejection::TooManyCommands { limit })
     }
 
     pub(super) fn on_attach(
@@ -166,9 +174,9 @@ impl Agent {
             let known = self.epoch().unwrap_or(Epoch([0; 16]));
             return Some(Rejection::Unknown(self.command_state(key, known)));
         };
-        if command.progress == Progress::Starting {
+        if matches!(command.progress, Progress::Starting | Progress::Withdrawn) {
             // Who has said go is still to be told of it.
-            return Some(Rejection::Unknown(CommandState::Running));
+            return Some(Rejection::Unknown(command.state()));
         }
         let kept = command.kept();
         let beyond = [0, 1].iter().any(|&place| from[place] > kept[place].end);

@@ -14,6 +14,9 @@
 //!
 //! a life:        held ── release (the workload goes on) ──▶ released: commands are accepted
 //! a command:     noted (Exec) ── Go ──▶ Starting ── may_start ──▶ Released ── started ──▶ Running ──▶ Ended, remembered
+//!                                        │   ▲ Go of another session
+//!                           session gone ▼   │
+//!                                       Withdrawn ── the thread that prepares it asks: no ──▶ forgotten
 //! workload:      Running ── freeze ──▶ Freezing ──▶ Frozen ── thaw in the same life, release of the next ──▶ Thawing ──▶ Running
 //! file systems:  Thawed ── freeze ──▶ Freezing ──▶ Frozen ── thaw, time over, owner gone ──▶ Thawing ──▶ Thawed
 //!                                                     ▲  freezing or thawing failed half-way   │

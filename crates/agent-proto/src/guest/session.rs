@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use super::files::FileStream;
-use super::life::{Life, Port};
+use super::life::Port;
 use super::{Action, Agent, StreamKey};
 use crate::flow::{ReceiveWindow, SendWindow};
 use crate::frame::Kind;
@@ -98,8 +98,9 @@ impl Agent {
         let current = self.epoch() == Some(frame.epoch);
         let Some(session) = self.session(port, frame.nonce) else {
             self.stale_frames += 1;
-            // An agent that was restarted knows no session, of whatever epoch.
-            if current || self.life == (Life::Unknown { tried: None }) {
+            // Of an epoch that has passed it lay in the port when the machine was captured, or its host was told. One that this
+            // agent has never lived is that of a host whose agent was restarted: nobody has told it yet.
+            if current || !self.has_known(frame.epoch) {
                 self.deny_session(port, frame, actions);
             }
             return;

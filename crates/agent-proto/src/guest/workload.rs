@@ -23,8 +23,8 @@ pub(super) enum Workload {
     Running,
     Freezing {
         owner: StreamKey,
-        // A release that waits for it.
-        then: Option<StreamKey>,
+        // What waits for it: its owner is gone, or a capture fell into the freezing.
+        then: Option<Awaiting>,
     },
     Frozen,
     Thawing {
@@ -32,6 +32,13 @@ pub(super) enum Workload {
         // The epoch that is released by it.
         releases: Option<Epoch>,
     },
+}
+
+/// A request that lets the processes go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Awaiting {
+    Thaw(StreamKey),
+    Release(StreamKey),
 }
 
 impl Workload {
@@ -71,9 +78,8 @@ impl Agent {
         match self.workload {
             Workload::Running => self.answer(key, Done::Ok),
             Workload::Frozen => self.thaw_workload(key, None),
-            Workload::Freezing { .. } | Workload::Thawing { .. } => {
-                self.answer(key, failed("the workload is being frozen or thawed"))
-            }
+            Workload::Thawing { releases, .. } => self.join_thaw(key, releases),
+            Workload::Freezing { .. } => self.await_freeze(Awaiting::Thaw(key)),
         }
     }
 
@@ -81,27 +87,42 @@ impl Agent {
         let Some(epoch) = self.epoch() else {
             return Vec::new();
         };
-        if let Workload::Thawing { asked, .. } = self.workload
-            && self.session(asked.port, asked.nonce).is_none()
-        {
-            // A capture fell into the thawing: who had asked for it is of another life.
-            let (asked, releases) = (key, Some(epoch));
-            self.workload = Workload::Thawing { asked, releases };
-            return Vec::new();
-        }
-        match &mut self.workload {
+        match self.workload {
             Workload::Running => {
                 self.release(epoch);
                 self.answer(key, Done::Released { duration_ns: 0 })
             }
             Workload::Frozen => self.thaw_workload(key, Some(epoch)),
-            Workload::Freezing { then, .. } if then.is_none() => {
-                // A capture fell into the freezing.
-                *then = Some(key);
-                Vec::new()
+            // Whoever began the thaw may be gone; and a capture may have fallen into it.
+            Workload::Thawing { .. } => self.join_thaw(key, Some(epoch)),
+            Workload::Freezing { .. } => self.await_freeze(Awaiting::Release(key)),
+        }
+    }
+
+    /// Waits for the end of the freezing, instead of who has waited so far.
+    fn await_freeze(&mut self, next: Awaiting) -> Vec<Action> {
+        let Workload::Freezing { then, .. } = &mut self.workload else {
+            unreachable!("only a freezing that is under way is awaited")
+        };
+        match then.replace(next) {
+            Some(Awaiting::Thaw(before) | Awaiting::Release(before)) => {
+                self.answer(before, failed(OVERTAKEN))
             }
-            Workload::Freezing { .. } | Workload::Thawing { .. } => {
-                self.answer(key, failed("the workload is being frozen or thawed"))
+            None => Vec::new(),
+        }
+    }
+
+    /// Waits for the thaw that is under way, instead of who has waited so far: whoever asks last is the one who listens.
+    fn join_thaw(&mut self, key: StreamKey, releases: Option<Epoch>) -> Vec<Action> {
+        let joined = Workload::Thawing {
+            asked: key,
+            releases,
+        };
+        let before = std::mem::replace(&mut self.workload, joined);
+        match before {
+            Workload::Thawing { asked, .. } => self.answer(asked, failed(OVERTAKEN)),
+            Workload::Running | Workload::Freezing { .. } | Workload::Frozen => {
+                unreachable!("only a thaw that is under way is joined")
             }
         }
     }
@@ -125,6 +146,8 @@ impl Agent {
             return Vec::new();
         };
         let (outcome, frozen) = match result {
+            // Who has asked must not take for standing what goes on at once.
+            Ok(()) if then.is_some() => (failed(OVERTAKEN), true),
             Ok(()) => (Done::Ok, true),
             Err(failure) => (
                 Done::Failed(bounded_text(failure.error)),
@@ -137,12 +160,20 @@ impl Agent {
             Workload::Running
         };
         let mut actions = self.answer(owner, outcome);
-        if let Some(release) = then
-            && self.session(release.port, release.nonce).is_some()
-        {
-            actions.extend(self.on_release(release));
-        }
+        actions.extend(self.follow_freeze(then));
         actions
+    }
+
+    fn follow_freeze(&mut self, then: Option<Awaiting>) -> Vec<Action> {
+        match then {
+            Some(Awaiting::Thaw(key)) if self.session(key.port, key.nonce).is_some() => {
+                self.on_thaw_workload(key)
+            }
+            Some(Awaiting::Release(key)) if self.session(key.port, key.nonce).is_some() => {
+                self.on_release(key)
+            }
+            Some(Awaiting::Thaw(_) | Awaiting::Release(_)) | None => Vec::new(),
+        }
     }
 
     /// Takes what thawing the workload came to, and how long it took in nanoseconds. After a failure it counts as frozen.
@@ -165,6 +196,8 @@ impl Agent {
         self.answer(asked, outcome)
     }
 }
+
+const OVERTAKEN: &str = "another has asked to let the workload go on meanwhile";
 
 fn failed(why: &str) -> Done {
     Done::Failed(why.to_owned())
