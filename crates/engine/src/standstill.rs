@@ -44,17 +44,6 @@ impl Standstill {
     }
 }
 
-impl Standstill {
-    /// For state that somebody else may run, who releases nobody: the processes run on.
-    pub(crate) fn of_nobody() -> Self {
-        Self {
-            session: None,
-            runtime: Handle::current(),
-            failure: Mutex::new(None),
-        }
-    }
-}
-
 impl Engine {
     /// Reaches the agent before anything stands still.
     pub(crate) async fn prepare_standstill(&self, sandbox: &Sandbox) -> Standstill {
