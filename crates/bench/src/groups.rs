@@ -4,7 +4,7 @@ use std::future::Future;
 use std::pin::Pin;
 
 use crate::error::Result;
-use crate::{Bench, Run, fork, growth, image, pause, rate};
+use crate::{Bench, Run, fork, growth, image, pause, rate, save};
 
 /// Every group, in the order in which they are measured. A further one is one line here and a module of its own.
 pub const GROUPS: &[Group] = &[
@@ -13,6 +13,7 @@ pub const GROUPS: &[Group] = &[
     Group::of_guests("fork", |bench| Box::pin(fork::measure(bench))),
     Group::of_guests("growth", |bench| Box::pin(growth::measure(bench))),
     Group::of_guests("pause", |bench| Box::pin(pause::measure(bench))),
+    Group::of_guests("save", |bench| Box::pin(save::measure(bench))),
     Group::of_guests("rate", |bench| Box::pin(rate::measure(bench))),
 ];
 

@@ -469,7 +469,7 @@ pub enum SaveCommand {
     /// Write a save image with another compression, or make one of a checkpoint, or a checkpoint of one
     #[command(
         after_help = "`checkpoint:NAME` names a checkpoint of the store, by name or id. No VM is run. An image made of a \
-checkpoint has overlays beside it as with `stead save write`.\n\nExamples:\n  stead save convert web.save web.zst.save \
+checkpoint has overlays beside it as with `stead save write`.\n\nExample:\n  stead save convert web.save web.zst.save \
 --format zstd\n  stead save convert checkpoint:ready ready.save --format raw\n  stead save convert web.save checkpoint:web"
     )]
     Convert(SaveConvertArgs),
