@@ -117,7 +117,6 @@ fn a_capture_at_any_moment_gives_a_source_that_goes_on_and_copies_that_wait_for_
     if is_soak() {
         let twice = Bounds {
             captures: 2,
-            single_steps: true,
             ..bounds
         };
         search(
@@ -145,7 +144,6 @@ fn a_capture_that_nobody_has_prepared_gives_copies_that_are_ready_and_run_nothin
     if is_soak() {
         let twice = Bounds {
             abrupt_captures: 2,
-            single_steps: true,
             ..bounds
         };
         search("2 abrupt captures, 1 fault", with_faults(1, twice), &[]);
