@@ -2,7 +2,11 @@
 #![no_main]
 
 #[path = "../../crates/agent-proto/tests/untrusted/mod.rs"]
-#[allow(dead_code, reason = "the other fuzzer and the tests use the rest")]
+#[allow(
+    dead_code,
+    unused_imports,
+    reason = "the other fuzzer and the tests use the rest"
+)]
 mod untrusted;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| drop(untrusted::host(bytes)));
