@@ -108,6 +108,8 @@ enum Event {
     Gone(u32),
     /// Bytes that are no frame.
     Garbage(u32),
+    /// Another agent takes the place of this one.
+    Replace,
 }
 
 /// The agent, what it was told to do, and an independent record of what it may do.
@@ -228,8 +230,22 @@ impl World {
                 self.take(actions);
                 assert_eq!(self.agent.attached(port), None, "garbage ends a session");
             }
+            Event::Replace => self.replace(),
         }
         self.check();
+    }
+
+    fn replace(&mut self) {
+        let running = self.agent.unfinished().collect();
+        let Ok(left) = self.agent.bequeath(&running) else {
+            return;
+        };
+        let next = Agent::new(config()).with_heritage(&left).unwrap();
+        assert_eq!(next.epoch(), self.agent.epoch());
+        assert_eq!(next.is_released(), self.agent.is_released());
+        self.agent = next;
+        self.steps.clear();
+        self.starts.clear();
     }
 
     fn take(&mut self, actions: Vec<Action>) {
@@ -367,6 +383,7 @@ fn failing_steps_leaving_hosts_and_garbage_keep_the_same_promises() {
         Event::Step(false),
         Event::Gone(0),
         Event::Garbage(1),
+        Event::Replace,
         Event::Launch,
     ];
     let mut begun = World::new();
@@ -724,6 +741,58 @@ fn a_release_waits_for_a_freeze_or_a_thaw_that_a_capture_fell_into() {
     }
 }
 
+#[test]
+fn a_shutdown_thaws_the_workload_first_and_never_in_a_life_that_was_not_released() {
+    let mut agent = Agent::new(Config {
+        may_shut_down: true,
+        ..config()
+    });
+    complete(&mut agent, 0, 1, 10);
+    let kind = ShutdownKind::Poweroff;
+    let shutdown = |by_init| Action::Shutdown {
+        port: 0,
+        kind,
+        by_init,
+    };
+    let asked = |id| request(id, Request::Shutdown(kind));
+    let running = agent.clone().on_item(0, to_guest(1, 10, 3, &asked(3)));
+    assert!(running.contains(&shutdown(true)), "{running:?}");
+    let freeze = request(3, Request::FreezeWorkload { limit_ms: 5 });
+    agent.on_item(0, to_guest(1, 10, 3, &freeze));
+    agent.workload_frozen(Ok(()));
+    said(&mut agent, 0);
+    let mut source = agent.clone();
+    let first = source.on_item(0, to_guest(1, 10, 4, &asked(4)));
+    assert_eq!(first, [Action::ThawWorkload]);
+    assert_eq!(said(&mut source, 0), [], "not before the thaw");
+    let mut stuck = source.clone();
+    assert!(
+        !stuck
+            .workload_thawed(Err("no".into()))
+            .contains(&shutdown(true))
+    );
+    assert!(matches!(
+        said(&mut stuck, 0)[..],
+        [GuestMessage::Done {
+            id: 4,
+            outcome: Done::Failed(_)
+        }]
+    ));
+    assert!(source.workload_thawed(Ok(1)).contains(&shutdown(true)));
+    assert!(matches!(
+        said(&mut source, 0)[..],
+        [GuestMessage::Done {
+            id: 4,
+            outcome: Done::Ok
+        }]
+    ));
+    acknowledge(&mut agent, 0, 2, 20);
+    let clone = agent.on_item(0, to_guest(2, 20, 2, &asked(1)));
+    assert!(clone.contains(&shutdown(false)), "{clone:?}");
+    assert!(!clone.contains(&Action::ThawWorkload));
+    assert_eq!(agent.workload(), WorkloadState::Frozen);
+}
+
 /// A go that lies whole in a port when the guest is captured: in the clone it finds the workload frozen, or another life.
 #[test]
 fn a_go_that_a_capture_cut_off_from_its_host_runs_in_no_clone() {
@@ -747,6 +816,110 @@ fn a_go_that_a_capture_cut_off_from_its_host_runs_in_no_clone() {
         let state = clone.command_state(key(10, 2), Epoch([1; 16]));
         assert_eq!(state, CommandState::NotRun);
     }
+}
+
+/// What was released, listened to and kept is known to the agent that follows; what was only asked for has not run.
+#[test]
+fn what_an_agent_knew_of_commands_is_known_to_the_one_in_its_place_and_none_runs_again() {
+    let mut agent = Agent::new(config());
+    complete(&mut agent, 0, 1, 10);
+    let mut seq = 3;
+    let mut say = |agent: &mut Agent, message: HostMessage| {
+        let heard = told(agent, 0, to_guest(1, 10, seq, &message));
+        seq += 1;
+        heard
+    };
+    for id in [2, 3, 4] {
+        say(&mut agent, exec(10, id));
+        say(&mut agent, HostMessage::Go { id });
+    }
+    for id in [2, 3] {
+        assert!(agent.may_start(key(10, id)));
+        agent.started(key(10, id), 7, 1);
+        agent.output(key(10, id), OutputStream::Stdout, b"before");
+    }
+    agent.exited(key(10, 3), ExitStatus::Code(5));
+    let running: BTreeSet<ExecKey> = agent.unfinished().collect();
+    assert_eq!(running, BTreeSet::from([key(10, 2)]));
+    let error = agent.bequeath(&BTreeSet::new()).unwrap_err();
+    assert!(error.contains("being started"), "{error}");
+    let left = agent.bequeath(&running).unwrap();
+    assert_eq!(
+        blake3::hash(&left).to_hex()[..16],
+        *"47594986ecdfc370",
+        "another form needs another version"
+    );
+    let mut next = Agent::new(config()).with_heritage(&left).unwrap();
+    let life = Epoch([1; 16]);
+    let state = |id| next.command_state(key(10, id), life);
+    assert_eq!(state(2), CommandState::Running);
+    assert_eq!(state(3), CommandState::Ended(ExitStatus::Code(5)));
+    assert_eq!(state(4), CommandState::NotRun);
+    assert!(!next.may_start(key(10, 2)) && !next.may_start(key(10, 4)));
+    next.on_item(
+        1,
+        to_guest(1, 11, 0, &HostMessage::Hello(hello(Reason::Reattach))),
+    );
+    said(&mut next, 1);
+    let attach = |id, command| HostMessage::Attach {
+        id,
+        key: key(10, command),
+        from: [0, 0],
+    };
+    next.output(key(10, 2), OutputStream::Stdout, b" and after");
+    let mut heard = told(&mut next, 1, to_guest(1, 11, 1, &attach(1, 2)));
+    heard.extend(told(&mut next, 1, to_guest(1, 11, 2, &attach(2, 3))));
+    next.exited(key(10, 2), ExitStatus::Code(6));
+    heard.extend(said(&mut next, 1));
+    let output = |id: u64| {
+        let data = heard.iter().filter_map(|message| match message {
+            GuestMessage::Output { id: of, data, .. } if *of == id => Some(data.0.clone()),
+            _ => None,
+        });
+        data.flatten().collect::<Vec<u8>>()
+    };
+    assert_eq!(output(1), b"before and after");
+    assert_eq!(output(2), b"before");
+    let ends: Vec<_> = heard
+        .iter()
+        .filter_map(|message| match message {
+            GuestMessage::Exit { id, status } => Some((*id, *status)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(ends, [(2, ExitStatus::Code(5)), (1, ExitStatus::Code(6))]);
+    // What is not whole, or another version's, is no heritage.
+    for length in 0..left.len() {
+        assert!(Agent::new(config()).with_heritage(&left[..length]).is_err());
+    }
+    for at in 0..left.len() {
+        let mut changed = left.clone();
+        changed[at] ^= 0xff;
+        // Whatever comes of it, nothing is taken on trust.
+        drop(Agent::new(config()).with_heritage(&changed));
+    }
+}
+
+#[test]
+fn no_agent_is_replaced_while_something_is_under_way_that_only_it_can_finish() {
+    let none = BTreeSet::new();
+    let mut agent = Agent::new(config());
+    complete(&mut agent, 0, 1, 10);
+    agent.bequeath(&none).unwrap();
+    let mut frozen = agent.clone();
+    let freeze = request(3, Request::FreezeWorkload { limit_ms: 5 });
+    frozen.on_item(0, to_guest(1, 10, 3, &freeze));
+    assert!(frozen.bequeath(&none).unwrap_err().contains("stand still"));
+    let mut freezing = agent.clone();
+    let freeze = request(3, Request::Freeze { limit_ms: 5 });
+    freezing.on_item(0, to_guest(1, 10, 3, &freeze));
+    assert!(freezing.bequeath(&none).unwrap_err().contains("frozen"));
+    agent.on_item(
+        1,
+        to_guest(2, 20, 0, &HostMessage::Hello(hello(Reason::Restore))),
+    );
+    agent.on_item(1, to_guest(2, 20, 1, &HostMessage::Setup(setup())));
+    assert!(agent.bequeath(&none).unwrap_err().contains("handshake"));
 }
 
 /// A command that floods and one that says a line: the line goes out after one chunk of the flood, answers before both.

@@ -12,6 +12,8 @@
 //! output is kept for who attaches; its input stays open without bytes, because an end would make it
 //! take half an input for a whole one.
 
+mod handed;
+
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -32,11 +34,14 @@ use stead_agent_proto::message::{ExecRequest, ExitStatus, OutputStream, Pty, Rej
 
 use crate::account;
 use crate::core::Core;
+use crate::drain::Left;
 use crate::error::{self, AgentError, Attempt};
 use crate::inbox::Inbox;
 use crate::launch::{Failure, Launcher, Streams};
 use crate::pty::{Terminal, TerminalSize};
 use crate::reaper::Owned;
+
+pub(crate) use handed::revive;
 
 const STACK_BYTES: usize = 256 * 1024;
 /// How long a terminal may be silent after its command before the command's output counts as complete. The kernel passes on
@@ -305,6 +310,7 @@ struct Ready {
 impl Running {
     fn run(mut self) {
         while !self.is_complete() {
+            self.core.pause_for_handover(self.key, || self.heir());
             let wanted = self.wanted_outputs();
             let ready = self.wait(wanted);
             if ready.bell {
@@ -565,14 +571,8 @@ impl Running {
         let Some(status) = self.status else {
             unreachable!("a command is finished when it has ended");
         };
-        let key = self.key;
-        self.core.tell(|agent| agent.exited(key, status));
-        let pipes = self
-            .outputs
-            .into_iter()
-            .filter_map(|output| output.pipe)
-            .collect();
-        // It is forgotten there, at once when no pipe is left.
-        self.core.drain.take_over(key, pipes);
+        let pipes = self.outputs.into_iter().filter_map(|output| output.pipe);
+        let left = Left::new(self.key, Pid::as_raw(Some(self.pid)), pipes);
+        self.core.finish(status, left);
     }
 }

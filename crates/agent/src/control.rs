@@ -10,11 +10,12 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use crate::core::Core;
 use crate::error::{AgentError, Attempt, chain};
-use crate::handover::Handover;
 use crate::upgrade;
 
 /// Where the agent of a machine listens.
@@ -37,12 +38,19 @@ struct Request {
     digest: [u8; 32],
 }
 
-/// Begins to listen as the options of `serve` say, and gives the others. An agent that serves a socket listens only where it
-/// is told to.
+/// Where orders come in, if they do.
+#[derive(Debug)]
+pub(crate) struct Control {
+    listener: Option<UnixListener>,
+    // What this agent was started with, and the next one will be.
+    options: Vec<OsString>,
+}
+
+/// Listens as the options of `serve` say, and gives the others. An agent that serves a socket listens only where it is told to.
 ///
 /// # Errors
-/// When the name that the options give is taken, or the thread cannot be started.
-pub(crate) fn start(options: &[OsString]) -> Result<Vec<OsString>, AgentError> {
+/// When the name that the options give is taken.
+pub(crate) fn listen(options: &[OsString]) -> Result<(Vec<OsString>, Control), AgentError> {
     let mut others = options.to_vec();
     let given = match others.iter().position(|option| option == OPTION) {
         Some(at) if at + 1 < others.len() => {
@@ -59,36 +67,51 @@ pub(crate) fn start(options: &[OsString]) -> Result<Vec<OsString>, AgentError> {
         None => Some(NAME.to_owned()),
     };
     let serves_a_socket = |option: &OsString| option.to_string_lossy().ends_with("socket");
-    match given {
-        Some(name) => begin(&name, options)?,
-        None if others.iter().any(serves_a_socket) => {}
-        None => {
+    let listener = match given {
+        Some(name) => Some(bind(&name)?),
+        None if others.iter().any(serves_a_socket) => None,
+        None => match bind(NAME) {
+            Ok(listener) => Some(listener),
             // Somebody else in the guest may have the name: no reason to let nobody in.
-            if let Err(error) = begin(NAME, options) {
+            Err(error) => {
                 eprintln!("stead-agent: {}", chain(&error));
+                None
             }
-        }
-    }
-    Ok(others)
-}
-
-fn begin(name: &str, options: &[OsString]) -> Result<(), AgentError> {
-    let listener = address(name)
-        .and_then(|address| UnixListener::bind_addr(&address))
-        .attempt(|| format!("listen for orders at {name}"))?;
+        },
+    };
     let options = options.to_vec();
-    thread::Builder::new()
-        .name("control".to_owned())
-        .stack_size(STACK_BYTES)
-        .spawn(move || listen(&listener, &options))
-        .attempt(|| "start the thread control".to_owned())
-        .map(drop)
+    Ok((others, Control { listener, options }))
 }
 
-fn listen(listener: &UnixListener, options: &[OsString]) {
+fn bind(name: &str) -> Result<UnixListener, AgentError> {
+    address(name)
+        .and_then(|address| UnixListener::bind_addr(&address))
+        .attempt(|| format!("listen for orders at {name}"))
+}
+
+impl Control {
+    /// Begins to follow orders, on a thread of its own.
+    ///
+    /// # Errors
+    /// When the thread cannot be started.
+    pub(crate) fn start(self, core: &Arc<Core>) -> Result<(), AgentError> {
+        let Some(listener) = self.listener else {
+            return Ok(());
+        };
+        let core = Arc::clone(core);
+        thread::Builder::new()
+            .name("control".to_owned())
+            .stack_size(STACK_BYTES)
+            .spawn(move || follow(&core, &listener, &self.options))
+            .attempt(|| "start the thread control".to_owned())
+            .map(drop)
+    }
+}
+
+fn follow(core: &Core, listener: &UnixListener, options: &[OsString]) {
     loop {
         let served = listener.accept().and_then(|(mut stream, _)| {
-            let answer = match serve(&mut stream, options) {
+            let answer = match serve(core, &mut stream, options) {
                 Ok(never) => match never {},
                 Err(error) => chain(&error),
             };
@@ -102,7 +125,7 @@ fn listen(listener: &UnixListener, options: &[OsString]) {
 
 enum Never {}
 
-fn serve(stream: &mut UnixStream, options: &[OsString]) -> Result<Never, AgentError> {
+fn serve(core: &Core, stream: &mut UnixStream, options: &[OsString]) -> Result<Never, AgentError> {
     let peer =
         rustix::net::sockopt::socket_peercred(&*stream).attempt(|| "learn who asks".to_owned())?;
     if !peer.uid.is_root() {
@@ -112,14 +135,23 @@ fn serve(stream: &mut UnixStream, options: &[OsString]) -> Result<Never, AgentEr
         )));
     }
     let request = read_request(stream).attempt(|| "read an order".to_owned())?;
+    if let Some(why) = core.find_handover_hindrance() {
+        return Err(AgentError::Usage(format!(
+            "not now: {why}; the agent is unchanged"
+        )));
+    }
     let target = upgrade::own_file()?;
     let installed = upgrade::install(&request.file, &request.digest, &target)?;
     eprintln!(
         "stead-agent: becoming version {} ({} bytes)",
         installed.version, installed.bytes
     );
-    writeln!(stream, "{RESTARTING}").attempt(|| "answer an order".to_owned())?;
-    Err(upgrade::restart(&target, options, Handover::default()))
+    Err(core.hand_over(|handover| {
+        match writeln!(stream, "{RESTARTING}").attempt(|| "answer an order".to_owned()) {
+            Ok(()) => upgrade::restart(&target, options, handover),
+            Err(error) => error,
+        }
+    }))
 }
 
 /// Whoever is at the other end must be root: anybody may connect to an abstract name, and take one that is free.
@@ -240,14 +272,15 @@ mod tests {
     fn an_agent_that_serves_a_socket_takes_orders_only_where_it_is_told_to() {
         let options = |words: &[&str]| words.iter().map(OsString::from).collect::<Vec<_>>();
         let given = options(&["--socket", "/x", "--no-clock"]);
-        assert_eq!(start(&given).expect("nothing to do"), given);
+        let (others, control) = listen(&given).expect("nothing to do");
+        assert_eq!(others, given);
+        assert!(control.listener.is_none());
         let name = format!("stead-test-{}", std::process::id());
         let named = options(&["--control", &name, "--socket", "/x"]);
-        assert_eq!(
-            start(&named).expect("listens"),
-            options(&["--socket", "/x"])
-        );
-        assert!(start(&named).is_err(), "the name is taken");
-        assert!(start(&options(&["--control"])).is_err());
+        let (others, control) = listen(&named).expect("listens");
+        assert_eq!(others, options(&["--socket", "/x"]));
+        assert_eq!(control.options, named);
+        assert!(listen(&named).is_err(), "the name is taken");
+        assert!(listen(&options(&["--control"])).is_err());
     }
 }

@@ -5,6 +5,7 @@
 //! handshake, which may take time, are given back to the port's reader.
 
 use std::collections::HashMap;
+use std::collections::btree_map::Entry;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -12,16 +13,19 @@ use std::time::{Duration, Instant};
 use stead_agent::files::Files;
 use stead_agent_proto::frame::Item;
 use stead_agent_proto::guest::{Action, Agent, StreamKey};
-use stead_agent_proto::message::{self, ExecRequest, Phase, Rejection};
+use stead_agent_proto::message::{self, ExecRequest, ExitStatus, Phase, Rejection};
 use stead_agent_proto::{ExecKey, Frame, Nonce};
 
 use crate::chores::Chores;
 use crate::command;
-use crate::drain::Drain;
+use crate::drain::{Drain, Left};
+use crate::error::AgentError;
 use crate::file_streams;
 use crate::freeze;
+use crate::handover::{Handover, Heir};
 use crate::inbox::Inbox;
 use crate::setup::Setup;
+use crate::succession::{self, Given, HANDOVER_LIMIT, HANDOVER_PAUSE, Led, Unfinished};
 use crate::{shutdown, standstill};
 
 const LAST_ANSWER_LIMIT: Duration = Duration::from_secs(2);
@@ -35,7 +39,9 @@ pub(crate) struct Core {
     setup: Setup,
     orders: Orders,
     chores: Chores,
-    pub(crate) drain: Drain,
+    drain: Drain,
+    // Rung when a command is given to the next agent, and when it stays with this one.
+    handed: Condvar,
     pub(crate) files: Files,
 }
 
@@ -55,6 +61,8 @@ pub(crate) struct State {
     ports: HashMap<u32, Port>,
     commands: HashMap<ExecKey, Arc<Inbox>>,
     files: HashMap<StreamKey, Arc<file_streams::Inlet>>,
+    // While another agent is to take this one's place: what the threads of commands have given. They wait then.
+    given: Option<Given>,
 }
 
 /// What a port's writer waits for.
@@ -87,12 +95,14 @@ impl Core {
                 ports: HashMap::new(),
                 commands: HashMap::new(),
                 files: HashMap::new(),
+                given: None,
             }),
             steps: Mutex::new(()),
             setup,
             orders,
             chores,
             drain,
+            handed: Condvar::new(),
             files: Files::default(),
         }
     }
@@ -189,7 +199,7 @@ impl Core {
         start: impl FnOnce() -> T,
     ) -> Option<T> {
         let mut state = self.lock();
-        if state.agent.may_start(key) {
+        if state.may_start(key) {
             return Some(start());
         }
         let reason = Rejection::Invalid("the session has ended".to_owned());
@@ -206,6 +216,98 @@ impl Core {
         let answers = state.agent.rejected(key, reason);
         state.forget(key);
         self.perform_all(state, answers);
+    }
+
+    /// Notes that a command has ended and all its output was passed on; what is left is emptied until nobody has it open.
+    pub(crate) fn finish(self: &Arc<Self>, status: ExitStatus, left: Left) {
+        let mut state = self.lock();
+        let actions = state.agent.exited(left.key(), status);
+        let due = self.perform_all(&mut state, actions);
+        assert!(due.is_none(), "the end of a command begins no handshake");
+        // Under the lock, so that a handover finds it either running or here.
+        self.drain.take_over(left);
+    }
+
+    /// Goes on with the commands of the agent before this one, and empties what others of its commands have left.
+    pub(crate) fn inherit(self: &Arc<Self>, led: Vec<Led>, drained: Vec<Heir>) {
+        for heir in drained {
+            if let Some(key) = heir.key {
+                let pipes = heir.outputs;
+                self.drain
+                    .take_over(Left::new(ExecKey(key), heir.pid, pipes));
+            }
+        }
+        for led in led {
+            let key = led.key;
+            let begun = Inbox::new().and_then(|inbox| {
+                let inbox = Arc::new(inbox);
+                self.lock().commands.insert(key, Arc::clone(&inbox));
+                command::revive(self, led, inbox)
+            });
+            if let Err(error) = begun {
+                succession::complain(key, &error);
+            }
+        }
+    }
+
+    /// For the thread of a command: gives what another agent needs to go on with it, and waits, while one is to take the
+    /// place of this one. Returns when none is, or none could.
+    pub(crate) fn pause_for_handover(
+        &self,
+        key: ExecKey,
+        give: impl Fn() -> Result<(Heir, Unfinished), AgentError>,
+    ) {
+        let mut state = self.lock();
+        while let Some(given) = &mut state.given {
+            if let Entry::Vacant(place) = given.entry(key) {
+                match give() {
+                    Ok(heir) => {
+                        place.insert(heir);
+                    }
+                    Err(error) => succession::complain(key, &error),
+                }
+                self.handed.notify_all();
+            }
+            state = self
+                .handed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Why no other agent could take the place of this one at the moment, if so.
+    pub(crate) fn find_handover_hindrance(&self) -> Option<String> {
+        let state = self.lock();
+        let all = state.agent.unfinished().collect();
+        state.agent.bequeath(&all).err()
+    }
+
+    /// Has every command's thread give what it has, and hands all of it to `become_other`, which returns only when it fails;
+    /// then everything goes on as before.
+    pub(crate) fn hand_over(
+        &self,
+        become_other: impl FnOnce(Handover) -> AgentError,
+    ) -> AgentError {
+        let mut state = self.lock();
+        assert!(state.given.is_none(), "one order is followed at a time");
+        state.given = Some(Given::new());
+        state.commands.values().for_each(|inbox| inbox.ring());
+        let end = Instant::now() + HANDOVER_LIMIT;
+        while !state.have_all_given() && Instant::now() < end {
+            state = self
+                .handed
+                .wait_timeout(state, HANDOVER_PAUSE)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        let collected = self
+            .drain
+            .heirs()
+            .and_then(|drained| state.collect(drained));
+        let error = collected.map_or_else(|error| error, become_other);
+        state.given = None;
+        self.handed.notify_all();
+        error
     }
 
     /// Looks at the machine under its lock.
@@ -284,9 +386,13 @@ impl Core {
                     self.perform_all(state, answers);
                 }
             }
-            Action::Shutdown { port, kind } => {
+            Action::Shutdown {
+                port,
+                kind,
+                by_init,
+            } => {
                 let core = Arc::clone(self);
-                shutdown::begin(kind, move || {
+                shutdown::begin(kind, by_init, move || {
                     core.wait_until_written(port, LAST_ANSWER_LIMIT)
                 });
             }
@@ -331,6 +437,30 @@ impl Core {
 }
 
 impl State {
+    /// Whether the command may be started now; see [`Agent::may_start`].
+    pub(crate) fn may_start(&mut self, key: ExecKey) -> bool {
+        self.given.is_none() && self.agent.may_start(key)
+    }
+
+    fn have_all_given(&self) -> bool {
+        let has_given = |key| {
+            self.given
+                .as_ref()
+                .is_some_and(|given| given.contains_key(&key))
+        };
+        self.agent.unfinished().all(has_given)
+    }
+
+    fn collect(&mut self, drained: Vec<Heir>) -> Result<Handover, AgentError> {
+        let commands = &self.commands;
+        let letters = |key| {
+            let inbox = commands.get(&key);
+            inbox.map(|inbox| inbox.look()).unwrap_or_default()
+        };
+        let given = self.given.get_or_insert_default();
+        succession::collect(&self.agent, given, drained, letters)
+    }
+
     /// Forgets a command of which nothing is left.
     pub(crate) fn forget(&mut self, key: ExecKey) {
         self.commands.remove(&key);

@@ -3,9 +3,9 @@
 //! A command may end and leave a background process that holds its output open. That pipe is kept and emptied
 //! here until the last writer has closed it.
 
+use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
@@ -13,86 +13,120 @@ use stead_agent_proto::ExecKey;
 
 use crate::core::Core;
 use crate::error::{AgentError, Attempt};
+use crate::handover::Heir;
 
 /// Takes pipes over.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Drain {
-    handed: Mutex<Sender<Left>>,
-    bell: Arc<OwnedFd>,
-}
-
-/// The other end of [`Drain`].
-#[derive(Debug)]
-pub(crate) struct Drainer {
-    handed: Receiver<Left>,
+    kept: Arc<Mutex<Vec<Left>>>,
     bell: Arc<OwnedFd>,
 }
 
 /// What a command left behind.
 #[derive(Debug)]
-struct Left {
+pub(crate) struct Left {
     key: ExecKey,
-    pipes: Vec<OwnedFd>,
+    pid: i32,
+    pipes: Vec<Arc<OwnedFd>>,
+}
+
+impl Left {
+    /// What is left of the command, which was process `pid`. The pipes do not block.
+    pub(crate) fn new(key: ExecKey, pid: i32, pipes: impl IntoIterator<Item = OwnedFd>) -> Self {
+        let pipes = pipes.into_iter().map(Arc::new).collect();
+        Self { key, pid, pipes }
+    }
+
+    /// The command.
+    pub(crate) fn key(&self) -> ExecKey {
+        self.key
+    }
+
+    fn heir(&self) -> io::Result<Heir> {
+        let pipes = self.pipes.iter().map(|pipe| pipe.try_clone());
+        Ok(Heir {
+            pid: self.pid,
+            key: Some(self.key.0),
+            stdin: None,
+            outputs: pipes.collect::<io::Result<_>>()?,
+        })
+    }
 }
 
 impl Drain {
-    pub(crate) fn new() -> Result<(Self, Drainer), AgentError> {
+    pub(crate) fn new() -> Result<Self, AgentError> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        let bell = Arc::new(eventfd(0, flags).attempt(|| "make an event counter".to_owned())?);
-        let (handed, taken) = channel();
-        let drainer = Drainer {
-            handed: taken,
-            bell: Arc::clone(&bell),
-        };
-        let handed = Mutex::new(handed);
-        Ok((Self { handed, bell }, drainer))
+        Ok(Self {
+            kept: Arc::default(),
+            bell: Arc::new(eventfd(0, flags).attempt(|| "make an event counter".to_owned())?),
+        })
     }
 
     /// Takes over what the command left; it is forgotten once all pipes are closed.
-    pub(crate) fn take_over(&self, key: ExecKey, pipes: Vec<OwnedFd>) {
-        let handed = self.handed.lock().unwrap_or_else(PoisonError::into_inner);
-        assert!(
-            handed.send(Left { key, pipes }).is_ok(),
-            "the drain's thread never ends"
-        );
+    pub(crate) fn take_over(&self, left: Left) {
+        self.lock().push(left);
         match rustix::io::write(&self.bell, &1u64.to_ne_bytes()) {
             Ok(_) | Err(Errno::AGAIN) => {}
             Err(error) => unreachable!("an own event counter cannot be written: {error}"),
         }
     }
-}
 
-impl Drainer {
+    /// What another agent needs to go on with it.
+    ///
+    /// # Errors
+    /// When there are no descriptors left.
+    pub(crate) fn heirs(&self) -> Result<Vec<Heir>, AgentError> {
+        let heirs = self
+            .lock()
+            .iter()
+            .map(Left::heir)
+            .collect::<io::Result<_>>();
+        heirs.attempt(|| "hand over what is left of commands".to_owned())
+    }
+
     /// Empties pipes for ever.
-    pub(crate) fn run(self, core: &Arc<Core>) -> Result<(), AgentError> {
-        let mut kept: Vec<Left> = Vec::new();
+    pub(crate) fn run(&self, core: &Arc<Core>) -> Result<(), AgentError> {
         let mut buffer = vec![0; 64 * 1024];
         loop {
-            self.wait(&kept)?;
+            self.wait()?;
             let mut count = [0; 8];
             match rustix::io::read(&self.bell, &mut count) {
                 Ok(_) | Err(Errno::AGAIN) => {}
                 Err(error) => return Err(error).attempt(|| "read an event counter".to_owned()),
             }
-            kept.extend(self.handed.try_iter());
-            for left in &mut kept {
-                left.pipes.retain(|pipe| is_open(pipe, &mut buffer));
-            }
-            let (open, gone) = kept.into_iter().partition(|left| !left.pipes.is_empty());
-            kept = open;
-            let gone: Vec<Left> = gone;
-            core.with(|state| gone.iter().for_each(|left| state.forget(left.key)));
+            let gone = self.empty(&mut buffer);
+            core.with(|state| gone.iter().for_each(|&key| state.forget(key)));
         }
     }
 
-    fn wait(&self, kept: &[Left]) -> Result<(), AgentError> {
-        let pipes = kept.iter().flat_map(|left| &left.pipes);
-        let mut fds: Vec<PollFd<'_>> = pipes.map(|pipe| PollFd::new(pipe, PollFlags::IN)).collect();
+    /// Reads each pipe once; gives the commands of which nothing is left.
+    fn empty(&self, buffer: &mut [u8]) -> Vec<ExecKey> {
+        let mut kept = self.lock();
+        for left in kept.iter_mut() {
+            left.pipes.retain(|pipe| is_open(pipe, buffer));
+        }
+        let gone = kept.extract_if(.., |left| left.pipes.is_empty());
+        gone.map(|left| left.key).collect()
+    }
+
+    fn wait(&self) -> Result<(), AgentError> {
+        let pipes: Vec<Arc<OwnedFd>> = {
+            let kept = self.lock();
+            kept.iter().flat_map(|left| &left.pipes).cloned().collect()
+        };
+        let mut fds: Vec<PollFd<'_>> = pipes
+            .iter()
+            .map(|pipe| PollFd::new(&**pipe, PollFlags::IN))
+            .collect();
         fds.push(PollFd::new(&*self.bell, PollFlags::IN));
         match poll(&mut fds, None) {
             Ok(_) | Err(Errno::INTR) => Ok(()),
             Err(error) => Err(error).attempt(|| "wait for left-over output".to_owned()),
         }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Left>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

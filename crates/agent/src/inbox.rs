@@ -22,7 +22,7 @@ pub(crate) struct Inbox {
 }
 
 /// What was waiting when it was looked at.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Letters {
     /// Input, bounded by the credit of the stream.
     pub(crate) stdin: VecDeque<Vec<u8>>,
@@ -86,6 +86,12 @@ impl Inbox {
         }
         let mut letters = self.letters.lock().unwrap_or_else(PoisonError::into_inner);
         std::mem::take(&mut *letters)
+    }
+
+    /// What is waiting; it stays there.
+    pub(crate) fn look(&self) -> Letters {
+        let letters = self.letters.lock().unwrap_or_else(PoisonError::into_inner);
+        letters.clone()
     }
 
     fn with(&self, change: impl FnOnce(&mut Letters)) {

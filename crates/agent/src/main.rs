@@ -38,6 +38,7 @@ mod serve;
 mod setup;
 mod shutdown;
 mod standstill;
+mod succession;
 mod tool;
 mod upgrade;
 mod workload;
@@ -46,6 +47,7 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 
 use crate::error::AgentError;
+use crate::succession::Inherited;
 
 const USAGE: &str = "usage: stead-agent serve [options]
        stead-agent upgrade [--control NAME] FILE DIGEST
@@ -73,7 +75,7 @@ fn main() -> ExitCode {
         std::process::abort();
     }));
     let result = match rest.split_first() {
-        Some((mode, options)) if mode == "serve" => serve(options),
+        Some((mode, options)) if mode == "serve" => serve(options, Inherited::default()),
         Some((mode, options)) if mode == upgrade::RESUME => resume(options),
         Some((mode, arguments)) if mode == "upgrade" => control::upgrade(arguments),
         Some((mode, [])) if mode == "launch" => launch::run(),
@@ -92,17 +94,17 @@ fn main() -> ExitCode {
     }
 }
 
-fn serve(options: &[OsString]) -> Result<(), AgentError> {
-    let options = control::start(options)?;
+fn serve(options: &[OsString], inherited: Inherited) -> Result<(), AgentError> {
+    let (options, control) = control::listen(options)?;
     limits::raise_own()?;
-    serve::run(&options)
+    serve::run(&options, control, inherited)
 }
 
 fn resume(options: &[OsString]) -> Result<(), AgentError> {
     // What is lost of the agent before is no reason to be none.
-    match upgrade::resume(options) {
-        Ok(_) => {}
-        Err(error) => eprintln!("stead-agent: {}", error::chain(&error)),
-    }
-    serve(options)
+    let inherited = upgrade::resume(options).unwrap_or_else(|error| {
+        eprintln!("stead-agent: {}", error::chain(&error));
+        Inherited::default()
+    });
+    serve(options, inherited)
 }

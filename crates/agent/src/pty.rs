@@ -82,6 +82,19 @@ impl Terminal {
         Ok((Self { master }, streams))
     }
 
+    /// The terminal of which `master` is the own side.
+    pub(crate) fn of(master: OwnedFd) -> Self {
+        Self { master }
+    }
+
+    /// The own side once more, for another agent.
+    ///
+    /// # Errors
+    /// When there is no descriptor left.
+    pub(crate) fn again(&self) -> std::io::Result<OwnedFd> {
+        self.master.try_clone()
+    }
+
     /// Changes the size; whoever runs in the foreground gets SIGWINCH when it differs.
     ///
     /// # Errors

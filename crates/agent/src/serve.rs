@@ -16,6 +16,7 @@ use stead_agent_proto::guest::{Agent, Config};
 use stead_agent_proto::{PORT_COUNT, PORT_NAME_PREFIX};
 
 use crate::chores::{self, Chores};
+use crate::control::Control;
 use crate::core::{Core, Orders};
 use crate::drain::Drain;
 use crate::error::{AgentError, Attempt, chain};
@@ -23,6 +24,7 @@ use crate::freeze::{self, Freezer};
 use crate::port::{self, Line};
 use crate::setup::Setup;
 use crate::standstill::{self, Standstill, Unable};
+use crate::succession::Inherited;
 use crate::workload::Workload;
 use crate::{init, pty, reaper};
 
@@ -120,7 +122,11 @@ impl Options {
 }
 
 /// Serves for ever, or until the one connection it was given ends.
-pub(crate) fn run(arguments: &[OsString]) -> Result<(), AgentError> {
+pub(crate) fn run(
+    arguments: &[OsString],
+    control: Control,
+    inherited: Inherited,
+) -> Result<(), AgentError> {
     let options = Options::parse(arguments)?;
     if std::process::id() == 1 {
         init::mount_kernel_file_systems()?;
@@ -130,7 +136,8 @@ pub(crate) fn run(arguments: &[OsString]) -> Result<(), AgentError> {
     if options.is_machine() {
         protect();
     }
-    let core = build(&options)?;
+    let core = build(&options, inherited)?;
+    control.start(&core)?;
     match &options.source {
         Source::Virtio => serve_virtio(&core),
         Source::Socket(path) => serve_socket(&core, path),
@@ -149,7 +156,7 @@ fn protect() {
     }
 }
 
-fn build(options: &Options) -> Result<Arc<Core>, AgentError> {
+fn build(options: &Options, inherited: Inherited) -> Result<Arc<Core>, AgentError> {
     let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id")
         .attempt(|| "read the boot id".to_owned())?;
     let config = Config {
@@ -165,9 +172,9 @@ fn build(options: &Options) -> Result<Arc<Core>, AgentError> {
     let (freezer, ordered) = channel();
     let (standing, told) = channel();
     let (chores, due) = Chores::new();
-    let (drain, drainer) = Drain::new()?;
+    let drain = Drain::new()?;
     let standstill = options.standstill();
-    let mut agent = Agent::new(config);
+    let (mut agent, led, drained) = inherited.enter(Agent::new(config))?;
     if standstill.is_frozen() {
         agent = agent.with_frozen_workload();
     }
@@ -175,7 +182,8 @@ fn build(options: &Options) -> Result<Arc<Core>, AgentError> {
         freezer,
         standstill: standing,
     };
-    let core = Arc::new(Core::new(agent, setup, orders, chores, drain));
+    let core = Arc::new(Core::new(agent, setup, orders, chores, drain.clone()));
+    core.inherit(led, drained);
     let freezer = options.freezer();
     let shared = Arc::clone(&core);
     spawn("freezer", move || freezer.run(&shared, &ordered))?;
@@ -187,7 +195,7 @@ fn build(options: &Options) -> Result<Arc<Core>, AgentError> {
     spawn("chores", move || chores::run(&shared, &due))?;
     let shared = Arc::clone(&core);
     spawn("drain", move || {
-        if let Err(error) = drainer.run(&shared) {
+        if let Err(error) = drain.run(&shared) {
             // Without it, left-over writers would block for ever: a new agent is better.
             eprintln!("stead-agent: {}", chain(&error));
             std::process::exit(1);

@@ -12,26 +12,26 @@ use stead_agent_proto::message::ShutdownKind;
 
 const GRACE: Duration = Duration::from_secs(3);
 
-/// Begins a shutdown after `first` has returned, on a thread of its own.
-pub(crate) fn begin(kind: ShutdownKind, first: impl FnOnce() + Send + 'static) {
+/// Begins a shutdown after `first` has returned, on a thread of its own; through the guest's init if that may run.
+pub(crate) fn begin(kind: ShutdownKind, by_init: bool, first: impl FnOnce() + Send + 'static) {
     let begun = thread::Builder::new()
         .name("shutdown".to_owned())
         .spawn(move || {
             first();
-            shut_down(kind);
+            shut_down(kind, by_init);
         });
     if let Err(error) = begun {
         eprintln!("stead-agent: cannot begin to shut down: {error}");
     }
 }
 
-fn shut_down(kind: ShutdownKind) {
+fn shut_down(kind: ShutdownKind, by_init: bool) {
     let word = match kind {
         ShutdownKind::Poweroff => "poweroff",
         ShutdownKind::Reboot => "reboot",
     };
     eprintln!("stead-agent: {word}, as the host asked");
-    if std::process::id() != 1 {
+    if by_init && std::process::id() != 1 {
         if Path::new("/run/systemd/system").exists() && ask(&["systemctl", "--no-block", word]) {
             return;
         }
@@ -39,7 +39,7 @@ fn shut_down(kind: ShutdownKind) {
             return;
         }
     }
-    by_hand(kind);
+    by_hand(kind, by_init);
 }
 
 fn ask(command: &[&str]) -> bool {
@@ -62,12 +62,15 @@ fn ask(command: &[&str]) -> bool {
     }
 }
 
-/// Without an init that helps: end every process, write what is dirty, and go.
-fn by_hand(kind: ShutdownKind) {
-    signal_others(Signal::TERM);
-    let end = Instant::now() + GRACE;
-    while Instant::now() < end && !others().is_empty() {
-        thread::sleep(Duration::from_millis(20));
+/// Without an init that helps: end every process, write what is dirty, and go. Processes that stand still cannot be asked;
+/// the kernel ends them as they are.
+fn by_hand(kind: ShutdownKind, they_run: bool) {
+    if they_run {
+        signal_others(Signal::TERM);
+        let end = Instant::now() + GRACE;
+        while Instant::now() < end && !others().is_empty() {
+            thread::sleep(Duration::from_millis(20));
+        }
     }
     signal_others(Signal::KILL);
     rustix::fs::sync();

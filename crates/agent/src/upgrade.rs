@@ -7,7 +7,7 @@
 //!                 └── the exec fails: the old agent goes on
 //! ```
 //! The process stays, so a service manager notices nothing, and as process 1 the machine stays up. Sessions end; commands
-//! go on, as when a host has gone ([`crate::adopt`]).
+//! go on, and hosts attach to them again ([`crate::succession`]).
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -21,10 +21,10 @@ use rustix::fs::{Mode, OFlags};
 use rustix::process::Pid;
 use stead_sys::durable::{self, Existing};
 
-use crate::adopt;
 use crate::error::{AgentError, Attempt};
 use crate::handover::{Handover, Heir};
 use crate::reaper;
+use crate::succession::Inherited;
 use crate::tool;
 
 /// The largest agent that is taken, in bytes.
@@ -147,11 +147,11 @@ pub(crate) fn restart(program: &Path, options: &[OsString], mut handover: Handov
     }
 }
 
-/// Takes over from the agent before, in the same process, which had the same options. Gives what its sessions left.
+/// Takes over from the agent before, in the same process, which had the same options. Gives what it has left.
 ///
 /// # Errors
 /// When standard input is not what [`restart`] makes it. The children of the agent before are then lost sight of.
-pub(crate) fn resume(options: &[OsString]) -> Result<Vec<u8>, AgentError> {
+pub(crate) fn resume(options: &[OsString]) -> Result<Inherited, AgentError> {
     let socket = options
         .iter()
         .skip_while(|option| *option != "--socket")
@@ -162,8 +162,7 @@ pub(crate) fn resume(options: &[OsString]) -> Result<Vec<u8>, AgentError> {
     }
     let taken = Handover::receive(rustix::stdio::stdin())?;
     close_stdin()?;
-    adopt::adopt(taken.children)?;
-    Ok(taken.state)
+    Inherited::take(taken)
 }
 
 fn close_stdin() -> Result<(), AgentError> {

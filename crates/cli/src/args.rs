@@ -195,7 +195,9 @@ pub struct One {
 #[derive(Debug, Subcommand)]
 pub enum TemplateCommand {
     /// Build a Debian template from apt's configured sources
-    #[command(after_help = "Example:\n  stead template build debian --package postgresql")]
+    #[command(
+        after_help = "Example:\n  stead template build debian --package postgresql\n  stead template build tiny --busybox --disk-size 256M"
+    )]
     Build(TemplateBuildArgs),
     /// Make a template of your own disk, kernel and initramfs
     #[command(
@@ -229,6 +231,9 @@ pub struct TemplateBuildArgs {
     /// Install only these packages (and what a bootable system needs)
     #[arg(long, requires = "packages")]
     pub minimal: bool,
+    /// No Debian: only busybox, and the agent as process 1
+    #[arg(long, conflicts_with_all = ["packages", "minimal"])]
+    pub busybox: bool,
     /// Debian suite [default: the host's]
     #[arg(long)]
     pub suite: Option<String>,

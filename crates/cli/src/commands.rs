@@ -290,6 +290,7 @@ fn build_request(args: TemplateBuildArgs) -> Result<BuildRequest> {
         suite: args.suite,
         packages: args.packages,
         minimal: args.minimal,
+        busybox: args.busybox,
         disk_bytes: args.disk_size,
         agent: match args.agent {
             Some(path) => path,

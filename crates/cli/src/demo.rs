@@ -154,6 +154,7 @@ impl Demo<'_> {
             Err(error) if error.kind() == Kind::NotFound => {
                 worker
                     .template_build(&BuildRequest {
+                        busybox: false,
                         name: self.args.template.clone(),
                         suite: None,
                         packages: Vec::new(),

@@ -8,7 +8,7 @@ use stead_store::{ChunkSize, FileSource, Lineage, Manifest, ManifestId, Producer
 use stead_sys::durable::{self, Existing};
 use stead_sys::space;
 use stead_template::{
-    BuildSpec, BuiltTemplate, DiskIdentity, ImportSpec, PACKAGES_DEFAULT, Recipe,
+    Base, BuildSpec, BuiltTemplate, DiskIdentity, ImportSpec, PACKAGES_DEFAULT, Recipe,
 };
 
 use crate::error::{AtFile, EngineError, Kind, Result};
@@ -33,6 +33,8 @@ pub struct BuildRequest {
     pub packages: Vec<String>,
     /// Leave the usual ones out.
     pub minimal: bool,
+    /// No Debian at all: busybox, and the agent as process 1.
+    pub busybox: bool,
     /// The disk's size in bytes.
     pub disk_bytes: u64,
     /// The static agent to put inside.
@@ -511,8 +513,12 @@ fn recipe(request: &BuildRequest) -> Recipe {
     let usual = PACKAGES_DEFAULT.iter().map(|name| (*name).to_owned());
     let own = request.packages.iter().cloned();
     Recipe {
+        base: match request.busybox {
+            true => Base::Minimal,
+            false => Base::Debian,
+        },
         suite: request.suite.clone(),
-        packages: if request.minimal {
+        packages: if request.minimal || request.busybox {
             own.collect()
         } else {
             usual.chain(own).collect()

@@ -314,8 +314,14 @@ impl Apt {
                 expected: format!("one dependency of {KERNEL_METAPACKAGE}"),
             }
         })?;
+        self.newest(&name, step)
+    }
+
+    /// The version of a package that would be installed today.
+    pub(crate) fn newest(&self, name: &str, step: &Step<'_>) -> Result<Package, TemplateError> {
+        let doing = "looking for a package";
         let mut command = self.command("apt-cache");
-        command.args(["show", "--no-all-versions", &name]);
+        command.args(["show", "--no-all-versions", name]);
         let shown = run(&mut command, doing, step)?;
         let version = field(&String::from_utf8_lossy(&shown), "Version").ok_or_else(|| {
             TemplateError::Answer {
@@ -325,6 +331,7 @@ impl Apt {
                 expected: "a version".to_owned(),
             }
         })?;
+        let name = name.to_owned();
         Ok(Package { name, version })
     }
 
@@ -340,7 +347,8 @@ impl Apt {
             .args(["-q", "download"])
             .arg(format!("{}={}", package.name, package.version))
             .current_dir(into);
-        run(&mut command, "downloading the kernel", step)?;
+        let doing = "downloading a package";
+        run(&mut command, doing, step)?;
         let downloaded: Vec<PathBuf> = std::fs::read_dir(into)
             .and_then(|entries| {
                 entries
@@ -351,7 +359,7 @@ impl Apt {
         match <[PathBuf; 1]>::try_from(downloaded) {
             Ok([deb]) => Ok(deb),
             Err(found) => Err(TemplateError::Answer {
-                doing: "downloading the kernel".to_owned(),
+                doing: doing.to_owned(),
                 program: "apt-get".to_owned(),
                 found: format!("{} files", found.len()),
                 expected: "one package".to_owned(),

@@ -14,7 +14,7 @@ use crate::error::{OnPath, TemplateError};
 use crate::kernel::Kernel;
 use crate::progress::Watch;
 use crate::tree::GuestTree;
-use crate::{Stage, guest, initramfs, rootfs};
+use crate::{Stage, guest, initramfs, minimal, rootfs};
 
 /// The size of a disk unless asked otherwise, in bytes.
 pub const DISK_BYTES_DEFAULT: u64 = 2 << 30;
@@ -51,18 +51,31 @@ pub const PACKAGES_DEFAULT: [&str; 7] = [
 pub const CMDLINE: &str = "console=ttyS0 root=/dev/vda rw rootfstype=ext4 quiet systemd.show_status=no \
     panic=-1 no_timer_check nowatchdog mitigations=off net.ifnames=0";
 
+/// What a template's guest is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Base {
+    /// Debian: its essential packages and [`PACKAGES_NEEDED`]; the agent is a service of systemd.
+    #[default]
+    Debian,
+    /// Nothing but busybox and the agent, which is process 1.
+    Minimal,
+}
+
 /// What makes the files under a template: the slow part, the same on every worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Recipe {
+    /// What the guest is.
+    pub base: Base,
     /// Debian's code name of the suite, or `None` for the suite that the host's apt is set to.
     pub suite: Option<String>,
-    /// The packages to install besides [`PACKAGES_NEEDED`] and Debian's essential ones.
+    /// The packages to install besides those of the base; a minimal one can have none.
     pub packages: Vec<String>,
 }
 
 impl Default for Recipe {
     fn default() -> Self {
         Self {
+            base: Base::Debian,
             suite: None,
             packages: PACKAGES_DEFAULT.map(str::to_owned).to_vec(),
         }
@@ -138,6 +151,16 @@ fn check(spec: &BuildSpec<'_>) -> Result<(), TemplateError> {
         .packages
         .iter()
         .try_for_each(|name| check_package_name(name))?;
+    if spec.recipe.base == Base::Minimal && !spec.recipe.packages.is_empty() {
+        return Err(TemplateError::Unsuitable {
+            path: spec.out.to_owned(),
+            found: format!(
+                "a minimal template with {}",
+                spec.recipe.packages.join(", ")
+            ),
+            expected: "one without packages: it has nothing to install them with".to_owned(),
+        });
+    }
     if let Some(suite) = &spec.recipe.suite {
         check_package_name(suite)?;
     }
@@ -192,10 +215,13 @@ fn asks_for_a_loader(elf: &[u8]) -> bool {
 /// The cached files that a template is made of.
 #[derive(Debug)]
 struct Parts {
+    base: Base,
     suite: String,
     rootfs: PathBuf,
     deb: PathBuf,
     kernel: Package,
+    // Those of the root file system, as they were asked for.
+    packages: Vec<Package>,
 }
 
 impl Parts {
@@ -204,26 +230,27 @@ impl Parts {
         let step = watch.begin(Stage::Index)?;
         let sources = Sources::of_host(recipe.suite.as_deref(), &step)?;
         let apt = Apt::set_up(&cache.apt(), &sources)?;
-        let packages = all_packages(recipe);
         if let Err(error) = apt.update(&step) {
             step.go_on()?;
             step.line(&format!(
                 "the index cannot be refreshed ({error}); looking for an earlier build"
             ));
-            return Self::earlier(cache, &sources, &packages, watch)?.ok_or(error);
+            return Self::earlier(cache, &sources, recipe, watch)?.ok_or(error);
         }
         let Plan {
             packages: planned,
             kernel,
             ..
-        } = plan(cache, &apt, &sources, &packages, watch)?;
+        } = plan(cache, &apt, &sources, recipe, watch)?;
         let deb = obtain_kernel(cache, &apt, &sources, &kernel, watch)?;
-        let rootfs = obtain_rootfs(cache, &apt, &sources, &packages, planned, watch)?;
+        let rootfs = obtain_rootfs(cache, &apt, &sources, recipe, planned.clone(), watch)?;
         Ok(Self {
+            base: recipe.base,
             suite: sources.suite,
             rootfs,
             deb,
             kernel,
+            packages: planned,
         })
     }
 
@@ -231,7 +258,7 @@ impl Parts {
     fn earlier(
         cache: &Cache,
         sources: &Sources,
-        packages: &[String],
+        recipe: &Recipe,
         watch: &Watch<'_>,
     ) -> Result<Option<Self>, TemplateError> {
         let step = watch.begin(Stage::CheckCache)?;
@@ -243,17 +270,19 @@ impl Parts {
             }
             Ok(None)
         };
-        let rootfs = whole(Kind::RootFilesystem, &rootfs_wish(sources, packages))?;
+        let rootfs = whole(Kind::RootFilesystem, &rootfs_wish(sources, recipe))?;
         let kernel = whole(Kind::Kernel, &kernel_wish(sources))?;
-        let (Some((rootfs, _)), Some((deb, kernel))) = (rootfs, kernel) else {
+        let (Some((rootfs, packages)), Some((deb, kernel))) = (rootfs, kernel) else {
             return Ok(None);
         };
         let suite = sources.suite.clone();
         Ok(kernel.into_iter().next().map(|kernel| Self {
+            base: recipe.base,
             suite,
             rootfs,
             deb,
             kernel,
+            packages,
         }))
     }
 
@@ -270,7 +299,11 @@ impl Parts {
         rootfs::unpack(&self.rootfs, &tree, &watch.begin(Stage::Unpack)?)?;
         let step = watch.begin(Stage::Guest)?;
         let kernel = Kernel::unpack(&self.deb, &cache.scratch("kernel")?, &step)?;
-        let packages = guest::prepare(&GuestTree::new(tree.clone()), agent, &kernel, &step)?;
+        let guest = GuestTree::new(tree.clone());
+        let packages = match self.base {
+            Base::Debian => guest::prepare(&guest, agent, &kernel, &step)?,
+            Base::Minimal => minimal::prepare(&guest, agent, self.packages.clone())?,
+        };
         let step = watch.begin(Stage::Initramfs)?;
         let initrd = spec.out.join(INITRD_NAME);
         let archive =
@@ -288,7 +321,10 @@ impl Parts {
             size_bytes: spec.size_bytes,
             vmlinuz,
             initrd,
-            cmdline: CMDLINE.to_owned(),
+            cmdline: match self.base {
+                Base::Debian => CMDLINE.to_owned(),
+                Base::Minimal => minimal::cmdline(),
+            },
             suite: Some(self.suite.clone()),
             kernel: Some(self.kernel.clone()),
             packages,
@@ -325,11 +361,11 @@ fn plan(
     cache: &Cache,
     apt: &Apt,
     sources: &Sources,
-    packages: &[String],
+    recipe: &Recipe,
     watch: &Watch<'_>,
 ) -> Result<Plan, TemplateError> {
     let step = watch.begin(Stage::Resolve)?;
-    let (index, wish) = (apt.index_fingerprint()?, rootfs_wish(sources, packages));
+    let (index, wish) = (apt.index_fingerprint()?, rootfs_wish(sources, recipe));
     if let Some(plan) = cache.plan(&index, &wish) {
         watch.cached(Stage::Resolve);
         return Ok(plan);
@@ -337,13 +373,17 @@ fn plan(
     let plan = Plan {
         index,
         wish,
-        packages: apt.resolve(packages, &step)?,
+        packages: match recipe.base {
+            Base::Debian => apt.resolve(&all_packages(recipe), &step)?,
+            Base::Minimal => vec![apt.newest(minimal::PACKAGE, &step)?],
+        },
         kernel: apt.kernel(&step)?,
     };
     cache.keep_plan(&plan)?;
     Ok(plan)
 }
 
+/// Those of a Debian template that are named.
 fn all_packages(recipe: &Recipe) -> Vec<String> {
     let needed = PACKAGES_NEEDED.iter().map(|name| (*name).to_owned());
     let mut packages: Vec<String> = needed.chain(recipe.packages.iter().cloned()).collect();
@@ -353,12 +393,15 @@ fn all_packages(recipe: &Recipe) -> Vec<String> {
 }
 
 /// What is asked of the cache, without versions. The number changes with how archives are made.
-fn rootfs_wish(sources: &Sources, packages: &[String]) -> String {
-    format!(
-        "root file system 1 of {} with {}",
-        sources.suite,
-        packages.join(" ")
-    )
+fn rootfs_wish(sources: &Sources, recipe: &Recipe) -> String {
+    match recipe.base {
+        Base::Debian => format!(
+            "root file system 1 of {} with {}",
+            sources.suite,
+            all_packages(recipe).join(" ")
+        ),
+        Base::Minimal => format!("minimal root file system 1 of {}", sources.suite),
+    }
 }
 
 fn kernel_wish(sources: &Sources) -> String {
@@ -389,25 +432,25 @@ fn obtain_rootfs(
     cache: &Cache,
     apt: &Apt,
     sources: &Sources,
-    packages: &[String],
+    recipe: &Recipe,
     planned: Vec<Package>,
     watch: &Watch<'_>,
 ) -> Result<PathBuf, TemplateError> {
-    let wish = rootfs_wish(sources, packages);
+    let wish = rootfs_wish(sources, recipe);
     let file = cache.place(Kind::RootFilesystem, &wish, &planned);
     let step = watch.begin(Stage::RootFilesystem)?;
     if cache.checked(&file, &step)?.is_some() {
         watch.cached(Stage::RootFilesystem);
         return Ok(file);
     }
-    rootfs::install(
-        sources,
-        apt,
-        packages,
-        &file,
-        &cache.scratch("install")?,
-        &step,
-    )?;
+    let scratch = cache.scratch("install")?;
+    match recipe.base {
+        Base::Debian => {
+            let packages = all_packages(recipe);
+            rootfs::install(sources, apt, &packages, &file, &scratch, &step)?;
+        }
+        Base::Minimal => minimal::install(apt, &planned, &file, &scratch, &step)?,
+    }
     cache.record(Kind::RootFilesystem, &file, &wish, planned, &step)?;
     Ok(file)
 }
@@ -457,6 +500,7 @@ mod tests {
     #[test]
     fn needed_packages_are_always_there_once() {
         let recipe = Recipe {
+            base: Base::Debian,
             suite: None,
             packages: vec!["udev".to_owned(), "git".to_owned()],
         };

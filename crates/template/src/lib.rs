@@ -26,6 +26,7 @@ mod guest;
 mod import;
 mod initramfs;
 mod kernel;
+mod minimal;
 mod modinfo;
 mod program;
 mod progress;
@@ -34,7 +35,7 @@ mod tree;
 
 pub use apt::Package;
 pub use build::{
-    BuildSpec, BuiltTemplate, CMDLINE, DISK_BYTES_DEFAULT, PACKAGES_DEFAULT, PACKAGES_NEEDED,
+    Base, BuildSpec, BuiltTemplate, CMDLINE, DISK_BYTES_DEFAULT, PACKAGES_DEFAULT, PACKAGES_NEEDED,
     Recipe, build,
 };
 pub use disk::{DISK_BYTES_MAX, DISK_BYTES_MIN, DiskIdentity};

@@ -135,7 +135,7 @@ fn add_updates(sources: &Sources, tree: &Path, step: &Step<'_>) -> Result<(), Te
     durable::remove_tree(&lists).on("removing", &lists)
 }
 
-fn pack(tree: &Path, tar: &Path, step: &Step<'_>) -> Result<(), TemplateError> {
+pub(crate) fn pack(tree: &Path, tar: &Path, step: &Step<'_>) -> Result<(), TemplateError> {
     let mut command = Command::new("tar");
     command
         .args([

@@ -56,6 +56,12 @@ impl GuestTree {
         symlink(to, &target).on("linking", &target)
     }
 
+    /// Makes the folder at `path`, and those on the way, with the permission bits `mode`.
+    pub(crate) fn make_folder(&self, path: &str, mode: u32) -> Result<(), TemplateError> {
+        let folder = self.folder(Path::new(path))?;
+        fs::set_permissions(&folder, Permissions::from_mode(mode)).on("changing", &folder)
+    }
+
     /// Removes all entries of the folder at `path`.
     pub(crate) fn empty(&self, path: &str) -> Result<(), TemplateError> {
         let folder = self.folder(Path::new(path))?;

@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use stead_template::{
-    BuildSpec, BuiltTemplate, DISK_BYTES_DEFAULT, DiskIdentity, Progress, Recipe, Stage,
+    Base, BuildSpec, BuiltTemplate, DISK_BYTES_DEFAULT, DiskIdentity, Progress, Recipe, Stage,
     TemplateError, Watch, build,
 };
 
@@ -57,8 +57,12 @@ fn agent() -> &'static Path {
 }
 
 fn build_into(out: &Path, seed: &[u8], watch: &Watch<'_>) -> BuiltTemplate {
+    build_of(Recipe::default(), out, seed, watch)
+}
+
+fn build_of(recipe: Recipe, out: &Path, seed: &[u8], watch: &Watch<'_>) -> BuiltTemplate {
     let spec = BuildSpec {
-        recipe: Recipe::default(),
+        recipe,
         size_bytes: DISK_BYTES_DEFAULT,
         identity: DiskIdentity::from_seed(seed),
         agent: agent(),
@@ -159,6 +163,10 @@ fn boot(template: &BuiltTemplate, folder: &Path) -> (Guest, UnixStream, PathBuf)
         "socket,id=agent,server=on,wait=off,path={}",
         folder.join("agent.sock").display()
     );
+    let raw = format!(
+        "socket,id=raw,server=on,wait=off,path={}",
+        folder.join("raw.sock").display()
+    );
     let child = Command::new("qemu-system-x86_64")
         .args([
             "-M",
@@ -185,6 +193,12 @@ fn boot(template: &BuiltTemplate, folder: &Path) -> (Guest, UnixStream, PathBuf)
             "virtio-serial-pci",
             "-device",
             &port,
+        ])
+        .args([
+            "-chardev",
+            &raw,
+            "-device",
+            "virtserialport,chardev=raw,name=raw",
         ])
         .args([
             "-object",
@@ -275,6 +289,51 @@ fn a_built_template_is_whole_boots_to_its_agent_and_is_rebuilt_in_seconds() {
 }
 
 #[test]
+fn a_minimal_template_boots_to_its_agent_as_process_1_which_does_all_that_it_does_elsewhere() {
+    let folder = tempfile::tempdir_in(workspace().join("target")).unwrap();
+    let recipe = Recipe {
+        base: Base::Minimal,
+        suite: None,
+        packages: Vec::new(),
+    };
+    let started = Instant::now();
+    let template = build_of(
+        recipe,
+        &folder.path().join("one"),
+        b"minimal",
+        &Watch::silent(),
+    );
+    println!("build: {:.1} s", started.elapsed().as_secs_f64());
+    let disk = template.disk.to_str().unwrap();
+    assert!(run("e2fsck", &["-f", "-n", disk]).status.success());
+    let names: Vec<&str> = template
+        .packages
+        .iter()
+        .map(|package| package.name.as_str())
+        .collect();
+    assert_eq!(names, ["busybox-static"]);
+    let started = Instant::now();
+    let (mut guest, monitor, console) = boot(&template, folder.path());
+    assert!(
+        agent_opens_its_port(monitor, &console),
+        "the console says:\n{}",
+        fs::read_to_string(console).unwrap()
+    );
+    println!("boot to agent: {:.1} s", started.elapsed().as_secs_f64());
+    let socket = folder.path().join("agent.sock");
+    if std::env::var_os("STEAD_SOAK").is_some() {
+        in_guest::how_fast(&socket, &folder.path().join("raw.sock"));
+    }
+    in_guest::check_minimal(&socket);
+    let end = Instant::now() + BOOT_LIMIT;
+    while guest.0.try_wait().unwrap().is_none() {
+        let said = fs::read_to_string(&console).unwrap();
+        assert!(Instant::now() < end, "it does not power off:\n{said}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
 fn a_build_that_is_stopped_leaves_no_file_process_or_lock_behind() {
     let folder = tempfile::tempdir_in(workspace().join("target")).unwrap();
     let (cache, out) = (folder.path().join("cache"), folder.path().join("out"));
@@ -291,6 +350,7 @@ fn a_build_that_is_stopped_leaves_no_file_process_or_lock_behind() {
     };
     let spec = BuildSpec {
         recipe: Recipe {
+            base: Base::Debian,
             suite: None,
             packages: Vec::new(),
         },

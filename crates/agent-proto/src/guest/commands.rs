@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use serde::{Deserialize, Serialize};
+
 use super::replay::{ENDED_BYTES, LARGE_BYTES, LARGE_COMMANDS, Replay, SMALL_BYTES};
 use super::session::{Attached, Stdin, Stream};
 use super::{Action, Agent, REMEMBERED_COMMANDS, StreamKey, bounded_text};
@@ -16,7 +18,7 @@ use crate::{Epoch, ExecKey};
 const LARGE_INPUTS: usize = 32;
 
 /// What the agent knows of commands.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 pub(super) struct Commands {
     pub(super) table: BTreeMap<ExecKey, Command>,
     // Those that run or whose output is held open by somebody.
@@ -26,18 +28,20 @@ pub(super) struct Commands {
     has_forgotten: bool,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) struct Command {
     pub(super) epoch: Epoch,
     argv: Vec<Bytes>,
     pty: bool,
     pub(super) progress: Progress,
+    // Sessions are not left to another agent.
+    #[serde(skip)]
     pub(super) owner: Option<StreamKey>,
     pub(super) outputs: [Replay; 2],
     pub(super) input: Option<Input>,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) enum Progress {
     Starting,
     // The session that has said go is gone. Nothing will run, unless the key is told to go again before the thread that
@@ -56,7 +60,7 @@ pub(super) enum Progress {
 }
 
 /// An input that is open.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) struct Input {
     pub(super) received: u64,
     // What came in sessions that are gone and was not taken yet: it is taken first, and nobody gets credit for it.
@@ -135,6 +139,22 @@ impl Commands {
 
     pub(super) fn get_mut(&mut self, key: ExecKey) -> Option<&mut Command> {
         self.table.get_mut(&key)
+    }
+
+    /// Whether it can be what an agent has left: each that has ended is known once, and all counts can go on.
+    pub(super) fn is_sound(&self) -> bool {
+        let is_ended = |command: &Command| matches!(command.progress, Progress::Ended { .. });
+        let ended: BTreeSet<&ExecKey> = self.ended.iter().collect();
+        let known = self.table.values().filter(|command| is_ended(command));
+        ended.len() == self.ended.len()
+            && known.count() == ended.len()
+            && ended
+                .iter()
+                .all(|key| self.get(**key).is_some_and(is_ended))
+            && self
+                .table
+                .values()
+                .all(|command| command.outputs.iter().all(Replay::is_sound))
     }
 
     /// How many live commands are listened to, and how many are not.

@@ -34,13 +34,14 @@
 //!   that session is attached, the epoch is released and neither file systems nor workload are frozen. A caller that
 //!   starts the program while it holds the machine's lock can therefore not start one for an epoch that has passed.
 //! - [`GuestMessage::Ready`] is sent only after every step of [`STEPS`] was reported done or skipped.
-//! - A frozen workload is thawed by nothing but a request: to thaw, in a released life, or to release.
+//! - A frozen workload is thawed by nothing but a request: to thaw or to shut down, in a released life, or to release.
 //! - An epoch that another has replaced never comes back.
 
 mod commands;
 mod exec;
 mod files;
 mod freeze;
+mod heritage;
 mod life;
 mod outgoing;
 mod replay;
@@ -227,6 +228,8 @@ pub enum Action {
         port: u32,
         /// How.
         kind: ShutdownKind,
+        /// Whether the guest's own init is to do it; else it stands still with all others, and must not run again.
+        by_init: bool,
     },
     /// Begin an operation on files; answer with [`Agent::file_reply`], or refuse with [`Agent::file_refused`].
     FileBegin {

@@ -2,6 +2,8 @@
 
 use std::collections::VecDeque;
 
+use serde::{Deserialize, Serialize};
+
 use crate::message::Kept;
 
 /// What is kept of each output of the first [`LARGE_COMMANDS`] commands.
@@ -19,7 +21,7 @@ const _: () = assert!(
 );
 
 /// The last bytes of an output stream.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) struct Replay {
     data: VecDeque<u8>,
     // How many bytes came before the first of `data`.
@@ -34,6 +36,11 @@ impl Replay {
             first: 0,
             capacity,
         }
+    }
+
+    /// Whether its counts can be: none is larger than what may be kept, or so large that it could not go on.
+    pub(super) fn is_sound(&self) -> bool {
+        self.capacity <= LARGE_BYTES && self.first <= u64::MAX / 2
     }
 
     pub(super) fn capacity(&self) -> usize {

@@ -55,16 +55,7 @@ impl Agent {
                 let list = self.list();
                 self.answer(key, list)
             }
-            Request::Shutdown(_) if !self.config.may_shut_down => {
-                let refused = "this agent may not shut the machine down".to_owned();
-                self.answer(key, Done::Failed(refused))
-            }
-            Request::Shutdown(kind) => {
-                let mut told = self.answer(key, Done::Ok);
-                let port = key.port;
-                told.push(Action::Shutdown { port, kind });
-                told
-            }
+            Request::Shutdown(kind) => self.on_shutdown(key, kind),
         };
         actions.extend(done);
         Ok(())

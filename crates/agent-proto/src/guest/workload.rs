@@ -7,7 +7,7 @@
 use super::life::Life;
 use super::{Action, Agent, StreamKey, bounded_text};
 use crate::Epoch;
-use crate::message::{Done, WorkloadState};
+use crate::message::{Done, ShutdownKind, WorkloadState};
 
 /// Why the workload is not as it was asked to be.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -29,9 +29,19 @@ pub(super) enum Workload {
     Frozen,
     Thawing {
         asked: StreamKey,
-        // The epoch that is released by it.
-        releases: Option<Epoch>,
+        then: Then,
     },
+}
+
+/// What a thaw is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Then {
+    /// For itself.
+    GoOn,
+    /// The epoch is released by it.
+    Release(Epoch),
+    /// The machine's init can be asked to shut it down only while it runs.
+    ShutDown(ShutdownKind),
 }
 
 /// A request that lets the processes go on.
@@ -77,10 +87,43 @@ impl Agent {
         }
         match self.workload {
             Workload::Running => self.answer(key, Done::Ok),
-            Workload::Frozen => self.thaw_workload(key, None),
-            Workload::Thawing { releases, .. } => self.join_thaw(key, releases),
+            Workload::Frozen => self.thaw_workload(key, Then::GoOn),
+            Workload::Thawing {
+                then: Then::ShutDown(_),
+                ..
+            } => self.answer(key, failed("the machine is about to be shut down")),
+            Workload::Thawing {
+                then: then @ (Then::GoOn | Then::Release(_)),
+                ..
+            } => self.join_thaw(key, then),
             Workload::Freezing { .. } => self.await_freeze(Awaiting::Thaw(key)),
         }
+    }
+
+    /// In a life that was not released nothing may run, not even to end: the machine is shut down without its init.
+    pub(super) fn on_shutdown(&mut self, key: StreamKey, kind: ShutdownKind) -> Vec<Action> {
+        if !self.config.may_shut_down {
+            return self.answer(key, failed("this agent may not shut the machine down"));
+        }
+        match self.workload {
+            Workload::Running => self.shut_down(key, kind, true),
+            Workload::Frozen if self.is_released() => self.thaw_workload(key, Then::ShutDown(kind)),
+            Workload::Frozen => self.shut_down(key, kind, false),
+            Workload::Freezing { .. } | Workload::Thawing { .. } => {
+                self.answer(key, failed("the workload is being frozen or thawed"))
+            }
+        }
+    }
+
+    fn shut_down(&mut self, key: StreamKey, kind: ShutdownKind, by_init: bool) -> Vec<Action> {
+        let mut told = self.answer(key, Done::Ok);
+        let port = key.port;
+        told.push(Action::Shutdown {
+            port,
+            kind,
+            by_init,
+        });
+        told
     }
 
     pub(super) fn on_release(&mut self, key: StreamKey) -> Vec<Action> {
@@ -92,9 +135,9 @@ impl Agent {
                 self.release(epoch);
                 self.answer(key, Done::Released { duration_ns: 0 })
             }
-            Workload::Frozen => self.thaw_workload(key, Some(epoch)),
+            Workload::Frozen => self.thaw_workload(key, Then::Release(epoch)),
             // Whoever began the thaw may be gone; and a capture may have fallen into it.
-            Workload::Thawing { .. } => self.join_thaw(key, Some(epoch)),
+            Workload::Thawing { .. } => self.join_thaw(key, Then::Release(epoch)),
             Workload::Freezing { .. } => self.await_freeze(Awaiting::Release(key)),
         }
     }
@@ -113,11 +156,8 @@ impl Agent {
     }
 
     /// Waits for the thaw that is under way, instead of who has waited so far: whoever asks last is the one who listens.
-    fn join_thaw(&mut self, key: StreamKey, releases: Option<Epoch>) -> Vec<Action> {
-        let joined = Workload::Thawing {
-            asked: key,
-            releases,
-        };
+    fn join_thaw(&mut self, key: StreamKey, then: Then) -> Vec<Action> {
+        let joined = Workload::Thawing { asked: key, then };
         let before = std::mem::replace(&mut self.workload, joined);
         match before {
             Workload::Thawing { asked, .. } => self.answer(asked, failed(OVERTAKEN)),
@@ -127,8 +167,8 @@ impl Agent {
         }
     }
 
-    fn thaw_workload(&mut self, asked: StreamKey, releases: Option<Epoch>) -> Vec<Action> {
-        self.workload = Workload::Thawing { asked, releases };
+    fn thaw_workload(&mut self, asked: StreamKey, then: Then) -> Vec<Action> {
+        self.workload = Workload::Thawing { asked, then };
         vec![Action::ThawWorkload]
     }
 
@@ -178,22 +218,25 @@ impl Agent {
 
     /// Takes what thawing the workload came to, and how long it took in nanoseconds. After a failure it counts as frozen.
     pub fn workload_thawed(&mut self, result: Result<u64, String>) -> Vec<Action> {
-        let Workload::Thawing { asked, releases } = self.workload else {
+        let Workload::Thawing { asked, then } = self.workload else {
             return Vec::new();
         };
-        let outcome = match (result, releases) {
-            (Ok(_), None) => Done::Ok,
-            (Ok(duration_ns), Some(_)) => Done::Released { duration_ns },
-            (Err(error), _) => {
+        let duration_ns = match result {
+            Ok(duration_ns) => duration_ns,
+            Err(error) => {
                 self.workload = Workload::Frozen;
                 return self.answer(asked, Done::Failed(bounded_text(error)));
             }
         };
         self.workload = Workload::Running;
-        if let Some(epoch) = releases {
-            self.release(epoch);
+        match then {
+            Then::GoOn => self.answer(asked, Done::Ok),
+            Then::Release(epoch) => {
+                self.release(epoch);
+                self.answer(asked, Done::Released { duration_ns })
+            }
+            Then::ShutDown(kind) => self.shut_down(asked, kind, true),
         }
-        self.answer(asked, outcome)
     }
 }
 

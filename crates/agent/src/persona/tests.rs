@@ -210,6 +210,41 @@ fn host_keys_are_new_ones_of_the_same_types_or_gone() {
 }
 
 #[test]
+fn a_server_that_runs_is_told_of_its_new_keys_and_no_other_process_is() {
+    let root = Root::new();
+    fs::create_dir_all(root.path("run")).expect("folder");
+    root.put("etc/ssh/ssh_host_unheard-of_key", "old\n");
+    let persona = Persona {
+        ssh_host_keys: true,
+        ..Persona::default()
+    };
+    for (name, is_told) in [("sshd", true), ("other", false)] {
+        root.put("etc/ssh/ssh_host_unheard-of_key", "old\n");
+        let program = root.path(name);
+        symlink("/bin/sleep", &program).expect("linked");
+        let mut server = Command::new(&program).arg("1000").spawn().expect("runs");
+        root.put("run/sshd.pid", &format!("{}\n", server.id()));
+        let outcome = root.outcome(&persona);
+        let Outcome::Done(note) = outcome else {
+            panic!("{outcome:?}");
+        };
+        assert_eq!(note.contains("reads its keys again"), is_told, "{note}");
+        if !is_told {
+            assert_eq!(server.try_wait().expect("looked at"), None, "it runs");
+            server.kill().expect("it runs");
+        }
+        let status = server.wait().expect("ended");
+        let signal = std::os::unix::process::ExitStatusExt::signal(&status);
+        assert_eq!(signal, Some(if is_told { 1 } else { 9 }));
+    }
+    for text in ["", "x", "-1", "0", "99999999"] {
+        root.put("etc/ssh/ssh_host_unheard-of_key", "old\n");
+        root.put("run/sshd.pid", text);
+        assert!(matches!(root.outcome(&persona), Outcome::Done(_)), "{text}");
+    }
+}
+
+#[test]
 fn what_is_cleared_is_gone_and_nothing_behind_a_link_is_touched() {
     let root = Root::new();
     let outside = tempfile::tempdir().expect("folder");
