@@ -107,7 +107,11 @@ fn devices_of(devices: Node<'_, '_>) -> Read<Devices> {
         ports: 0,
     };
     let (mut rng, mut serial, mut controller) = (false, false, false);
-    for device in devices.children().filter(Node::is_element) {
+    let is_controller = |node: &Node<'_, '_>| node.tag_name().name() == "controller";
+    let all = || devices.children().filter(Node::is_element);
+    // A device that is not ours is named, and not the port that libvirt has added for it.
+    let others = all().filter(|node| !is_controller(node));
+    for device in others.chain(all().filter(is_controller)) {
         match device.tag_name().name() {
             "disk" => {
                 let slot = DISK_SLOT + found.disks.len();
