@@ -15,6 +15,7 @@ mod interrupted;
 mod life;
 mod save;
 mod save_images;
+mod save_shapes;
 mod space;
 mod state;
 mod two_workers;

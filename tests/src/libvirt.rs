@@ -134,6 +134,19 @@ impl Libvirt {
             .find_map(|line| line.ok().filter(|line| line.contains(word)))
             .expect("the console goes on")
     }
+
+    /// Whether a domain writes nothing to its console for so long.
+    pub fn silence(&self, domain: &str, length: Duration) -> bool {
+        let console = self.ok(&["ttyconsole", domain]);
+        let mut file = fs::File::open(console.trim()).expect("console");
+        let (sender, heard) = std::sync::mpsc::channel();
+        // It ends with the domain.
+        std::thread::spawn(move || {
+            let read = std::io::Read::read(&mut file, &mut [0; 1]);
+            sender.send(read.is_ok_and(|bytes| bytes > 0)).is_ok()
+        });
+        !matches!(heard.recv_timeout(length), Ok(true))
+    }
 }
 
 fn add_line(from: &str, to: &Path, line: &str) {

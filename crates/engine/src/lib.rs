@@ -18,6 +18,7 @@
 //! | `console` | what a guest wrote to its console |
 //! | `layers` | layer files and what a guest sees through them |
 //! | `job`, `undo` | what survives a crash, and how it is taken back |
+//! | `set_aside` | what a hibernation that died with its VM leaves |
 //! | `exclusion` | which operations wait for which |
 //! | `records` | the database, every statement |
 //! | `worker` | who we are to other users of the store |
@@ -50,6 +51,7 @@ mod sandbox;
 mod save;
 mod save_convert;
 mod save_restore;
+mod set_aside;
 mod standstill;
 mod store;
 mod template;

@@ -89,6 +89,9 @@ impl Engine {
         job.finish(&mut tx).await?;
         tx.commit().await?;
         target.keep();
+        if domain.agent {
+            self.watch.notice(stands_still(checkpoint));
+        }
         Ok(SavedCheckpoint {
             file: target.file.clone(),
             file_bytes: finished.file_bytes,
@@ -305,6 +308,16 @@ impl Engine {
         let stored = publish.add_blob(bytes).await;
         stored.map_err(|source| store_error(format!("publish {what}"), source))
     }
+}
+
+/// What whoever runs such an image must know: nothing but its greeting lets a guest's agent set processes free, and never
+/// by itself, since to it a host that is silent may be one that captures it again.
+fn stands_still(checkpoint: &str) -> String {
+    format!(
+        "the guest's processes stand still in it, as in its checkpoint, until its agent is greeted: `stead save restore` \
+         does that, libvirt does not, and under it they would stand still for ever. For an image that goes on under libvirt, \
+         run the checkpoint (`stead fork {checkpoint} --name NAME`) and save it (`stead save write NAME FILE`)"
+    )
 }
 
 /// What a checkpoint is made of.

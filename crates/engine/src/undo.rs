@@ -12,7 +12,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use stead_sys::durable::{self, Existing};
+use stead_sys::durable;
 use stead_sys::lock::{Attempt, FileLock};
 use stead_sys::process::ProcessId;
 use tracing::{info, warn};
@@ -157,41 +157,6 @@ impl Engine {
             self.set_aside(&capture.sandbox, &undo.ram).await?;
         }
         self.undo(&job.id, &undo).await
-    }
-
-    /// Of a hibernation whose VM died too, the memory that was being taken is set aside and told of: it is not whole,
-    /// nothing wakes from it, and nobody but a person throws it away.
-    async fn set_aside(&self, sandbox: &str, ram: &[String]) -> Result<()> {
-        let sandbox = match self.records.sandbox(sandbox).await {
-            Ok(sandbox) => self.notice_crash(sandbox).await?,
-            Err(error) if error.kind() == Kind::NotFound => return Ok(()),
-            Err(error) => return Err(error),
-        };
-        if sandbox.process.is_some() {
-            return Ok(());
-        }
-        let named = Named {
-            words: ram.iter().cloned().collect(),
-        };
-        let files = names_in(&self.dir.ram()).at("list", self.dir.ram())?;
-        for file in files.iter().filter(|file| named.has_file(file)) {
-            let folder = self.dir.quarantine();
-            durable::create_dir(&folder, 0o700).at("create folder", &folder)?;
-            let since = fs::metadata(file).and_then(|meta| meta.modified());
-            let since = since.map(jiff::Timestamp::try_from).at("look at", file)?;
-            let name = file_name(file);
-            let kept = folder.join(format!("{}-{}", sandbox.id, name.trim_start_matches('.')));
-            durable::move_to(file, &kept, Existing::Keep).at("set aside", file)?;
-            let since =
-                since.map_or_else(|_out_of_range| String::new(), |at| format!(" since {at}"));
-            self.watch.notice(format!(
-                "the state that {0} was hibernating into is incomplete{since}, and its VM is gone: it is set aside in \
-                 {1}, nothing was deleted; `stead start {0}` boots it from its disks",
-                sandbox.name,
-                kept.display()
-            ));
-        }
-        Ok(())
     }
 
     async fn undo(&self, job: &str, undo: &Undo) -> Result<()> {
@@ -363,7 +328,7 @@ impl Engine {
     }
 
     /// The folders of this worker's VMs on the memory file system.
-    fn memory_folders(&self) -> Result<Vec<PathBuf>> {
+    pub(crate) fn memory_folders(&self) -> Result<Vec<PathBuf>> {
         let folder = Path::new(paths::MEMORY);
         if !folder.is_dir() {
             return Ok(Vec::new());
@@ -412,12 +377,18 @@ pub(crate) const MEMORY_OWNER: &str = "worker";
 
 /// Names that records refer to; a file is named by its name without the ending.
 #[derive(Debug, Default)]
-struct Named {
+pub(crate) struct Named {
     words: HashSet<String>,
 }
 
 impl Named {
-    fn has_file(&self, path: &Path) -> bool {
+    pub(crate) fn only(names: &[String]) -> Self {
+        Self {
+            words: names.iter().cloned().collect(),
+        }
+    }
+
+    pub(crate) fn has_file(&self, path: &Path) -> bool {
         let stem = path
             .file_stem()
             .map(|stem| stem.to_string_lossy().into_owned())
@@ -431,14 +402,14 @@ impl Named {
     }
 }
 
-fn names_in(folder: &Path) -> io::Result<Vec<PathBuf>> {
+pub(crate) fn names_in(folder: &Path) -> io::Result<Vec<PathBuf>> {
     fs::read_dir(folder)?
         .map(|entry| entry.map(|entry| entry.path()))
         .collect()
 }
 
 /// What captures have staged in memory folders: everything but the live RAM.
-fn staged_in(folders: &[PathBuf]) -> Result<Vec<PathBuf>> {
+pub(crate) fn staged_in(folders: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let mut staged = Vec::new();
     for folder in folders {
         match names_in(folder) {
@@ -452,7 +423,7 @@ fn staged_in(folders: &[PathBuf]) -> Result<Vec<PathBuf>> {
     Ok(staged)
 }
 
-fn file_name(path: &Path) -> String {
+pub(crate) fn file_name(path: &Path) -> String {
     path.file_name()
         .map(|name| name.to_string_lossy().into_owned())
         .unwrap_or_default()

@@ -12,8 +12,10 @@ use common::{Scratch, new_image, stream, streams, whole};
 use stead_save_image::{Control, Format, Kind, write_on};
 use stead_sim::disk::{DiskFault, Event, FaultDisk, History, RecordedDisk};
 
-/// How many writes a payload of noise takes, at 2 MiB each.
+/// How many writes [`LARGE_MIB`] take, at 4 MiB each.
 const LARGE_WRITES: u64 = 4;
+/// The memory in a payload of several writes.
+const LARGE_MIB: usize = 15;
 
 fn recorded(format: Format) -> History {
     recorded_of(format, stream())
@@ -27,7 +29,7 @@ fn recorded_of(format: Format, stream: &[u8]) -> History {
 
 /// A payload of several writes.
 fn recorded_large() -> History {
-    let history = recorded_of(Format::Raw, &streams::large(7));
+    let history = recorded_of(Format::Raw, &streams::large(LARGE_MIB));
     let writes = history
         .events()
         .iter()
@@ -83,7 +85,7 @@ fn the_test_of_a_payload_can_fail_when_it_is_not_synced_before_the_record() {
 #[test]
 fn a_disk_that_fails_in_the_middle_of_a_payload_is_told_and_leaves_an_image_that_is_not_complete() {
     let scratch = Scratch::new();
-    let (image, stream) = (new_image(Format::Raw), streams::large(7));
+    let (image, stream) = (new_image(Format::Raw), streams::large(LARGE_MIB));
     for fault in [DiskFault::NoSpace, DiskFault::Io, DiskFault::Killed] {
         // The head and its sync come before.
         for at_call in 3..3 + LARGE_WRITES {
