@@ -4,6 +4,7 @@
 mod backup;
 mod backup_store;
 mod cli;
+mod clones;
 mod commit;
 mod compact;
 mod crash;
@@ -15,6 +16,7 @@ mod interrupted;
 mod life;
 mod save;
 mod save_images;
+mod sessions;
 mod space;
 mod state;
 mod two_workers;
