@@ -10,14 +10,15 @@ const PARKED_S: u64 = 75 * 3600;
 /// By how much a clock may differ at ready, in nanoseconds.
 const CLOCK_NS: u64 = 100_000_000;
 
-/// Writes clock, monotonic clock and randomness to the disk, all the time.
+/// Writes clock, monotonic clock, randomness and clock to the disk, all the time.
 const WITNESS: &str = r#"
 set -eu
 cat > /root/witness <<'PY'
 import os, time
 with open("/root/log", "a", buffering=1) as log:
     while True:
-        log.write("%d %d %s\n" % (time.time_ns(), time.monotonic_ns(), os.urandom(8).hex()))
+        log.write("%d %d %s %d\n" % (time.time_ns(), time.monotonic_ns(), os.urandom(8).hex(), time.time_ns()))
+        time.sleep(0.002)
 PY
 mkdir -p /etc/ssh /root/secret
 echo old > /etc/ssh/ssh_host_ed25519_key
@@ -49,11 +50,12 @@ struct Line {
     clock_ns: u64,
     monotonic_ns: u64,
     random: String,
+    end_ns: u64,
 }
 
 /// What the witness wrote in a clone; the last line may be cut off by our reading.
 fn log_of(worker: &Worker, sandbox: &str) -> Vec<Line> {
-    let text = worker.shell(sandbox, "pkill -STOP python3; cat /root/log");
+    let text = worker.shell(sandbox, "kill -STOP $(pidof python3); cat /root/log");
     let mut lines: Vec<&str> = text.lines().collect();
     lines.pop();
     let line = |line: &str| {
@@ -69,6 +71,7 @@ fn log_of(worker: &Worker, sandbox: &str) -> Vec<Line> {
             clock_ns: number(next()),
             monotonic_ns: number(next()),
             random: next(),
+            end_ns: number(next()),
         }
     };
     lines.into_iter().map(line).collect()
@@ -164,13 +167,20 @@ fn nothing_is_from_between(worker: &Worker, names: &[String], forked_ns: u64) {
                 pair[1].monotonic_ns
             );
         }
+        // The capture may have fallen into the middle of one: its times are from both sides.
+        let whole = |line: &&Line| line.end_ns < forked_ns || line.clock_ns >= forked_ns;
+        assert!(
+            log.iter().filter(|line| !whole(line)).count() <= 1,
+            "{name}"
+        );
+        let old = old.iter().filter(whole);
         let late = new.iter().find(|line| line.clock_ns < forked_ns);
         assert!(
             late.is_none(),
             "{name}: {:?}",
             late.map(|line| line.clock_ns)
         );
-        let old: Vec<String> = old.iter().map(|line| line.random.clone()).collect();
+        let old: Vec<String> = old.map(|line| line.random.clone()).collect();
         assert_eq!(
             before.get_or_insert_with(|| old.clone()),
             &old,

@@ -205,9 +205,8 @@ fn a_terminal_is_resized_interrupted_left_and_taken_up_again(worker: &Worker) {
 
 fn a_login_shell_is_opened(worker: &Worker) {
     let mut screen = Screen::open(worker, &["shell", "web"], 24, 80);
-    screen.press(b"echo \"shell $0 at $(tty)\" | tr a-z A-Z\n");
-    screen.shows("SHELL -");
-    screen.shows("AT /DEV/PTS/");
+    screen.press(b"shopt -q login_shell && echo login-$((1 + 1)) at $(tty)\n");
+    screen.shows("login-2 at /dev/pts/");
     screen.press(b"exit 3\n");
     screen.ends_with(3);
 }

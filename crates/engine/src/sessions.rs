@@ -172,7 +172,7 @@ impl Engine {
             ));
         };
         // The agent gives signals only to who listens, and one may listen at a time.
-        let script = format!("kill -{signal} -- -{pid}");
+        let script = format!("kill -{signal} -{pid}");
         let command = ExecCommand {
             argv: vec!["/bin/sh".to_owned(), "-c".to_owned(), script],
             ..ExecCommand::default()
