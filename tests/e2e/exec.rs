@@ -616,9 +616,33 @@ fn an_agent_that_falls_silent_is_an_error_in_time_and_the_state_can_still_be_kep
             .is_some_and(|left| left.contains("the VM runs on")),
         "{error}"
     );
-    // What needs no agent works; what would have needed it says what it is worth.
-    let made = worker.json(&["checkpoint", "create", "web", "--name", "whole"]);
-    assert_eq!(made["checkpoint"]["kind"], "full", "{made}");
+    assert_eq!(health(&worker, "web"), "lost");
+    let error = worker.fails(&["wait", "--ready", "--timeout", "1", "web"], 10);
+    assert!(
+        error["found"].to_string().contains("it is lost after 1 s"),
+        "{error}"
+    );
+    // What would need it is refused with the reason, in time; what was told to do without it works and says what it is worth.
+    refused_without_agent(
+        &worker,
+        &["checkpoint", "create", "web", "--name", "refused"],
+    );
+    refused_without_agent(&worker, &["hibernate", "web"]);
+    let listed = worker.json(&["checkpoint", "ls"]);
+    assert_eq!(listed.as_array().map(Vec::len), Some(0), "{listed}");
+    let create = [
+        "checkpoint",
+        "create",
+        "--crash-consistent",
+        "web",
+        "--name",
+        "whole",
+    ];
+    let made = worker.json(&create);
+    assert_eq!(
+        made["checkpoint"]["kind"], "full, crash-consistent",
+        "{made}"
+    );
     // In a fork of it the agent stands still too: the fork is never called ready, and is taken back.
     let fork = worker.spawn(&["--json", "fork", "whole", "--name", "never-ready"]);
     let fork = thread::spawn(move || finish(fork, b""));
@@ -672,6 +696,53 @@ fn an_agent_that_falls_silent_is_an_error_in_time_and_the_state_can_still_be_kep
         ),
         "0"
     );
+    without_its_agent_a_sandbox_is_hibernated_crash_consistent_and_removed(&worker, "booted");
+}
+
+fn health(worker: &Worker, sandbox: &str) -> String {
+    let shown = worker.json(&["show", "--health", sandbox]);
+    shown["health"]["state"]
+        .as_str()
+        .expect("a state")
+        .to_owned()
+}
+
+fn refused_without_agent(worker: &Worker, args: &[&str]) {
+    let begun = Instant::now();
+    let error = worker.fails(args, 10);
+    assert!(
+        begun.elapsed() < Duration::from_secs(60),
+        "{:?}",
+        begun.elapsed()
+    );
+    assert_eq!(error["kind"], "agent", "{error}");
+    for (part, holds) in [
+        ("found", "do not stand still"),
+        ("left", "the VM runs on"),
+        ("next", "--crash-consistent"),
+    ] {
+        assert!(error[part].to_string().contains(holds), "{error}");
+    }
+    assert_eq!(worker.state("web"), "running");
+}
+
+fn without_its_agent_a_sandbox_is_hibernated_crash_consistent_and_removed(
+    worker: &Worker,
+    sandbox: &str,
+) {
+    let script =
+        "setsid sh -c 'sleep 1; kill -STOP $(pidof stead-agent)' > /dev/null 2>&1 < /dev/null &";
+    worker.shell(sandbox, script);
+    until(LONG, || health(worker, sandbox) == "lost");
+    let slept = worker.json(&["hibernate", "--crash-consistent", sandbox]);
+    assert_eq!(
+        slept["checkpoint"]["kind"], "hibernation, crash-consistent",
+        "{slept}"
+    );
+    assert_eq!(worker.state(sandbox), "hibernated");
+    worker.ok(&["rm", sandbox]);
+    worker.fails(&["show", sandbox], 3);
+    assert!(worker.qemus().is_empty());
 }
 
 #[test]

@@ -4,6 +4,7 @@
 mod backup;
 mod backup_store;
 mod cli;
+mod clones;
 mod commit;
 mod compact;
 mod crash;
@@ -16,6 +17,7 @@ mod life;
 mod save;
 mod save_images;
 mod save_shapes;
+mod sessions;
 mod space;
 mod state;
 mod two_workers;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use futures::future::join_all;
 use stead_engine::{
     AcceleratorChoice, CaptureReport, CheckpointRequest, CreateRequest, Engine, Event, ExecCommand,
-    RestoreReport, SandboxInfo, Settings, Watch,
+    ForkPolicy, RestoreReport, SandboxInfo, Settings, Watch,
 };
 
 use crate::error::{BenchError, Doing, Result};
@@ -143,7 +143,7 @@ impl Worker {
         let begun = Instant::now();
         let reports = self
             .engine
-            .fork(checkpoint, count, None)
+            .fork(checkpoint, count, None, &ForkPolicy::default())
             .await
             .doing("fork")?;
         let ready = Instant::now();

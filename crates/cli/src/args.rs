@@ -65,9 +65,25 @@ pub enum Command {
     Create(CreateArgs),
     /// Run a command in a sandbox; its output, input and exit status are passed on
     #[command(
-        after_help = "Exit status: that of CMD; 124 when it timed out, 125 when stead itself failed,\n126 and 127 when CMD could not be run or found, 128+N when signal N ended it.\n\nExample:\n  echo hello | stead exec web -- tee /root/greeting"
+        after_help = "Exit status: that of CMD; 124 when it timed out, 125 when stead itself failed,\n126 and 127 when CMD could not be run or found, 128+N when signal N ended it.\n0 when it was left at its terminal with Ctrl-P Ctrl-Q: it goes on, as it does when stead ends.\n\nExample:\n  echo hello | stead exec web -- tee /root/greeting\n  stead exec -it web -- top\n  stead exec -d --key nightly web -- /root/backup.sh"
     )]
     Exec(ExecArgs),
+    /// Open a login shell in a sandbox, at this terminal
+    #[command(
+        after_help = "Ctrl-P Ctrl-Q leaves it, and it goes on: `stead sessions ls` lists it, `stead attach` takes it up.\n\nExample:\n  stead shell web"
+    )]
+    Shell(ShellArgs),
+    /// Listen to a command that runs in a sandbox, or has ended: what is kept of its output, then what follows
+    #[command(
+        after_help = "Exit status: as of `stead exec`. Whoever listened to it before is told so.\n\nExample:\n  stead attach web 3f2a"
+    )]
+    Attach(AttachArgs),
+    /// List and signal the commands that run in a sandbox, whoever started them
+    #[command(
+        subcommand,
+        after_help = "Example:\n  stead sessions ls web\n  stead sessions kill web 3f2a"
+    )]
+    Sessions(SessionsCommand),
     /// Copy files and folders into a sandbox's guest or out of it
     #[command(
         after_help = "A file appears when it is whole. Run again after an interruption, the same command goes on\nin the large file at which that ended.\n\nExample:\n  stead cp ./site web:/srv\n  stead cp web:/var/log/syslog ."
@@ -84,10 +100,16 @@ pub enum Command {
         visible_alias = "ps",
         after_help = "Example:\n  stead ls --json | jq '.[].name'"
     )]
-    Ls,
+    Ls(LsArgs),
     /// Show one sandbox
-    #[command(after_help = "Example:\n  stead show web")]
-    Show(One),
+    #[command(
+        visible_alias = "inspect",
+        after_help = "Example:\n  stead show web\n  stead inspect --health --json web | jq .health.state"
+    )]
+    Show(ShowArgs),
+    /// Wait until a sandbox's guest is ready: its agent answers in time, in the epoch that it acknowledged
+    #[command(after_help = "Example:\n  stead wait --ready --timeout 30 web")]
+    Wait(WaitArgs),
     /// Print a sandbox's console
     #[command(
         after_help = "With --json, each line of the console is one JSON line: {\"line\":…}\n\nExample:\n  stead logs --follow web"
@@ -109,14 +131,16 @@ pub enum Command {
     )]
     Checkpoint(CheckpointCommand),
     /// Start new sandboxes from a checkpoint
-    #[command(after_help = "Example:\n  stead fork before-upgrade -n 10")]
+    #[command(
+        after_help = "Each gets a host name, a machine id and SSH host keys of its own before any process of it runs.\n\nExample:\n  stead fork before-upgrade -n 10\n  stead fork before-upgrade --hostname db --clear /root/.ssh"
+    )]
     Fork(ForkArgs),
     /// Put a sandbox back to a checkpoint; its present state goes once the new one runs
     #[command(after_help = "Example:\n  stead restore web before-upgrade")]
     Restore(RestoreArgs),
     /// Put a sandbox's whole state into the store and stop it
     #[command(after_help = "Example:\n  stead hibernate web")]
-    Hibernate(One),
+    Hibernate(HibernateArgs),
     /// Start a hibernated sandbox where it was
     #[command(after_help = "Example:\n  stead wake web")]
     Wake(One),
@@ -182,6 +206,36 @@ pub enum Command {
     /// Print a manual page, or write all of them into a folder
     #[command(after_help = "Example:\n  stead man checkpoint create | man -l -")]
     Man(ManArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct LsArgs {
+    /// Also ask each guest how it is: ready, degraded or lost
+    #[arg(long)]
+    pub health: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ShowArgs {
+    /// Name, id, or the beginning of an id
+    #[arg(value_name = "SANDBOX")]
+    pub name: String,
+    /// Also ask the guest how it is: ready, degraded or lost, and why
+    #[arg(long)]
+    pub health: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct WaitArgs {
+    /// Name, id, or the beginning of an id
+    #[arg(value_name = "SANDBOX")]
+    pub name: String,
+    /// Until it is ready (the only thing that can be waited for)
+    #[arg(long, required = true)]
+    pub ready: bool,
+    /// How long at most
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    pub timeout: u64,
 }
 
 /// A sandbox.
@@ -319,11 +373,76 @@ pub struct ExecArgs {
     #[arg(long, value_name = "SECONDS")]
     pub timeout: Option<f64>,
     /// Pass nothing from standard input
-    #[arg(long, short = 'n')]
+    #[arg(long, short = 'n', conflicts_with = "interactive")]
     pub no_stdin: bool,
+    /// Pass standard input on, which is done anyhow; with -d, leave the command's input open for who attaches
+    #[arg(long, short)]
+    pub interactive: bool,
+    /// Give the command a terminal; Ctrl-P Ctrl-Q leaves it, and it goes on
+    #[arg(long, short)]
+    pub tty: bool,
+    /// Only start the command, and print what names it
+    #[arg(long, short)]
+    pub detach: bool,
+    /// A name for the command: with the same one it runs once, and who asks again gets the state and the output of the first
+    #[arg(long, value_name = "KEY")]
+    pub key: Option<String>,
+    /// A limit of a resource (as, core, cpu, data, fsize, memlock, nofile, nproc or stack), in the unit of getrlimit(2), or
+    /// unlimited; repeatable
+    #[arg(long = "limit", visible_alias = "ulimit", value_name = "NAME=SOFT[:HARD]", value_parser = crate::limit::parse)]
+    pub limits: Vec<stead_engine::ResourceLimit>,
     /// The command and its arguments
-    #[arg(last = true, required = true, value_name = "CMD")]
+    #[arg(trailing_var_arg = true, required = true, value_name = "CMD")]
     pub command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct ShellArgs {
+    /// Name, id, or the beginning of an id
+    #[arg(value_name = "SANDBOX")]
+    pub name: String,
+    /// The user whose shell it is, by name or number
+    #[arg(long, short, value_name = "USER")]
+    pub user: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct AttachArgs {
+    /// Name, id, or the beginning of an id
+    #[arg(value_name = "SANDBOX")]
+    pub name: String,
+    /// What `stead exec -d` printed, its beginning, or the command's --key
+    #[arg(value_name = "SESSION")]
+    pub session: String,
+    /// Pass standard input on although it is no terminal; its end is the end of the command's input
+    #[arg(long, short)]
+    pub interactive: bool,
+    /// Pass nothing from standard input
+    #[arg(long, short = 'n', conflicts_with = "interactive")]
+    pub no_stdin: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum SessionsCommand {
+    /// List the commands that the sandbox's agent knows, newest first; `stead ps` lists sandboxes
+    #[command(after_help = "Example:\n  stead sessions ls web --json | jq '.[].id'")]
+    Ls(One),
+    /// Send a signal to a command and its process group
+    #[command(after_help = "Example:\n  stead sessions kill --signal TERM web 3f2a")]
+    Kill(SessionsKillArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct SessionsKillArgs {
+    /// Name, id, or the beginning of an id
+    #[arg(value_name = "SANDBOX")]
+    pub name: String,
+    /// What `stead exec -d` printed, its beginning, or the command's --key
+    #[arg(value_name = "SESSION")]
+    pub session: String,
+    /// The signal, by name or number
+    #[arg(long, short, default_value = "KILL", value_parser = crate::limit::signal)]
+    pub signal: i32,
 }
 
 #[derive(Debug, Args)]
@@ -407,6 +526,9 @@ pub struct CheckpointCreateArgs {
     /// Only the disks, with the guest's file systems frozen for the instant
     #[arg(long)]
     pub disk_only: bool,
+    /// Do not ask the guest's agent: processes (or, with --disk-only, file systems) are not frozen for the instant
+    #[arg(long)]
+    pub crash_consistent: bool,
     /// Compact the sandbox afterwards when a disk lies in more layers than this
     #[arg(long, value_name = "LAYERS", env = "STEAD_COMPACT_ABOVE", default_value_t = stead_engine::DEPTH_COMPACTED)]
     pub compact_above: usize,
@@ -433,6 +555,25 @@ pub struct ForkArgs {
     /// Name of the fork; with -n, NAME-1, NAME-2, … [default: its id]
     #[arg(long)]
     pub name: Option<String>,
+    /// Leave host name, machine id and SSH host keys as they are
+    #[arg(long, conflicts_with_all = ["hostname", "clear"])]
+    pub keep_identity: bool,
+    /// The guest's host name; with -n, NAME-1, NAME-2, … [default: the fork's name]
+    #[arg(long, value_name = "NAME")]
+    pub hostname: Option<String>,
+    /// Remove this file, or folder with all that is in it, in the fork before any process of it runs; repeatable
+    #[arg(long, value_name = "PATH")]
+    pub clear: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct HibernateArgs {
+    /// Name, id, or the beginning of an id
+    #[arg(value_name = "SANDBOX")]
+    pub name: String,
+    /// Do not ask the guest's agent: processes are not frozen for the instant
+    #[arg(long)]
+    pub crash_consistent: bool,
 }
 
 #[derive(Debug, Args)]

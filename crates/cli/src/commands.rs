@@ -4,14 +4,16 @@ use std::time::Duration;
 
 use stead_engine::{
     AcceleratorChoice, BuildRequest, CheckpointInfo, CheckpointRequest, CreateRequest, Engine,
-    EngineError, ImportRequest, Kind, Result, SandboxInfo, Settings, TemplateInfo, Watch,
+    EngineError, ForkPolicy, ImportRequest, Kind, Result, SandboxInfo, Settings, TemplateInfo,
+    Watch, Workload,
 };
 
 use crate::args::{
     Accelerator, CheckpointCommand, CheckpointCreateArgs, Cli, Command, CompactArgs, CreateArgs,
-    ForkArgs, GcArgs, Global, RestoreArgs, StopArgs, StoreCommand, TemplateBuildArgs,
-    TemplateCommand, TemplateImportArgs,
+    ForkArgs, GcArgs, Global, HibernateArgs, RestoreArgs, StopArgs, StoreCommand,
+    TemplateBuildArgs, TemplateCommand, TemplateImportArgs,
 };
+use crate::sessions::{self, Asked};
 use crate::size::human;
 use crate::{backup, cp, demo, exec, img_manual, logs, manual, merge, print, progress, save};
 
@@ -30,7 +32,10 @@ pub async fn run(cli: Cli) -> u8 {
     if let Some(say) = on_interrupt(&cli.command) {
         cancel_on_interrupt(watch.clone(), say);
     }
-    let is_exec = matches!(cli.command, Command::Exec(_));
+    let is_exec = matches!(
+        cli.command,
+        Command::Exec(_) | Command::Shell(_) | Command::Attach(_)
+    );
     match dispatch(cli, watch).await {
         Ok(code) => code,
         Err(error) if is_exec => print::error(&error, exec::status_of(&error)),
@@ -61,11 +66,19 @@ async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
     match cli.command {
         Command::Template(command) => template(&engine, command, global).await,
         Command::Create(args) => create(&engine, args, global).await,
-        Command::Exec(args) => exec::run(&engine, args).await,
+        Command::Exec(args) => exec::run(&engine, args, &watch, global.json).await,
+        Command::Shell(args) => exec::shell(&engine, args, &watch).await,
+        Command::Attach(args) => exec::attach(&engine, args, &watch).await,
+        Command::Sessions(command) => sessions::run(&engine, command, global.json).await,
+        Command::Wait(args) => sessions::wait(&engine, &args, global.json).await,
         Command::Cp(args) => cp::copy(&engine, &args, &watch, global.json),
         Command::File(command) => cp::file(&engine, &command, global.json),
-        Command::Ls => list(&engine, global).await,
-        Command::Show(one) => Ok(show_sandbox(&engine.sandbox(&one.name).await?, global)),
+        Command::Ls(args) => list(&engine, args.health, global).await,
+        Command::Show(args) => {
+            let info = engine.sandbox(&args.name).await?;
+            let asked = Asked::of(&engine, info, args.health).await?;
+            Ok(show_sandbox(&asked, global))
+        }
         Command::Logs(args) => logs::run(&engine, &args, &watch, global.json).await,
         Command::Stop(args) => stop(&engine, &args, global).await,
         Command::Start(one) => Ok(named(&engine.start(&one.name).await?, global)),
@@ -79,7 +92,7 @@ async fn dispatch(cli: Cli, watch: Watch) -> Result<u8> {
         Command::Checkpoint(command) => checkpoint(&engine, command, global).await,
         Command::Fork(args) => fork(&engine, &args, global).await,
         Command::Restore(args) => restore(&engine, &args, global).await,
-        Command::Hibernate(one) => hibernate(&engine, &one.name, global).await,
+        Command::Hibernate(args) => hibernate(&engine, &args, global).await,
         Command::Wake(one) => {
             let report = engine.wake(&one.name).await?;
             Ok(if global.json {
@@ -120,13 +133,19 @@ pub fn settings(global: &Global) -> Result<Settings> {
 /// What is said when Ctrl-C asks a command to stop; nothing for one that catches signals itself.
 fn on_interrupt(command: &Command) -> Option<&'static str> {
     match command {
-        Command::Exec(_) | Command::File(_) | Command::Img { .. } => None,
+        Command::Exec(_)
+        | Command::Shell(_)
+        | Command::Attach(_)
+        | Command::File(_)
+        | Command::Img { .. } => None,
         Command::Cp(_) => {
             Some("interrupted; the same command goes on from here (once more to end at once)")
         }
         Command::Save(command) if save::starts_editor(command) => None,
-        Command::Ls
+        Command::Ls(_)
         | Command::Show(_)
+        | Command::Sessions(_)
+        | Command::Wait(_)
         | Command::Logs(_)
         | Command::Stop(_)
         | Command::Verify
@@ -344,8 +363,11 @@ fn named(info: &SandboxInfo, global: &Global) -> u8 {
     }
 }
 
-async fn list(engine: &Engine, global: &Global) -> Result<u8> {
-    let all = engine.sandboxes().await?;
+async fn list(engine: &Engine, health: bool, global: &Global) -> Result<u8> {
+    let sandboxes = engine.sandboxes().await?.into_iter();
+    let all =
+        futures::future::try_join_all(sandboxes.map(|sandbox| Asked::of(engine, sandbox, health)))
+            .await?;
     if global.json {
         return Ok(print::json(&all));
     }
@@ -360,11 +382,13 @@ async fn list(engine: &Engine, global: &Global) -> Result<u8> {
             "CHECKPOINT",
             "CREATED",
         ],
-        all.into_iter().map(|s| {
+        all.into_iter().map(|asked| {
+            let state = asked.state();
+            let s = asked.sandbox;
             [
                 s.name,
                 s.id,
-                s.state.word().to_owned(),
+                state,
                 human(s.memory_bytes),
                 s.cpus.to_string(),
                 s.accelerator,
@@ -378,14 +402,19 @@ async fn list(engine: &Engine, global: &Global) -> Result<u8> {
     ))
 }
 
-fn show_sandbox(info: &SandboxInfo, global: &Global) -> u8 {
+fn show_sandbox(asked: &Asked, global: &Global) -> u8 {
     if global.json {
-        return print::json(info);
+        return print::json(asked);
     }
+    let info = &asked.sandbox;
+    let reason = asked
+        .health
+        .as_ref()
+        .and_then(|health| health.reason.clone());
     let mut rows = vec![
         ("name", info.name.clone()),
         ("id", info.id.clone()),
-        ("state", info.state.word().to_owned()),
+        ("state", asked.state()),
         ("template", print::short(&info.template)),
         ("memory", human(info.memory_bytes)),
         ("cpus", info.cpus.to_string()),
@@ -399,6 +428,7 @@ fn show_sandbox(info: &SandboxInfo, global: &Global) -> u8 {
         ("created", info.created.clone()),
     ];
     let optional = [
+        ("why", reason),
         ("pid", info.pid.map(|pid| pid.to_string())),
         ("epoch", info.epoch.clone()),
         ("checkpoint", info.checkpoint.clone()),
@@ -490,6 +520,13 @@ async fn compact(engine: &Engine, args: &CompactArgs, global: &Global) -> Result
     ))
 }
 
+fn workload(crash_consistent: bool) -> Workload {
+    match crash_consistent {
+        true => Workload::RunsOn,
+        false => Workload::StandsStill,
+    }
+}
+
 async fn checkpoint_create(
     engine: &Engine,
     args: CheckpointCreateArgs,
@@ -498,6 +535,7 @@ async fn checkpoint_create(
     let request = CheckpointRequest {
         name: args.name,
         disk_only: args.disk_only,
+        workload: workload(args.crash_consistent),
         compact_above: Some(args.compact_above),
     };
     let made = engine.checkpoint_create(&args.sandbox, &request).await?;
@@ -576,8 +614,15 @@ fn show_checkpoint(info: &CheckpointInfo, global: &Global) -> u8 {
 }
 
 async fn fork(engine: &Engine, args: &ForkArgs, global: &Global) -> Result<u8> {
+    let policy = match args.keep_identity {
+        true => ForkPolicy::Keep,
+        false => ForkPolicy::Change {
+            hostname: args.hostname.clone(),
+            clear: args.clear.clone(),
+        },
+    };
     let reports = engine
-        .fork(&args.checkpoint, args.count, args.name.as_deref())
+        .fork(&args.checkpoint, args.count, args.name.as_deref(), &policy)
         .await?;
     if global.json {
         return Ok(print::json(&reports));
@@ -595,8 +640,11 @@ async fn restore(engine: &Engine, args: &RestoreArgs, global: &Global) -> Result
     })
 }
 
-async fn hibernate(engine: &Engine, name: &str, global: &Global) -> Result<u8> {
-    let made = engine.hibernate(name).await?;
+async fn hibernate(engine: &Engine, args: &HibernateArgs, global: &Global) -> Result<u8> {
+    let name = &args.name;
+    let made = engine
+        .hibernate(name, workload(args.crash_consistent))
+        .await?;
     Ok(if global.json {
         print::json(&made)
     } else {

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use stead_engine::{
     AcceleratorChoice, BuildRequest, CheckpointRequest, CreateRequest, Engine, EngineError, Event,
-    Kind, Result, Settings, TemplateInfo, Watch,
+    ForkPolicy, Kind, Result, Settings, TemplateInfo, Watch, Workload,
 };
 
 use crate::args::DemoArgs;
@@ -208,8 +208,7 @@ impl Demo<'_> {
                 SOURCE,
                 &CheckpointRequest {
                     name: Some(CHECKPOINT.to_owned()),
-                    disk_only: false,
-                    compact_above: None,
+                    ..CheckpointRequest::default()
                 },
             )
             .await?;
@@ -246,7 +245,9 @@ impl Demo<'_> {
         expected: &mut Expected,
     ) -> Result<()> {
         let begun = Instant::now();
-        let reports = worker.fork(CHECKPOINT, count, Some("demo-fork")).await?;
+        let reports = worker
+            .fork(CHECKPOINT, count, Some("demo-fork"), &ForkPolicy::default())
+            .await?;
         let ready = begun.elapsed();
         let fetched: u64 = reports.first().map_or(0, |report| report.fetched_bytes);
         let reused: u64 = reports.first().map_or(0, |report| report.reused_bytes);
@@ -309,7 +310,7 @@ impl Demo<'_> {
 
     async fn hibernate_and_wake(&mut self, a: &Engine, after: &Expected) -> Result<()> {
         let begun = Instant::now();
-        let made = a.hibernate(SOURCE).await?;
+        let made = a.hibernate(SOURCE, Workload::StandsStill).await?;
         self.proofs.step(
             "hibernate, durable in the store",
             begun.elapsed(),
@@ -344,7 +345,10 @@ impl Demo<'_> {
             .worker_watched(DAMAGED_WORKER, DAMAGED_STORE, watch)
             .await?;
         let begun = Instant::now();
-        let (held, found) = match worker.fork(CHECKPOINT, 1, None).await {
+        let (held, found) = match worker
+            .fork(CHECKPOINT, 1, None, &ForkPolicy::default())
+            .await
+        {
             Ok(_) => (false, "a fork was started".to_owned()),
             Err(error) => (
                 error.kind() == Kind::Damaged

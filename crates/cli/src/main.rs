@@ -9,13 +9,16 @@ mod demo;
 mod editor;
 mod exec;
 mod img_manual;
+mod limit;
 mod logs;
 mod manual;
 mod merge;
 mod print;
 mod progress;
 mod save;
+mod sessions;
 mod size;
+mod terminal;
 mod trace;
 
 use std::process::ExitCode;

@@ -49,9 +49,23 @@ pub struct CheckpointRequest {
     pub name: Option<String>,
     /// Only the disks.
     pub disk_only: bool,
+    /// What is asked of the guest's processes.
+    pub workload: Workload,
     /// Layers are compacted afterwards when a disk lies in more than this many; `None` for
     /// [`crate::DEPTH_COMPACTED`].
     pub compact_above: Option<usize>,
+}
+
+/// What a capture asks of the guest's processes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Workload {
+    /// They stand still for the instant, and in what is restored from it until clock, randomness and identity are set. Without
+    /// an agent that sees to it there is no capture.
+    #[default]
+    StandsStill,
+    /// The agent is not asked, so the capture is crash-consistent: in what is restored from it they run for a moment before
+    /// clock and randomness are set.
+    RunsOn,
 }
 
 /// How long the guest stood still, and for what.
@@ -116,8 +130,8 @@ pub(crate) struct Plan {
     pub ram: Option<String>,
     /// Whether the RAM is read from where it is: for a VM that stays paused until everything is durable.
     pub ram_in_place: bool,
-    /// Whether the guest's processes are not made to stand still: of a save image, which libvirt may restore.
-    pub processes_run: bool,
+    /// What is asked of the guest's processes.
+    pub workload: Workload,
     /// The bitmap that begins in each overlay, for a backup.
     bitmaps: Vec<Option<Vec<u8>>>,
 }
@@ -167,6 +181,10 @@ impl Engine {
         let plan = self
             .plan_capture(sandbox, request.name.clone(), request.disk_only, false)
             .await?;
+        let plan = Plan {
+            workload: request.workload,
+            ..plan
+        };
         let mut job = self.begin_capture(&plan, "checkpoint").await?;
         let made = async {
             let instant = self.take_instant(&mut job, &plan).await?;
@@ -186,9 +204,10 @@ impl Engine {
     ///
     /// # Errors
     /// Whatever fails, the sandbox runs on.
-    pub async fn hibernate(&self, name: &str) -> Result<CaptureReport> {
+    pub async fn hibernate(&self, name: &str, workload: Workload) -> Result<CaptureReport> {
         let (_lock, sandbox) = self.lock_sandbox(name, "hibernate").await?;
         let plan = self.plan_capture(sandbox, None, false, true).await?;
+        let plan = Plan { workload, ..plan };
         let mut job = self.begin_capture(&plan, "hibernate").await?;
         let made = async {
             let instant = self.take_instant(&mut job, &plan).await?;
@@ -266,7 +285,7 @@ impl Engine {
             launch,
             name: None,
             ram_in_place: false,
-            processes_run: false,
+            workload: Workload::StandsStill,
             stays_paused,
             disks,
             bitmaps: Vec::new(),
@@ -402,11 +421,11 @@ impl Engine {
         };
         let stays_paused = plan.stays_paused;
         let sandbox = plan.sandbox.clone();
-        let standstill = if plan.processes_run {
-            Standstill::of_nobody()
-        } else {
-            self.prepare_standstill(&plan.sandbox).await
+        let standstill = match plan.workload {
+            Workload::StandsStill => self.prepare_standstill(&plan.sandbox).await?,
+            Workload::RunsOn => Standstill::of_nobody(),
         };
+        let crash_consistent = plan.workload == Workload::RunsOn;
         let (captured, ram, standstill) = blocking(move || {
             let request = CaptureRequest {
                 overlays: &overlays,
@@ -424,7 +443,9 @@ impl Engine {
             };
             match taken {
                 Ok(captured) => Ok((captured, ram, standstill)),
-                Err(source) => Err(vm_error("capture", &sandbox, source)),
+                Err(source) => {
+                    Err(standstill.explain(&sandbox, vm_error("capture", &sandbox, source)))
+                }
             }
         })
         .await?;
@@ -441,7 +462,7 @@ impl Engine {
             device_state: Some(device_state),
             state_format: Some(state_format),
             pause: times.into(),
-            crash_consistent: false,
+            crash_consistent,
         })
     }
 
@@ -484,7 +505,10 @@ impl Engine {
         mut vm: Vm,
         overlays: Vec<NewOverlay>,
     ) -> Result<Instant> {
-        let frozen = self.freeze_guest(plan).await;
+        let frozen = match plan.workload {
+            Workload::StandsStill => self.freeze_guest(plan).await.map(Some),
+            Workload::RunsOn => Ok(None),
+        };
         crate::job::crash_point("checkpoint", "frozen");
         let sandbox = plan.sandbox.clone();
         let switched = blocking(move || {
@@ -493,7 +517,8 @@ impl Engine {
         })
         .await;
         let crash_consistent = match frozen {
-            Ok(link) => {
+            Ok(None) => true,
+            Ok(Some(link)) => {
                 let thawed = self.thaw_guest(plan, link).await;
                 let switched = switched.as_ref().map_err(ToString::to_string);
                 if let (Err(error), Ok(_)) = (thawed, switched) {
@@ -857,7 +882,7 @@ impl Engine {
             .await?
             .into_iter()
             .filter(|info| {
-                info.kind == "hibernation"
+                info.kind.starts_with("hibernation")
                     && info.sandbox_id == sandbox
                     && Some(info.id.as_str()) != now
             })

@@ -11,8 +11,8 @@
 use std::time::{Duration, Instant};
 
 use stead_agent_link::{
-    AgentLink, Command, Epoch, ExecIo, ExecRequest, ExitStatus, LinkError, Phase, Ready, Rejection,
-    ShutdownKind, WorkloadState,
+    AgentLink, Command, Epoch, ExecIo, ExecKey, ExecRequest, ExitStatus, LinkError, Phase, Pty,
+    Ready, Rejection, ResourceLimit, ShutdownKind, WorkloadState,
 };
 use stead_agent_proto::message::Bytes;
 use stead_sys::lock::{Attempt, FileLock};
@@ -20,8 +20,9 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
 
 use crate::Engine;
+use crate::controls::{Controls, Told};
 use crate::error::{AtFile, EngineError, Kind, Result};
-use crate::launch::{AgentPort, HANDSHAKE_PORT, Reason};
+use crate::launch::{AgentPort, HANDSHAKE_PORT, Identity, Reason};
 use crate::machine::AGENT_PORTS;
 use crate::records::{Sandbox, SandboxState};
 use crate::sandbox::wrong_state;
@@ -32,10 +33,8 @@ const ATTACH_TIMEOUT: Duration = Duration::from_secs(15);
 const SILENCE_LIMIT: Duration = Duration::from_secs(30);
 /// How often taken ports are tried again.
 const RETRY: Duration = Duration::from_millis(10);
-/// How long a signal waits for the guest's answer that the command it is for runs.
-const SIGNAL_GRACE: Duration = Duration::from_secs(1);
-/// How many signals may wait to be sent to the guest.
-const SIGNALS_WAITING: usize = 8;
+/// How long what is told to a command waits for the guest's answer that it runs.
+const TOLD_GRACE: Duration = Duration::from_secs(1);
 
 /// A command for a guest.
 #[derive(Debug, Clone, Default)]
@@ -52,6 +51,13 @@ pub struct ExecCommand {
     pub stdin: bool,
     /// The command is killed with all its processes after this time.
     pub timeout: Option<Duration>,
+    /// A terminal: the command's input, and all its output as standard output.
+    pub terminal: Option<Pty>,
+    /// Limits of resources.
+    pub limits: Vec<ResourceLimit>,
+    /// What names it: a command with the same key runs once, and who asks again gets the state and the output of the first. One that
+    /// is drawn at random when there is none.
+    pub key: Option<ExecKey>,
 }
 
 /// How a command ended.
@@ -63,6 +69,11 @@ pub enum ExecEnd {
     Signal(u8),
     /// It was killed when its time was over.
     TimedOut,
+    /// It was left, and goes on.
+    Detached {
+        /// What names it.
+        key: ExecKey,
+    },
 }
 
 /// Why a command was not started in the guest.
@@ -139,66 +150,150 @@ impl Session {
 }
 
 impl Engine {
-    /// Runs a command in a sandbox, passing its streams and `signals` on.
+    /// Runs a command in a sandbox, passing its streams and what it is told on.
     ///
     /// # Errors
-    /// When the sandbox does not run, its agent does not answer, or the command cannot be started.
+    /// When the sandbox does not run, its agent does not answer, the command cannot be started, or (with a key) whether it has
+    /// run is not known any more.
     pub async fn exec<I, O, E>(
         &self,
         name: &str,
         command: ExecCommand,
-        stdin: I,
-        stdout: O,
-        stderr: E,
-        mut signals: mpsc::Receiver<i32>,
+        io: ExecIo<I, O, E>,
+        told: mpsc::Receiver<Told>,
     ) -> Result<ExecEnd>
     where
         I: AsyncRead + Send + Unpin + 'static,
         O: AsyncWrite + Send + Unpin + 'static,
         E: AsyncWrite + Send + Unpin + 'static,
     {
+        let mut controls = Controls::new(told);
+        let begun = self.begin(name, command, &mut controls).await?;
+        begun.carry(io, controls).await
+    }
+
+    /// Starts a command in a sandbox and leaves it: what it writes is kept for who attaches. Gives what names it.
+    ///
+    /// # Errors
+    /// As [`Engine::exec`].
+    pub async fn exec_detached(&self, name: &str, command: ExecCommand) -> Result<ExecKey> {
+        // Nothing is told to it meanwhile.
+        let (_silent, told) = mpsc::channel(1);
+        let begun = self.begin(name, command, &mut Controls::new(told)).await?;
+        Ok(begun.running.key)
+    }
+
+    /// Listens to a command that runs, or has ended and left output: what is kept of its output, and what follows.
+    /// Whoever listened to it is told so.
+    ///
+    /// # Errors
+    /// When the sandbox does not run, its agent does not answer, or there is no such command.
+    pub async fn attach<I, O, E>(
+        &self,
+        name: &str,
+        key: ExecKey,
+        io: ExecIo<I, O, E>,
+        told: mpsc::Receiver<Told>,
+    ) -> Result<ExecEnd>
+    where
+        I: AsyncRead + Send + Unpin + 'static,
+        O: AsyncWrite + Send + Unpin + 'static,
+        E: AsyncWrite + Send + Unpin + 'static,
+    {
+        let (sandbox, mut session) = self.command_session(name).await?;
+        let begun = Instant::now();
+        let running = loop {
+            match session.link().attach(key, [0, 0]).await {
+                Ok(running) => break running,
+                Err(error) if self.thaws_soon(&error, begun) => {
+                    self.mend_if_abandoned(&sandbox).await?;
+                    tokio::time::sleep(RETRY).await;
+                }
+                Err(error) => return Err(agent_error("attach to a command in", &sandbox, error)),
+            }
+        };
+        let gone = running
+            .attachment
+            .map_or(0, |at| at.first.iter().sum::<u64>());
+        if gone > 0 {
+            self.watch.notice(format!(
+                "the first {gone} bytes of the command's output are not kept any more"
+            ));
+        }
+        let begun = Begun {
+            sandbox,
+            _session: session,
+            running,
+            early: None,
+        };
+        begun.carry(io, Controls::new(told)).await
+    }
+
+    /// Has the guest start a command, or take it up when its key was used before.
+    async fn begin(
+        &self,
+        name: &str,
+        command: ExecCommand,
+        controls: &mut Controls,
+    ) -> Result<Begun> {
         let opened = tokio::select! {
             opened = self.command_session(name) => opened,
-            _signal = next(&mut signals) => Err(not_begun(name)),
+            _told = controls.next_urgent() => Err(not_begun(name)),
         };
         let (mut sandbox, mut session) = opened?;
-        let io = ExecIo {
-            stdin,
-            stdout,
-            stderr,
-        };
+        let (key, recorded) = self.key_of(&sandbox, &command).await?;
         let request = request(command);
-        let key = stead_agent_link::new_key()
-            .map_err(|source| agent_error("exec in", &sandbox, source))?;
-        let (mut first, begun) = (None, Instant::now());
+        let (mut first, begun) = (recorded, Instant::now());
         let mut again = false;
         loop {
             let asked = session.link().epoch();
             let start = session.link().start_or_attach(key, first, request.clone());
-            let error = match until_started(start, &mut signals).await {
+            let error = match until_started(start, controls).await {
                 (Some(Ok(running)), early) => {
-                    let ended = run_on(running, io, early, signals).await;
-                    return ended
-                        .map(end_of)
-                        .map_err(|source| agent_error("exec in", &sandbox, source));
+                    return Ok(Begun {
+                        sandbox,
+                        _session: session,
+                        running,
+                        early,
+                    });
                 }
                 (Some(Err(error)), None) => error,
-                (Some(Err(_rejected)), Some(_signal)) => return Err(not_begun(name)),
-                (None, _signal) => return Err(unanswered(name)),
+                (Some(Err(_rejected)), Some(_told)) => return Err(not_begun(name)),
+                (None, _told) => return Err(unanswered(name)),
             };
             first = first.or(asked);
             if self.thaws_soon(&error, begun) {
                 self.mend_if_abandoned(&sandbox).await?;
                 tokio::time::sleep(RETRY).await;
             } else if is_of_another_life(&error) && !again {
-                // Its agent was restarted before it had read the request, and says so: to the new one it is a new command.
-                (again, first) = (true, None);
+                // Its agent was restarted before it had read the request, and says so: to the new one it is a new command,
+                // unless it was asked for earlier as well.
+                (again, first) = (true, recorded);
                 drop(session);
                 (sandbox, session) = self.command_session(name).await?;
             } else {
                 return Err(agent_error("exec in", &sandbox, error));
             }
         }
+    }
+
+    /// What names a command, and the epoch in which it was asked for before, if it was.
+    async fn key_of(
+        &self,
+        sandbox: &Sandbox,
+        command: &ExecCommand,
+    ) -> Result<(ExecKey, Option<Epoch>)> {
+        let Some(key) = command.key else {
+            let key = stead_agent_link::new_key()
+                .map_err(|source| agent_error("exec in", sandbox, source))?;
+            return Ok((key, None));
+        };
+        let epoch = sandbox.epoch.as_deref().unwrap_or_default();
+        let recorded = self
+            .records
+            .first_asked(&sandbox.id, &key.to_string(), epoch)
+            .await?;
+        Ok((key, recorded.as_deref().map(parse_epoch).transpose()?))
     }
 
     /// Runs a command in a sandbox and collects what it writes, up to the link's bound.
@@ -258,7 +353,7 @@ impl Engine {
         Ok(())
     }
 
-    async fn running(&self, name: &str, attempt: &str) -> Result<Sandbox> {
+    pub(crate) async fn running(&self, name: &str, attempt: &str) -> Result<Sandbox> {
         let sandbox = self.records.sandbox(name).await?;
         let sandbox = self.notice_crash(sandbox).await?;
         if sandbox.state != SandboxState::Running {
@@ -268,7 +363,7 @@ impl Engine {
     }
 
     /// Opens a session of the sandbox's epoch on the first free command port.
-    async fn attach(&self, sandbox: &Sandbox) -> Result<Session> {
+    async fn open_session(&self, sandbox: &Sandbox) -> Result<Session> {
         let Some(launch) = &sandbox.launch else {
             return Err(no_agent(sandbox));
         };
@@ -281,7 +376,7 @@ impl Engine {
         Ok(Session { port, _lock: lock })
     }
 
-    async fn attach_to(
+    pub(crate) async fn attach_to(
         &self,
         sandbox: &Sandbox,
         number: u8,
@@ -290,9 +385,7 @@ impl Engine {
         let (Some(launch), Some(epoch)) = (&sandbox.launch, &sandbox.epoch) else {
             return Err(no_agent(sandbox));
         };
-        let epoch: Epoch = epoch.parse().map_err(|source| {
-            EngineError::internal("read the sandbox's epoch", "").because(source)
-        })?;
+        let epoch = parse_epoch(epoch)?;
         let mut port = AgentPort::connect(&self.dir.run(launch), number, &sandbox.name).await?;
         let ready = port
             .link
@@ -309,7 +402,7 @@ impl Engine {
         let mut greeted = false;
         let mut sandbox = self.running(name, "exec in").await?;
         loop {
-            let error = match self.attach(&sandbox).await {
+            let error = match self.open_session(&sandbox).await {
                 Ok(session) => return Ok((sandbox, session)),
                 Err(error) => error,
             };
@@ -353,7 +446,7 @@ impl Engine {
             (Err(error), Some(launch)) if lives_another_life(&error) => {
                 let folder = self.dir.run(launch);
                 let mut port = AgentPort::connect(&folder, HANDSHAKE_PORT, &sandbox.name).await?;
-                let epoch = port.greet(Reason::Boot, timeout).await?;
+                let epoch = port.greet(Reason::Boot, Identity::Keep, timeout).await?;
                 self.records.set_epoch(&sandbox.id, &epoch).await?;
                 port
             }
@@ -368,7 +461,11 @@ impl Engine {
         Ok(Session { port, _lock: None })
     }
 
-    async fn free_port(&self, launch: &str, sandbox: &Sandbox) -> Result<(u8, FileLock)> {
+    pub(crate) async fn free_port(
+        &self,
+        launch: &str,
+        sandbox: &Sandbox,
+    ) -> Result<(u8, FileLock)> {
         let begun = Instant::now();
         let own = format!("a command, process {}", std::process::id());
         loop {
@@ -432,60 +529,69 @@ async fn mend(port: &AgentPort, ready: &Ready) -> std::result::Result<(), LinkEr
     }
 }
 
-/// The next signal; for ever if nobody sends any more.
-async fn next(signals: &mut mpsc::Receiver<i32>) -> i32 {
-    match signals.recv().await {
-        Some(signal) => signal,
-        None => std::future::pending().await,
-    }
-}
-
-/// Waits until the guest has answered whether the command runs. A signal that comes before the answer is for
-/// the command, if the answer is not far; else it ends the wait.
+/// Waits until the guest has answered whether the command runs. What is told to it before the answer is for the
+/// command, if the answer is not far; else it ends the wait.
 async fn until_started<T>(
     start: impl Future<Output = T>,
-    signals: &mut mpsc::Receiver<i32>,
-) -> (Option<T>, Option<i32>) {
+    controls: &mut Controls,
+) -> (Option<T>, Option<Told>) {
     tokio::pin!(start);
     let early = tokio::select! {
         started = &mut start => return (Some(started), None),
-        signal = next(signals) => signal,
+        told = controls.next_urgent() => told,
     };
-    let started = tokio::time::timeout(SIGNAL_GRACE, start).await;
+    let started = tokio::time::timeout(TOLD_GRACE, start).await;
     (started.ok(), Some(early))
 }
 
-/// Runs a command to its end, passing on first the signal that came early.
-async fn run_on<I, O, E>(
+/// A command that runs, and the session over which it is listened to.
+struct Begun {
+    sandbox: Sandbox,
+    _session: Session,
     running: Command,
-    io: ExecIo<I, O, E>,
-    early: Option<i32>,
-    mut signals: mpsc::Receiver<i32>,
-) -> std::result::Result<ExitStatus, LinkError>
-where
-    I: AsyncRead + Unpin,
-    O: AsyncWrite + Unpin,
-    E: AsyncWrite + Unpin,
-{
-    let Some(early) = early else {
-        return running.run(io, signals).await;
-    };
-    let (to_command, passed_on) = mpsc::channel(SIGNALS_WAITING);
-    let pass_on = async move {
-        let mut signal = Some(early);
-        while let Some(next) = signal {
-            if to_command.send(next).await.is_err() {
-                break;
-            }
-            signal = signals.recv().await;
+    // What it was told before it ran.
+    early: Option<Told>,
+}
+
+impl Begun {
+    /// Carries its streams until it has ended or is left.
+    async fn carry<I, O, E>(self, io: ExecIo<I, O, E>, mut controls: Controls) -> Result<ExecEnd>
+    where
+        I: AsyncRead + Unpin,
+        O: AsyncWrite + Unpin,
+        E: AsyncWrite + Unpin,
+    {
+        let (key, control) = (self.running.key, self.running.control.clone());
+        // Signals go by its control.
+        let (_silent, signals) = mpsc::channel(1);
+        let run = self.running.run(io, signals);
+        tokio::pin!(run);
+        let mut early = self.early;
+        if let Some((rows, cols)) = controls.take_size() {
+            control.resize(rows, cols);
         }
-        drop(to_command);
-        std::future::pending().await
-    };
-    tokio::select! {
-        ended = running.run(io, passed_on) => ended,
-        ended = pass_on => ended,
+        loop {
+            let told = match early.take() {
+                Some(told) => told,
+                None => tokio::select! {
+                    ended = &mut run => return ended
+                        .map(end_of)
+                        .map_err(|source| agent_error("exec in", &self.sandbox, source)),
+                    told = controls.next() => told,
+                },
+            };
+            match told {
+                Told::Signal(signal) => control.signal(signal),
+                Told::Resize { rows, cols } => control.resize(rows, cols),
+                Told::Detach => return Ok(ExecEnd::Detached { key }),
+            }
+        }
     }
+}
+
+fn parse_epoch(text: &str) -> Result<Epoch> {
+    text.parse()
+        .map_err(|source| EngineError::internal("read the sandbox's epoch", "").because(source))
 }
 
 fn not_begun(name: &str) -> EngineError {
@@ -516,13 +622,13 @@ fn no_agent(sandbox: &Sandbox) -> EngineError {
 }
 
 /// Whether the agent said nothing.
-fn is_late(error: &EngineError) -> bool {
+pub(crate) fn is_late(error: &EngineError) -> bool {
     let source = std::error::Error::source(error).and_then(|source| source.downcast_ref());
     matches!(source, Some(LinkError::Late { .. }))
 }
 
 /// Whether the agent answered, and knows another epoch than the recorded one, or none.
-fn lives_another_life(error: &EngineError) -> bool {
+pub(crate) fn lives_another_life(error: &EngineError) -> bool {
     let source = std::error::Error::source(error).and_then(|source| source.downcast_ref());
     source.is_some_and(is_of_another_life)
 }
@@ -573,7 +679,8 @@ fn request(command: ExecCommand) -> ExecRequest {
                 .unwrap_or(u64::MAX)
                 .max(1)
         }),
-        ..ExecRequest::default()
+        pty: command.terminal,
+        limits: command.limits,
     }
 }
 
@@ -592,25 +699,36 @@ mod tests {
 
     #[tokio::test]
     async fn a_signal_that_comes_before_the_answer_waits_for_it_and_not_for_ever() {
-        let (send, mut signals) = mpsc::channel(1);
-        send.send(2).await.expect("send");
+        let (send, told) = mpsc::channel(2);
+        let mut controls = Controls::new(told);
+        let resize = Told::Resize { rows: 24, cols: 80 };
+        send.send(resize).await.expect("send");
+        send.send(Told::Signal(2)).await.expect("send");
         let soon = async {
             tokio::task::yield_now().await;
             "runs"
         };
         assert_eq!(
-            until_started(soon, &mut signals).await,
-            (Some("runs"), Some(2))
+            until_started(soon, &mut controls).await,
+            (Some("runs"), Some(Told::Signal(2)))
         );
-        send.send(2).await.expect("send");
+        assert_eq!(
+            controls.take_size(),
+            Some((24, 80)),
+            "a size does not end the wait"
+        );
+        send.send(Told::Signal(2)).await.expect("send");
         let never = std::future::pending::<()>();
-        assert_eq!(until_started(never, &mut signals).await, (None, Some(2)));
+        assert_eq!(
+            until_started(never, &mut controls).await,
+            (None, Some(Told::Signal(2)))
+        );
         drop(send);
         let answer = tokio::task::yield_now();
         assert_eq!(
-            until_started(answer, &mut signals).await,
+            until_started(answer, &mut controls).await,
             (Some(()), None),
-            "nobody sends signals"
+            "nobody tells it anything"
         );
     }
 }

@@ -14,7 +14,7 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use stead_agent_link::{AgentLink, Epoch, Greeting, Identity};
+use stead_agent_link::{AgentLink, Epoch, Greeting};
 use stead_sys::process::ProcessId;
 use stead_sys::{copy, durable, space};
 use stead_vmm::{Boot, Disk, Launch, Layer, LayerFormat, Ram, RunAs, StateFormat, Vm};
@@ -24,7 +24,7 @@ use crate::machine::MachineRecord;
 use crate::records::{LayerRow, RamSharing, Sandbox, SandboxDisk};
 use crate::{Engine, blobs, blocking, id, layers, paths};
 
-pub(crate) use stead_agent_link::Reason;
+pub(crate) use stead_agent_link::{Identity, Reason};
 
 /// The live RAM in a run folder or memory folder.
 pub(crate) const RAM_FILE: &str = "ram";
@@ -56,6 +56,8 @@ pub(crate) struct LaunchPlan<'a> {
     pub ram: RamPlan,
     pub incoming: Option<Incoming>,
     pub reason: Reason,
+    /// Who the guest is from then on.
+    pub identity: Identity,
     /// How long the agent may take to acknowledge the epoch.
     pub timeout: Duration,
 }
@@ -176,7 +178,7 @@ impl Engine {
         .await?;
         match port {
             Some(mut port) => tokio::select! {
-                greeted = port.greet(plan.reason, plan.timeout) => greeted.map(Some),
+                greeted = port.greet(plan.reason, plan.identity.clone(), plan.timeout) => greeted.map(Some),
                 () = self.watch.cancelled() => Err(EngineError::new(
                     Kind::Cancelled,
                     format!("make sandbox {name} ready"),
@@ -397,12 +399,17 @@ impl AgentPort {
 
     /// Has the agent begin a fresh epoch, releases it and returns it: from here on the guest's processes run and commands
     /// are accepted.
-    pub(crate) async fn greet(&mut self, reason: Reason, timeout: Duration) -> Result<String> {
+    pub(crate) async fn greet(
+        &mut self,
+        reason: Reason,
+        identity: Identity,
+        timeout: Duration,
+    ) -> Result<String> {
         let epoch = Epoch(id::random()?);
         let greeting = Greeting {
             epoch,
             reason,
-            identity: Identity::Keep,
+            identity,
         };
         let failed = |what: &'static str| {
             let attempt = format!("make sandbox {} ready", self.sandbox);

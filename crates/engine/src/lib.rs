@@ -14,6 +14,10 @@
 //! | `save`, `save_restore` | libvirt's save images: written from a sandbox, and run |
 //! | `domain` | a machine as libvirt's XML |
 //! | `launch` | one QEMU: files, process, handshake |
+//! | `fork_policy` | who the guest of a fork is |
+//! | `standstill` | the guest's processes stand still around a capture |
+//! | `exec`, `controls`, `sessions` | commands in a guest: run, told, listed, attached to |
+//! | `health` | how a guest is |
 //! | `compact` | merge layers that nothing needs any more |
 //! | `console` | what a guest wrote to its console |
 //! | `layers` | layer files and what a guest sees through them |
@@ -29,6 +33,7 @@ mod blobs;
 mod capture;
 mod compact;
 mod console;
+mod controls;
 mod disk_content;
 mod doctor;
 mod domain;
@@ -37,6 +42,8 @@ mod event;
 mod exclusion;
 mod exec;
 mod files;
+mod fork_policy;
+mod health;
 mod host;
 mod id;
 mod job;
@@ -52,6 +59,7 @@ mod save;
 mod save_convert;
 mod save_restore;
 mod set_aside;
+mod sessions;
 mod standstill;
 mod store;
 mod template;
@@ -69,15 +77,18 @@ use tokio::sync::OnceCell;
 
 pub use backups::{StoreBackups, StoreVault, names_a_store};
 pub use capture::backup::{BackupDisk, BackupInstant};
-pub use capture::{CaptureReport, CheckpointRequest, PauseReport};
+pub use capture::{CaptureReport, CheckpointRequest, PauseReport, Workload};
 pub use compact::{CompactReport, CompactedDisk, DEPTH_COMPACTED, MergedLayer};
 pub use console::Console;
+pub use controls::Told;
 pub use disk_content::disk_content;
 pub use doctor::{Advice, DoctorReport, Finding, doctor};
 pub use error::{EngineError, Kind, Result};
 pub use event::{Event, MergeEvents, Watch};
 pub use exec::{ExecCommand, ExecEnd, ExecOutput, NotStarted};
 pub use files::GuestFiles;
+pub use fork_policy::ForkPolicy;
+pub use health::{Health, HealthState};
 pub use host::AcceleratorChoice;
 pub use paths::DataDir;
 pub use records::{RamSharing, SandboxState};
@@ -85,6 +96,8 @@ pub use restore::{RestoreReport, VerifyReport};
 pub use sandbox::{CreateRequest, SandboxInfo};
 pub use save::{SaveReport, SaveRequest};
 pub use save_convert::SavedCheckpoint;
+pub use sessions::{SessionInfo, command_key};
+pub use stead_agent_link::{ExecIo, ExecKey, Pty, Resource, ResourceLimit};
 pub use stead_store::Access;
 pub use store::{CheckpointInfo, DiskInfo, GcSummary, IndexSummary, ScrubReport};
 pub use template::{BuildRequest, ImportRequest, TemplateInfo, find_agent};

@@ -469,6 +469,32 @@ impl Records {
         Ok(())
     }
 
+    /// Records in which epoch a command was asked for, unless it was asked for before; then it gives the epoch of that time.
+    pub(crate) async fn first_asked(
+        &self,
+        sandbox: &str,
+        key: &str,
+        epoch: &str,
+    ) -> Result<Option<String>> {
+        let mut tx = self.begin().await?;
+        let earlier: Option<(String,)> =
+            sqlx::query_as("SELECT epoch FROM command_keys WHERE sandbox = ? AND key = ?")
+                .bind(sandbox)
+                .bind(key)
+                .fetch_optional(&mut *tx)
+                .await?;
+        if earlier.is_none() {
+            sqlx::query("INSERT INTO command_keys (sandbox, key, epoch) VALUES (?, ?, ?)")
+                .bind(sandbox)
+                .bind(key)
+                .bind(epoch)
+                .execute(&mut *tx)
+                .await?;
+            tx.commit().await?;
+        }
+        Ok(earlier.map(|(epoch,)| epoch))
+    }
+
     pub(crate) async fn set_checkpoint(
         tx: &mut SqliteConnection,
         sandbox: &str,

@@ -12,8 +12,9 @@ use futures::StreamExt;
 use serde::Serialize;
 
 use crate::error::{EngineError, Kind, Result};
+use crate::fork_policy::ForkPolicy;
 use crate::job::{Job, Undo};
-use crate::launch::{Incoming, LaunchPlan, RamPlan, Reason, Running};
+use crate::launch::{Identity, Incoming, LaunchPlan, RamPlan, Reason, Running};
 use crate::layers;
 use crate::materialise::{Cost, Parts};
 use crate::records::{LayerRow, Records, Sandbox, SandboxDisk, SandboxState, to_json};
@@ -57,6 +58,7 @@ pub struct VerifyReport {
 /// A sandbox about to run from a checkpoint.
 struct Body {
     row: Sandbox,
+    identity: Identity,
     launch: String,
     overlays: Vec<LayerRow>,
 }
@@ -71,12 +73,14 @@ impl Engine {
         checkpoint: &str,
         count: u32,
         name: Option<&str>,
+        policy: &ForkPolicy,
     ) -> Result<Vec<RestoreReport>> {
         let names = fork_names(count, name)?;
+        policy.check(count)?;
         // Before anything is fetched; who takes a name meanwhile is met when the forks are recorded.
         self.check_free(&names).await?;
         let mut job = Job::begin(&self.records, &self.watch, "fork", None, Undo::default()).await?;
-        let forked = self.fork_as(&mut job, checkpoint, &names).await;
+        let forked = self.fork_as(&mut job, checkpoint, &names, policy).await;
         let (cost, made) = self.undone_on_error(&job, forked).await?;
         let mut reports = Vec::new();
         for (id, running) in made {
@@ -112,6 +116,7 @@ impl Engine {
         job: &mut Job,
         checkpoint: &str,
         names: &[Option<String>],
+        policy: &ForkPolicy,
     ) -> Result<(Cost, Vec<(String, Running)>)> {
         let parts = self.obtain(job, checkpoint).await?;
         let mut bodies = Vec::new();
@@ -122,7 +127,11 @@ impl Engine {
                 &sandbox,
                 name.clone().unwrap_or_else(|| sandbox.clone()),
             )?;
-            bodies.push(new_body(&parts, row)?);
+            let identity = policy.identity(&row.name, bodies.len(), names.len());
+            bodies.push(Body {
+                identity,
+                ..new_body(&parts, row)?
+            });
         }
         job.also(|undo| {
             for body in &bodies {
@@ -288,6 +297,7 @@ impl Engine {
             },
             incoming,
             reason: if boots { Reason::Boot } else { reason },
+            identity: body.identity.clone(),
             timeout: if boots { BOOT_TIMEOUT } else { RESTORE_TIMEOUT },
         })
         .await
@@ -386,6 +396,7 @@ fn new_body(parts: &Parts, row: Sandbox) -> Result<Body> {
         .collect::<Result<Vec<_>>>()?;
     Ok(Body {
         row,
+        identity: Identity::Keep,
         launch: id::long()?,
         overlays,
     })

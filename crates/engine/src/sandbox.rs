@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::error::{AtFile, EngineError, Kind, Result};
 use crate::host::AcceleratorChoice;
 use crate::job::{Hibernations, Job, Undo};
-use crate::launch::{LaunchPlan, RamPlan, Reason};
+use crate::launch::{Identity, LaunchPlan, RamPlan, Reason};
 use crate::layers;
 use crate::machine::{MachineRecord, disk_names};
 use crate::records::{
@@ -208,6 +208,7 @@ impl Engine {
             ram: RamPlan::Fresh,
             incoming: None,
             reason: Reason::Boot,
+            identity: Identity::Keep,
             timeout: BOOT_TIMEOUT,
         };
         let running = self.launch(&plan).await?;

@@ -25,7 +25,7 @@ use stead_save_image::{Appears, Control, DiskContent, Finished, Format, NewImage
 use stead_save_image::{Kind as ImageKind, SaveImageError};
 use stead_sys::{copy, durable};
 
-use crate::capture::{CapturedRam, Instant, PauseReport, Plan};
+use crate::capture::{CapturedRam, Instant, PauseReport, Plan, Workload};
 use crate::domain::{Domain, LIBVIRT_RAM, uuid_of};
 use crate::error::{AtFile, EngineError, Kind, Result};
 use crate::job::{Job, Undo};
@@ -91,7 +91,8 @@ impl Engine {
         let mut plan = self
             .plan_instant("save", sandbox, launch, false, request.stop)
             .await?;
-        plan.processes_run = true;
+        // libvirt may restore it, and releases nobody.
+        plan.workload = Workload::RunsOn;
         // It ends when the image is complete, so nobody waits for it.
         plan.ram_in_place = request.stop && plan.sandbox.ram_sharing == Some(RamSharing::Shared);
         let file = std::path::absolute(&request.file).at("find", &request.file)?;

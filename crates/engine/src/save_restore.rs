@@ -22,7 +22,7 @@ use crate::domain::{Domain, LIBVIRT_RAM};
 use crate::error::{AtFile, EngineError, Kind, Result};
 use crate::job::{Job, Undo};
 use crate::launch::{
-    Incoming, LaunchPlan, RamPlan, Reason, Running, new_vm_user, owner, seal_image,
+    Identity, Incoming, LaunchPlan, RamPlan, Reason, Running, new_vm_user, owner, seal_image,
 };
 use crate::machine::MachineRecord;
 use crate::records::{LayerRow, Records, Sandbox, SandboxState, to_json};
@@ -277,6 +277,7 @@ impl Engine {
                 format: StateFormat::RamSplit,
             }),
             reason: Reason::Restore,
+            identity: Identity::Keep,
             timeout: RESTORE_TIMEOUT,
         })
         .await

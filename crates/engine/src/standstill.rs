@@ -4,22 +4,25 @@
 //!   prepared ▶ processes frozen ▶ PAUSE ▶ vCPUs run ▶ processes thawed
 //!                  (a guest that is made of the state finds them frozen, and thaws them when it is released)
 //! ```
-//! A guest whose agent does not answer, or cannot freeze, is captured all the same, and whoever asked is told so: its
-//! processes run a moment in each restored guest before its clock and randomness are set.
+//! A guest whose agent does not answer within [`ANSWER_TIMEOUT`], or cannot freeze, is not captured, and runs on:
+//! its processes would run a moment in each restored guest before its clock and randomness are set. Who wants that says so
+//! ([`crate::Workload::RunsOn`]). A guest that was started without an agent is asked nothing, when it is captured and when
+//! it is restored.
 
+use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use stead_agent_link::LinkError;
 use stead_vmm::Moment;
 use tokio::runtime::Handle;
 
 use crate::Engine;
+use crate::error::{EngineError, Kind, Result};
 use crate::exec::Session;
 use crate::records::Sandbox;
 
-/// How long an agent may take to answer before the state is taken without it.
+/// How long an agent may take to answer before the capture is given up.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the processes may take to stand still.
 const FREEZE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -46,8 +49,10 @@ impl Standstill {
 
 impl Engine {
     /// Reaches the agent before anything stands still.
-    pub(crate) async fn prepare_standstill(&self, sandbox: &Sandbox) -> Standstill {
-        let mut failure = None;
+    ///
+    /// # Errors
+    /// [`Kind::Agent`] when it does not answer: nothing has been asked of it.
+    pub(crate) async fn prepare_standstill(&self, sandbox: &Sandbox) -> Result<Standstill> {
         let session = match &sandbox.epoch {
             // Nobody waited for an agent.
             None => None,
@@ -56,18 +61,13 @@ impl Engine {
                     session.link().set_request_limit(ANSWER_TIMEOUT);
                     Some(session)
                 }
-                Err(error) => {
-                    failure = Some(error.to_string());
-                    None
-                }
+                Err(error) => return Err(unfrozen(sandbox, &error.to_string())),
             },
         };
-        Standstill {
+        Ok(Standstill {
             session,
-            runtime: Handle::current(),
-            failure: Mutex::new(failure),
-            is_left_standing: AtomicBool::new(false),
-        }
+            ..Standstill::of_nobody()
+        })
     }
 
     /// Has the processes of a guest go on that an interrupted capture may have left standing.
@@ -84,29 +84,22 @@ impl Engine {
         }
     }
 
-    /// Says what went wrong, if anything did, and has the processes go on if they were not told to.
+    /// Has the processes go on if they were not told to.
     pub(crate) async fn end_standstill(&self, sandbox: &Sandbox, standstill: Standstill) {
         let is_left_standing = standstill.is_left_standing.load(Ordering::Relaxed);
-        let failure = standstill.failure();
         // Its port is needed below.
         drop(standstill);
         if is_left_standing {
             self.let_go_on(sandbox).await;
         }
-        if let Some(why) = failure {
-            self.watch.notice(format!(
-                "the guest's processes did not stand still for the capture ({why}): in what is restored from it they run \
-                 for a moment before clock and randomness are set"
-            ));
-        }
     }
 }
 
 impl Standstill {
-    /// Follows the moments of the capture.
-    pub(crate) fn at(&self, moment: Moment) {
+    /// Follows the moments of the capture; breaks it off when the processes do not stand still.
+    pub(crate) fn at(&self, moment: Moment) -> ControlFlow<String> {
         let Some(session) = &self.session else {
-            return;
+            return ControlFlow::Continue(());
         };
         let link = session.link_ref();
         let done = self.runtime.block_on(async {
@@ -117,15 +110,30 @@ impl Standstill {
             }
         });
         match (moment, done) {
-            (_, Ok(())) => {}
-            (Moment::Stopping, Err(error)) => self.note(&error),
-            (Moment::Resumed, Err(_)) => self.is_left_standing.store(true, Ordering::Relaxed),
+            (_, Ok(())) => ControlFlow::Continue(()),
+            (Moment::Stopping, Err(error)) => {
+                let why = error.to_string();
+                self.note(&why);
+                ControlFlow::Break(why)
+            }
+            (Moment::Resumed, Err(_)) => {
+                self.is_left_standing.store(true, Ordering::Relaxed);
+                ControlFlow::Continue(())
+            }
         }
     }
 
-    fn note(&self, error: &LinkError) {
+    /// Why a capture failed: for its own reason, unless the processes did not stand still.
+    pub(crate) fn explain(&self, sandbox: &Sandbox, error: EngineError) -> EngineError {
+        match self.failure() {
+            Some(why) => unfrozen(sandbox, &why),
+            None => error,
+        }
+    }
+
+    fn note(&self, why: &str) {
         let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
-        failure.get_or_insert_with(|| error.to_string());
+        failure.get_or_insert_with(|| why.to_owned());
     }
 
     fn failure(&self) -> Option<String> {
@@ -134,4 +142,17 @@ impl Standstill {
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
     }
+}
+
+fn unfrozen(sandbox: &Sandbox, why: &str) -> EngineError {
+    EngineError::new(
+        Kind::Agent,
+        format!("capture sandbox {}", sandbox.name),
+        format!("its processes do not stand still: {why}"),
+    )
+    .left("the VM runs on, and no state of it was kept")
+    .next(
+        "try again; with --crash-consistent the agent is not asked, and the processes run for a moment in what is restored \
+         before its clock and randomness are set",
+    )
 }

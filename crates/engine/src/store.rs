@@ -43,7 +43,8 @@ pub struct CheckpointInfo {
     pub name: Option<String>,
     /// RFC 3339.
     pub created: String,
-    /// `full`, `disk-only`, `disk-only, crash-consistent` or `hibernation`.
+    /// `full`, `disk-only` or `hibernation`; with `, crash-consistent` behind it when neither the guest's
+    /// processes stood still nor its file systems were frozen.
     pub kind: String,
     /// Name or id of the sandbox it was taken of.
     pub sandbox: String,
@@ -594,8 +595,10 @@ pub(crate) fn body_of(id: &ManifestId, manifest: &Manifest) -> Result<Checkpoint
 pub(crate) fn info_of(id: String, manifest: &Manifest, local: bool) -> CheckpointInfo {
     let hibernation = manifest.machine["hibernation"].as_bool() == Some(true);
     let kind = match (manifest.kind, manifest.crash_consistent, hibernation) {
-        (stead_store::Kind::Full, _, true) => "hibernation",
-        (stead_store::Kind::Full, _, false) => "full",
+        (stead_store::Kind::Full, false, true) => "hibernation",
+        (stead_store::Kind::Full, true, true) => "hibernation, crash-consistent",
+        (stead_store::Kind::Full, false, false) => "full",
+        (stead_store::Kind::Full, true, false) => "full, crash-consistent",
         (stead_store::Kind::DiskOnly, false, _) => "disk-only",
         (stead_store::Kind::DiskOnly, true, _) => "disk-only, crash-consistent",
     };

@@ -15,6 +15,7 @@
 //! After *snapshot* the disks stay on the overlays whatever happens, and the error carries the chains.
 
 use std::fs::File;
+use std::ops::ControlFlow;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -73,8 +74,9 @@ pub struct CaptureRequest<'a> {
     pub ram: Option<&'a File>,
     /// The longest device state accepted, in bytes ([`STATE_BYTES_MAX`]).
     pub state_bytes_max: u64,
-    /// Told of each moment when it has come; the capture waits for it. After an error the guest runs on, and it is not told.
-    pub at: &'a dyn Fn(Moment),
+    /// Told of each moment when it has come; the capture waits for it. One that breaks off as the vCPUs are to be stopped, and
+    /// says why, ends the capture before anything was changed. After an error the guest runs on, and it is not told.
+    pub at: &'a dyn Fn(Moment) -> ControlFlow<String>,
 }
 
 impl std::fmt::Debug for CaptureRequest<'_> {
@@ -184,7 +186,8 @@ impl Vm {
         let (mut captured, stopped) = self.take(request)?;
         self.go_on(&mut captured)?;
         captured.times.paused = stopped.elapsed();
-        (request.at)(Moment::Resumed);
+        // It has happened: there is nothing to break off any more.
+        drop((request.at)(Moment::Resumed));
         let started = Instant::now();
         captured.chains = self
             .freeze_layers()
@@ -247,7 +250,13 @@ impl Vm {
             Err(error) => return Err(self.give_up(CapturePhase::Prepare, error, &[]).into()),
         };
         times.prepare = started.elapsed();
-        (request.at)(Moment::Stopping);
+        if let ControlFlow::Break(why) = (request.at)(Moment::Stopping) {
+            prepared.receiver.abort();
+            let unwanted = Error::BrokenOff { why };
+            return Err(self
+                .give_up(CapturePhase::Prepare, unwanted, &prepared.overlays)
+                .into());
+        }
         let mut phase = CapturePhase::Stop;
         let stopped = Instant::now();
         match self.take_stopped(request, &prepared, &mut phase, &mut times) {

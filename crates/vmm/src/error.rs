@@ -161,6 +161,12 @@ pub enum Error {
         /// How many of its pages never came.
         missing_pages: u64,
     },
+    /// Whoever asked for it does not want it any more.
+    #[error("it was broken off: {why}")]
+    BrokenOff {
+        /// Why.
+        why: String,
+    },
     /// A capture failed; says what stands.
     #[error(transparent)]
     Capture(Box<CaptureError>),

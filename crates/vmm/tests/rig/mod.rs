@@ -228,7 +228,7 @@ pub fn request<'a>(overlays: &'a [NewOverlay], ram: &'a File) -> CaptureRequest<
         overlays,
         ram: Some(ram),
         state_bytes_max: STATE_BYTES_MAX,
-        at: &|_| {},
+        at: &|_| std::ops::ControlFlow::Continue(()),
     }
 }
 
