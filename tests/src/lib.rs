@@ -15,6 +15,7 @@ pub mod guest;
 pub mod libvirt;
 pub mod mount;
 pub mod steps;
+pub mod storm;
 
 use std::fs;
 use std::io::Write;

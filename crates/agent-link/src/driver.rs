@@ -258,12 +258,11 @@ impl Driver {
             let busy = !(self.streams.is_empty() && self.asked.is_empty());
             let wake_at = self.silence.wake_at();
             let wire = &mut self.line.wire;
-            let (mut reader, mut writer) = wire.stream.split();
             let happened = tokio::select! {
                 biased;
-                open = wire.incoming.fill(&mut reader) => Happened::Filled(open),
+                open = wire.incoming.fill(&mut wire.reader) => Happened::Filled(open),
                 order = self.orders.recv() => Happened::Ordered(order),
-                written = wire.outgoing.write(&mut writer), if !wire.outgoing.is_empty() => Happened::Sent(written),
+                written = wire.outgoing.write(&mut wire.writer), if !wire.outgoing.is_empty() => Happened::Sent(written),
                 () = sleep_until(wake_at), if busy => Happened::Time,
             };
             match happened {

@@ -2,12 +2,13 @@
 
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use stead_agent_proto::ProtocolError;
 use stead_agent_proto::host::Discarded;
 use stead_agent_proto::message::{CommandState, Phase, Rejection};
+
+use crate::transport::Place;
 
 /// Where on the way something went wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,11 +59,11 @@ impl fmt::Display for Stage {
 /// What went wrong on the way to the agent.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
-    /// The port's socket cannot be connected to.
-    #[error("connect to the agent's port {socket}; the VM was not touched. Does it run?", socket = socket.display())]
+    /// The agent's port cannot be connected to.
+    #[error("connect to the agent's port {place}; the VM was not touched. Does it run?")]
     Connect {
-        /// The socket.
-        socket: PathBuf,
+        /// Where it was tried.
+        place: Place,
         /// Why not.
         source: io::Error,
     },

@@ -1,6 +1,7 @@
 //! The host's end of the channel to the guest agent.
 //!
-//! [`AgentLink::connect`] opens one port of a VM (the unix socket of QEMU's character device). A session begins with
+//! [`AgentLink::connect`] opens one port of a VM (the unix socket of QEMU's character device),
+//! [`AgentLink::connect_to`] also a vsock port; [`AgentLink::from_stream`] takes any [`Transport`]. A session begins with
 //! [`AgentLink::handshake`] in a new life of the VM (boot, restore, fork, wake) or with
 //! [`AgentLink::reattach`] in the same life. A new life is released when all that must come first was done; then commands
 //! run, many at once over one link:
@@ -37,6 +38,7 @@ pub mod files;
 mod line;
 mod link;
 mod silence;
+mod transport;
 mod wire;
 
 pub use capture::{MAX_CAPTURE_BYTES, Output};
@@ -45,6 +47,8 @@ pub use driver::CommandEvent;
 pub use error::{LinkError, Stage};
 pub use exec::ExecIo;
 pub use link::{AgentLink, CommandList, Frozen, Greeting};
+pub use transport::{Place, Transport};
+
 pub use stead_agent_proto::message::{
     Attachment, Bytes, CommandEntry, CommandState, ExecRequest, ExitStatus, ForkIdentity, Identity,
     OutputStream, Phase, PhaseOutcome, PhaseReport, Pty, Ready, Reason, Rejection, Resource,

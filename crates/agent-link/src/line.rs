@@ -1,10 +1,8 @@
 //! A connection to one port, and the handshake over it.
 
 use std::io;
-use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep, timeout};
 
 use stead_agent_proto::frame::Item;
@@ -13,6 +11,7 @@ use stead_agent_proto::message::{Hello, Identity, Ready, Reason, Seed, Setup};
 use stead_agent_proto::{Epoch, Nonce};
 
 use crate::error::{LinkError, Stage};
+use crate::transport::{Place, Transport};
 use crate::wire::Wire;
 
 /// How long a connection is tried while others wait at the socket, and how often; a handshake's own limit bounds it
@@ -33,7 +32,7 @@ const FIRST_SETUP_AGAIN: Duration = Duration::from_secs(5);
 pub(crate) struct Line {
     pub(crate) wire: Wire,
     // Where to connect again, when it is known.
-    socket: Option<PathBuf>,
+    place: Option<Place>,
     pub(crate) session: Option<Session>,
     // What came before the answer to earlier hellos of the same handshake.
     earlier: Discarded,
@@ -49,21 +48,23 @@ pub(crate) struct Greet<'a> {
 }
 
 impl Line {
-    pub(crate) fn new(stream: UnixStream) -> Self {
+    pub(crate) fn new(stream: Box<dyn Transport>) -> Self {
         Self {
             wire: Wire::new(stream),
-            socket: None,
+            place: None,
             session: None,
             earlier: Discarded::default(),
         }
     }
 
-    /// Connects, disconnects and connects again: the end of a connection lets go of a port that QEMU holds back.
-    pub(crate) async fn connect(socket: &Path) -> Result<Self, LinkError> {
+    /// Connects; where QEMU may hold a port back, also disconnects and connects again, which lets go of it.
+    pub(crate) async fn connect(place: Place) -> Result<Self, LinkError> {
         let end = Instant::now() + CONNECT_LIMIT;
-        drop(connect_once(socket, end).await?);
-        let mut line = Self::new(connect_once(socket, end).await?);
-        line.socket = Some(socket.to_owned());
+        if place.may_be_held_back() {
+            drop(connect_once(&place, end).await?);
+        }
+        let mut line = Self::new(connect_once(&place, end).await?);
+        line.place = Some(place);
         Ok(line)
     }
 
@@ -141,16 +142,12 @@ impl Line {
     /// Ends the connection and makes another: a port that QEMU holds back is let go, and nothing half-written is
     /// left. A line over a given connection keeps it.
     async fn reconnect(&mut self, end: Instant) -> Result<(), LinkError> {
-        let Some(socket) = &self.socket else {
+        let Some(place) = &self.place else {
             return Ok(());
         };
         // The old connection ends before the new one is made: QEMU serves one at a time.
-        let (placeholder, _) = UnixStream::pair().map_err(|source| LinkError::Host {
-            attempted: "make a socket pair",
-            source,
-        })?;
-        self.wire = Wire::new(placeholder);
-        self.wire = Wire::new(connect_once(socket, end).await?);
+        self.wire = Wire::new(Box::new(tokio::io::empty()));
+        self.wire = Wire::new(connect_once(place, end).await?);
         Ok(())
     }
 
@@ -243,17 +240,17 @@ fn finish_greeting(answer: Event) -> Result<Ready, LinkError> {
     }
 }
 
-async fn connect_once(socket: &Path, end: Instant) -> Result<UnixStream, LinkError> {
+async fn connect_once(place: &Place, end: Instant) -> Result<Box<dyn Transport>, LinkError> {
     loop {
-        match UnixStream::connect(socket).await {
+        match place.connect().await {
             Ok(stream) => return Ok(stream),
             // As many wait at the socket as can; there is no event for "one less waits".
             Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < end => {
                 sleep(CONNECT_PAUSE).await;
             }
             Err(source) => {
-                let socket = socket.to_owned();
-                return Err(LinkError::Connect { socket, source });
+                let place = place.clone();
+                return Err(LinkError::Connect { place, source });
             }
         }
     }

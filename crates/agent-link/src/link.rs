@@ -4,7 +4,6 @@ use std::path::Path;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -18,6 +17,7 @@ use stead_agent_proto::{Epoch, ExecKey, ProtocolError};
 use crate::driver::{Driver, Order, Reply, Shared};
 use crate::error::{LinkError, Stage};
 use crate::line::{Greet, Line};
+use crate::transport::{Place, Transport};
 
 /// How long the agent may leave a ping unanswered, unless set otherwise.
 const SILENCE_LIMIT: Duration = Duration::from_secs(30);
@@ -90,13 +90,22 @@ impl AgentLink {
     /// # Errors
     /// [`LinkError::Connect`] when there is no such socket or nobody listens.
     pub async fn connect(socket: &Path) -> Result<Self, LinkError> {
-        Line::connect(socket).await.map(Self::from_line)
+        Self::connect_to(Place::Unix(socket.to_owned())).await
     }
 
-    /// A link over a connection that exists already.
+    /// Connects to an agent wherever it listens; as [`AgentLink::connect`] where that is a socket. Over vsock each link is a
+    /// connection of its own.
+    ///
+    /// # Errors
+    /// [`LinkError::Connect`] when there is no such place or nobody listens there.
+    pub async fn connect_to(place: Place) -> Result<Self, LinkError> {
+        Line::connect(place).await.map(Self::from_line)
+    }
+
+    /// A link over a connection that exists already, of whatever kind.
     #[must_use]
-    pub fn from_stream(stream: UnixStream) -> Self {
-        Self::from_line(Line::new(stream))
+    pub fn from_stream(stream: impl Transport + 'static) -> Self {
+        Self::from_line(Line::new(Box::new(stream)))
     }
 
     fn from_line(line: Line) -> Self {

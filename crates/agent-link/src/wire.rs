@@ -1,19 +1,24 @@
-//! Frames over a socket: what has come and is not taken yet, what must go and is not written yet.
+//! Frames over a stream: what has come and is not taken yet, what must go and is not written yet.
 
 use std::io;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
-use tokio::net::unix::{ReadHalf, WriteHalf};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 
 use stead_agent_proto::frame::{Decoder, Item};
 
+use crate::transport::Transport;
+
 const READ_BYTES: usize = 64 * 1024;
 
-/// A socket with its unfinished business.
+/// The two ways of a stream.
+pub(crate) type Reader = ReadHalf<Box<dyn Transport>>;
+pub(crate) type Writer = WriteHalf<Box<dyn Transport>>;
+
+/// A stream with its unfinished business.
 #[derive(Debug)]
 pub(crate) struct Wire {
-    pub(crate) stream: UnixStream,
+    pub(crate) reader: Reader,
+    pub(crate) writer: Writer,
     pub(crate) incoming: Incoming,
     pub(crate) outgoing: Outgoing,
 }
@@ -35,9 +40,11 @@ pub(crate) struct Outgoing {
 }
 
 impl Wire {
-    pub(crate) fn new(stream: UnixStream) -> Self {
+    pub(crate) fn new(stream: Box<dyn Transport>) -> Self {
+        let (reader, writer) = tokio::io::split(stream);
         Self {
-            stream,
+            reader,
+            writer,
             incoming: Incoming {
                 decoder: Decoder::new(),
                 buffer: vec![0; READ_BYTES],
@@ -51,19 +58,18 @@ impl Wire {
     /// Writes what must go and reads until the next item, both at once, so that neither side waits for the other.
     /// Nothing when the connection has ended. Nothing is lost when the future is dropped.
     pub(crate) async fn next_item(&mut self) -> io::Result<Option<Item>> {
-        let (mut reader, mut writer) = self.stream.split();
         loop {
             if let Some(item) = self.incoming.take() {
                 return Ok(Some(item));
             }
             tokio::select! {
                 biased;
-                open = self.incoming.fill(&mut reader) => {
+                open = self.incoming.fill(&mut self.reader) => {
                     if !open? {
                         return Ok(None);
                     }
                 }
-                written = self.outgoing.write(&mut writer), if !self.outgoing.is_empty() => written?,
+                written = self.outgoing.write(&mut self.writer), if !self.outgoing.is_empty() => written?,
             }
         }
     }
@@ -79,7 +85,7 @@ impl Incoming {
     }
 
     /// Reads once, after all that came before was taken; says whether the connection is still open.
-    pub(crate) async fn fill(&mut self, reader: &mut ReadHalf<'_>) -> io::Result<bool> {
+    pub(crate) async fn fill(&mut self, reader: &mut Reader) -> io::Result<bool> {
         debug_assert!(self.taken == self.filled, "what came before is taken first");
         let count = reader.read(&mut self.buffer).await?;
         (self.taken, self.filled) = (0, count);
@@ -107,7 +113,7 @@ impl Outgoing {
     }
 
     /// Writes once.
-    pub(crate) async fn write(&mut self, writer: &mut WriteHalf<'_>) -> io::Result<()> {
+    pub(crate) async fn write(&mut self, writer: &mut Writer) -> io::Result<()> {
         let count = writer.write(&self.bytes[self.written..]).await?;
         if count == 0 {
             return Err(io::ErrorKind::WriteZero.into());

@@ -58,18 +58,11 @@ pub(crate) fn listen(options: &[OsString]) -> Result<(Vec<OsString>, Control), A
             Some(others.remove(at).to_string_lossy().into_owned())
         }
         Some(_) => return Err(AgentError::Usage(format!("{OPTION} needs a name"))),
-        None if others
-            .iter()
-            .any(|option| option.to_string_lossy().ends_with("socket")) =>
-        {
-            None
-        }
-        None => Some(NAME.to_owned()),
+        None => None,
     };
-    let serves_a_socket = |option: &OsString| option.to_string_lossy().ends_with("socket");
     let listener = match given {
         Some(name) => Some(bind(&name)?),
-        None if others.iter().any(serves_a_socket) => None,
+        None if others.iter().any(is_no_machine) => None,
         None => match bind(NAME) {
             Ok(listener) => Some(listener),
             // Somebody else in the guest may have the name: no reason to let nobody in.
@@ -81,6 +74,12 @@ pub(crate) fn listen(options: &[OsString]) -> Result<(Vec<OsString>, Control), A
     };
     let options = options.to_vec();
     Ok((others, Control { listener, options }))
+}
+
+/// Whether an option makes the agent serve less than a machine.
+fn is_no_machine(option: &OsString) -> bool {
+    let option = option.to_string_lossy();
+    option.ends_with("socket") || option == "--vsock-local"
 }
 
 fn bind(name: &str) -> Result<UnixListener, AgentError> {

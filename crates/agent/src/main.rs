@@ -29,6 +29,7 @@ mod inbox;
 mod init;
 mod launch;
 mod limits;
+mod listen;
 mod mounts;
 mod persona;
 mod port;
@@ -40,6 +41,7 @@ mod shutdown;
 mod standstill;
 mod succession;
 mod tool;
+mod transport;
 mod upgrade;
 mod workload;
 
@@ -52,6 +54,8 @@ use crate::succession::Inherited;
 const USAGE: &str = "usage: stead-agent serve [options]
        stead-agent upgrade [--control NAME] FILE DIGEST
   --socket PATH            listen there instead of on virtio-serial ports
+  --vsock PORT             listen there instead, for the host only
+  --vsock-local PORT       listen there for this machine's own processes, and leave the machine alone
   --stdin-socket           serve the one connection that is standard input
   --no-clock               leave the clock alone, and say so
   --no-entropy             leave the random number generator alone, and say so

@@ -7,9 +7,7 @@
 //! The reader waits for nothing but input: a hello must be heard however full the way out is. A host that asks
 //! without reading the answers loses its session instead.
 
-use std::fs::File;
-use std::io::{self, Read, Write};
-use std::os::unix::net::UnixStream;
+use std::io;
 use std::sync::Arc;
 use std::thread;
 
@@ -17,52 +15,17 @@ use stead_agent_proto::frame::{DELIMITER, Decoder};
 
 use crate::core::Core;
 use crate::error::{AgentError, Attempt};
+use crate::transport::{AtEnd, Transport};
 
 const READ_BYTES: usize = 32 * 1024;
 const STACK_BYTES: usize = 256 * 1024;
 
-/// What a port is made of.
-#[derive(Debug)]
-pub(crate) enum Line {
-    /// A virtio-serial port: the host may come and go.
-    Virtio(File),
-    /// A connection: when it ends, it ends for good.
-    Socket(UnixStream),
-}
-
-impl Line {
-    fn second(&self) -> io::Result<Self> {
-        match self {
-            Self::Virtio(file) => file.try_clone().map(Self::Virtio),
-            Self::Socket(socket) => socket.try_clone().map(Self::Socket),
-        }
-    }
-}
-
-impl Read for Line {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Self::Virtio(file) => file.read(buffer),
-            Self::Socket(socket) => socket.read(buffer),
-        }
-    }
-}
-
-impl Write for Line {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Virtio(file) => file.write(bytes),
-            Self::Socket(socket) => socket.write(bytes),
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 /// Serves a port until its line ends or fails.
-pub(crate) fn serve(core: &Arc<Core>, port: u32, mut line: Line) -> Result<(), AgentError> {
+pub(crate) fn serve(
+    core: &Arc<Core>,
+    port: u32,
+    line: &mut dyn Transport,
+) -> Result<(), AgentError> {
     let mut second = line
         .second()
         .attempt(|| format!("open port {port} a second time"))?;
@@ -71,13 +34,13 @@ pub(crate) fn serve(core: &Arc<Core>, port: u32, mut line: Line) -> Result<(), A
     let writer = thread::Builder::new()
         .name(format!("port {port} out"))
         .stack_size(STACK_BYTES)
-        .spawn(move || write(&shared, port, &mut second))
+        .spawn(move || write(&shared, port, &mut *second))
         .attempt(|| format!("start a writer for port {port}"));
     let result = match writer {
         Ok(writer) => {
-            let result = read(core, port, &mut line).attempt(|| format!("read port {port}"));
+            let result = read(core, port, line).attempt(|| format!("read port {port}"));
             core.close_port(port);
-            finish(&line, writer);
+            finish(line, writer);
             result
         }
         Err(error) => Err(error),
@@ -88,12 +51,12 @@ pub(crate) fn serve(core: &Arc<Core>, port: u32, mut line: Line) -> Result<(), A
 
 /// Waits for the writer of a connection that has ended. The writer of a virtio-serial port may be blocked until a
 /// host comes; it ends by itself then.
-fn finish(line: &Line, writer: thread::JoinHandle<io::Result<()>>) {
-    let Line::Socket(socket) = line else {
+fn finish(line: &dyn Transport, writer: thread::JoinHandle<io::Result<()>>) {
+    if line.at_end() == AtEnd::Waits {
         return;
-    };
+    }
     // The other side may have closed it already.
-    if let Err(error) = socket.shutdown(std::net::Shutdown::Both)
+    if let Err(error) = line.close()
         && error.kind() != io::ErrorKind::NotConnected
     {
         eprintln!("stead-agent: close a connection: {error}");
@@ -103,14 +66,14 @@ fn finish(line: &Line, writer: thread::JoinHandle<io::Result<()>>) {
 }
 
 /// Writes what is to be said until the port is closed or cannot be written.
-fn write(core: &Arc<Core>, port: u32, line: &mut Line) -> io::Result<()> {
+fn write(core: &Arc<Core>, port: u32, line: &mut dyn Transport) -> io::Result<()> {
     while let Some(frame) = core.next_frame(port) {
         line.write_all(&frame.encode().map_err(io::Error::other)?)?;
     }
     Ok(())
 }
 
-fn read(core: &Arc<Core>, port: u32, line: &mut Line) -> io::Result<()> {
+fn read(core: &Arc<Core>, port: u32, line: &mut dyn Transport) -> io::Result<()> {
     let mut decoder = Decoder::new();
     let mut buffer = vec![0; READ_BYTES];
     loop {
@@ -122,7 +85,7 @@ fn read(core: &Arc<Core>, port: u32, line: &mut Line) -> io::Result<()> {
             Err(error) => return Err(error),
         };
         if count == 0 {
-            if let Line::Socket(_) = line {
+            if line.at_end() == AtEnd::Over {
                 return Ok(());
             }
             core.tell(|agent| agent.on_host_gone(port));

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,10 +21,12 @@ use crate::core::{Core, Orders};
 use crate::drain::Drain;
 use crate::error::{AgentError, Attempt, chain};
 use crate::freeze::{self, Freezer};
-use crate::port::{self, Line};
+use crate::listen::{self, Listener, Peers, UnixDoor, VsockDoor};
+use crate::port;
 use crate::setup::Setup;
 use crate::standstill::{self, Standstill, Unable};
 use crate::succession::Inherited;
+use crate::transport::Transport;
 use crate::workload::Workload;
 use crate::{init, pty, reaper};
 
@@ -40,6 +42,7 @@ const LAST_SCAN_PAUSE: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 enum Source {
     Virtio,
+    Vsock { port: u32, peers: Peers },
     Socket(PathBuf),
     Stdin,
 }
@@ -73,10 +76,12 @@ impl Options {
             let mut value = || {
                 rest.next()
                     .map(PathBuf::from)
-                    .ok_or_else(|| AgentError::Usage(format!("{name} needs a path")))
+                    .ok_or_else(|| AgentError::Usage(format!("{name} needs a value")))
             };
             match &*name {
                 "--socket" => options.source = Source::Socket(value()?),
+                "--vsock" => options.source = vsock(&value()?, Peers::Host)?,
+                "--vsock-local" => options.source = vsock(&value()?, Peers::Local)?,
                 "--stdin-socket" => options.source = Source::Stdin,
                 "--no-clock" => options.clock = false,
                 "--no-entropy" => options.entropy = false,
@@ -91,7 +96,11 @@ impl Options {
     }
 
     fn is_machine(&self) -> bool {
-        matches!(self.source, Source::Virtio)
+        match &self.source {
+            Source::Virtio => true,
+            Source::Vsock { peers, .. } => *peers == Peers::Host,
+            Source::Socket(_) | Source::Stdin => false,
+        }
     }
 
     fn standstill(&self) -> Box<dyn Standstill> {
@@ -121,6 +130,14 @@ impl Options {
     }
 }
 
+fn vsock(port: &Path, peers: Peers) -> Result<Source, AgentError> {
+    let text = port.to_string_lossy();
+    match text.parse() {
+        Ok(port) => Ok(Source::Vsock { port, peers }),
+        Err(_) => Err(AgentError::Usage(format!("{text} is no vsock port"))),
+    }
+}
+
 /// Serves for ever, or until the one connection it was given ends.
 pub(crate) fn run(
     arguments: &[OsString],
@@ -140,7 +157,14 @@ pub(crate) fn run(
     control.start(&core)?;
     match &options.source {
         Source::Virtio => serve_virtio(&core),
-        Source::Socket(path) => serve_socket(&core, path),
+        Source::Vsock { port, peers } => {
+            serve_connections(&core, &format!("vsock port {port}"), || {
+                VsockDoor::open(*port, *peers)
+            })
+        }
+        Source::Socket(path) => {
+            serve_connections(&core, &path.display().to_string(), || UnixDoor::open(path))
+        }
         Source::Stdin => serve_stdin(&core),
     }
 }
@@ -258,14 +282,14 @@ fn open_port(
     device: &Path,
     ended: Sender<u32>,
 ) -> Result<(), AgentError> {
-    let file = OpenOptions::new()
+    let mut file = OpenOptions::new()
         .read(true)
         .write(true)
         .open(device)
         .attempt(|| format!("open {} for port {port}", device.display()))?;
     let core = Arc::clone(core);
     spawn(&format!("port {port} in"), move || {
-        if let Err(error) = port::serve(&core, port, Line::Virtio(file)) {
+        if let Err(error) = port::serve(&core, port, &mut file) {
             eprintln!("stead-agent: {}", chain(&error));
         }
         assert!(ended.send(port).is_ok(), "the scan for ports never ends");
@@ -291,43 +315,58 @@ fn find_ports() -> Vec<(u32, PathBuf)> {
         .collect()
 }
 
-fn serve_socket(core: &Arc<Core>, path: &Path) -> Result<(), AgentError> {
-    let listener = UnixListener::bind(path).attempt(|| format!("listen at {}", path.display()))?;
+/// Serves every connection that is let in at `place`.
+fn serve_connections<L: Listener>(
+    core: &Arc<Core>,
+    place: &str,
+    open: impl FnMut() -> io::Result<L>,
+) -> Result<(), AgentError> {
     let connected = Arc::new(Mutex::new(0usize));
     let mut next_port = 0;
-    loop {
-        let socket = match listener.accept() {
-            Ok((socket, _)) => socket,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(error).attempt(|| format!("accept at {}", path.display())),
-        };
-        let count = Arc::clone(&connected);
-        {
-            let mut count = count.lock().unwrap_or_else(PoisonError::into_inner);
-            if *count == MAX_CONNECTIONS {
-                // Dropped: the host sees the end of the connection.
-                continue;
-            }
-            *count += 1;
+    let ended = listen::serve(open, |transport| {
+        if !count_in(&connected) {
+            // Dropped: the host sees the end of the connection.
+            return;
         }
-        let (shared, port) = (Arc::clone(core), next_port);
-        next_port += 1;
         let left = Arc::clone(&connected);
-        let begun = spawn(&format!("port {port} in"), move || {
-            if let Err(error) = port::serve(&shared, port, Line::Socket(socket)) {
-                eprintln!("stead-agent: {}", chain(&error));
-            }
-            *left.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
-        });
-        if let Err(error) = begun {
+        if let Err(error) = serve_connection(core, next_port, transport, left) {
             eprintln!("stead-agent: {}", chain(&error));
-            *count.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+            count_out(&connected);
         }
-    }
+        next_port += 1;
+    });
+    Err(ended).attempt(|| format!("accept at {place}"))
+}
+
+fn serve_connection(
+    core: &Arc<Core>,
+    port: u32,
+    mut transport: Box<dyn Transport>,
+    connected: Arc<Mutex<usize>>,
+) -> Result<(), AgentError> {
+    let core = Arc::clone(core);
+    spawn(&format!("port {port} in"), move || {
+        if let Err(error) = port::serve(&core, port, &mut *transport) {
+            eprintln!("stead-agent: {}", chain(&error));
+        }
+        count_out(&connected);
+    })
+}
+
+/// Whether one more may come in.
+fn count_in(connected: &Mutex<usize>) -> bool {
+    let mut count = connected.lock().unwrap_or_else(PoisonError::into_inner);
+    let may = *count < MAX_CONNECTIONS;
+    *count += usize::from(may);
+    may
+}
+
+fn count_out(connected: &Mutex<usize>) {
+    *connected.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
 }
 
 fn serve_stdin(core: &Arc<Core>) -> Result<(), AgentError> {
     let socket = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)
         .attempt(|| "keep standard input".to_owned())?;
-    port::serve(core, 0, Line::Socket(UnixStream::from(socket)))
+    port::serve(core, 0, &mut UnixStream::from(socket))
 }

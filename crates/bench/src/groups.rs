@@ -4,13 +4,15 @@ use std::future::Future;
 use std::pin::Pin;
 
 use crate::error::Result;
-use crate::{Bench, Run, fork, growth, image, pause, rate, save};
+use crate::{Bench, Run, channel, fork, growth, image, pause, rate, ready, save};
 
 /// Every group, in the order in which they are measured. A further one is one line here and a module of its own.
 pub const GROUPS: &[Group] = &[
     Group::alone("image", |run| Box::pin(image::measure(run))),
     Group::alone("merge", |run| Box::pin(image::merge::measure(run))),
     Group::of_guests("fork", |bench| Box::pin(fork::measure(bench))),
+    Group::of_guests("ready", |bench| Box::pin(ready::measure(bench))),
+    Group::of_guests("channel", |bench| Box::pin(channel::measure(bench))),
     Group::of_guests("growth", |bench| Box::pin(growth::measure(bench))),
     Group::of_guests("pause", |bench| Box::pin(pause::measure(bench))),
     Group::of_guests("save", |bench| Box::pin(save::measure(bench))),

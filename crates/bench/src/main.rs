@@ -1,6 +1,7 @@
 //! `stead-bench`: every promised figure, ours beside the peer's, in one run.
 #![forbid(unsafe_code)]
 
+mod channel;
 mod content;
 mod error;
 mod facts;
@@ -16,6 +17,7 @@ mod peer;
 mod program;
 mod qmp;
 mod rate;
+mod ready;
 mod report;
 mod save;
 mod scratch;

@@ -20,6 +20,9 @@ use crate::qmp::Qmp;
 
 /// How many agent ports our machines have.
 const AGENT_PORTS: u8 = 8;
+/// The name of a further port, at which no agent listens, and of its socket.
+pub const RAW_PORT: &str = "bench.raw";
+pub const RAW_SOCKET: &str = "raw.sock";
 /// How long a guest's agent may take.
 const AGENT_WITHIN: Duration = Duration::from_secs(180);
 /// QEMU's program.
@@ -164,6 +167,11 @@ impl PeerSpec {
                 ),
             );
         }
+        add("-chardev", socket("raw", RAW_SOCKET));
+        add(
+            "-device",
+            format!("virtserialport,bus=agents.0,nr=20,chardev=raw,name={RAW_PORT}"),
+        );
         add("-blockdev", disk(image).to_string());
         add(
             "-device",
@@ -276,7 +284,11 @@ fn prepare(folder: &Path) -> Result<File> {
 
 /// What an earlier process in the same folder has left.
 fn leftovers() -> impl Iterator<Item = String> {
-    let single = [stead_vmm::dir::QMP_SOCKET, stead_vmm::dir::QEMU_LOG];
+    let single = [
+        stead_vmm::dir::QMP_SOCKET,
+        stead_vmm::dir::QEMU_LOG,
+        RAW_SOCKET,
+    ];
     (0..AGENT_PORTS)
         .map(stead_vmm::dir::agent_socket)
         .chain(single.map(str::to_owned))
