@@ -43,7 +43,7 @@ impl ForkPolicy {
             } else {
                 name.clone()
             };
-            if as_hostname(&longest) != longest {
+            if name.is_empty() || as_hostname(&longest) != longest {
                 return Err(EngineError::usage(
                     format!("name the host {name:?}"),
                     "a host name has 1 to 64 letters, digits, '.' or '-'",

@@ -93,7 +93,8 @@ pub fn fuse(
 }
 
 /// How many free bytes fusing needs where the target is to lie: the copy of the lowest layer, were no block of it
-/// shared, and what the commit adds to it. Nothing is written.
+/// shared, and what the commit adds to it. Nothing is written. A file system adds a block of its own for some hundred
+/// pieces that it scatters the file in.
 ///
 /// # Errors
 /// As [`fuse()`], of what can be known beforehand.

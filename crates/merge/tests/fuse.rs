@@ -65,8 +65,9 @@ fn the_new_layer_shows_what_all_of_them_show_also_over_those_that_it_took_in() {
         let fused = fuse(first(&chain, 2), (&made, 0o600), silent()).expect("fused");
         assert!(fused.defined_bytes > 0 && fused.file_bytes > 0, "{fused:?}");
         let needed = fuse_needs_bytes(first(&chain, 2)).expect("measured");
+        // ext4 counts the block with the places of a scattered file's pieces among those of the file.
         assert!(
-            fused.file_bytes <= needed,
+            fused.file_bytes <= needed + 4096,
             "{options}: {fused:?}, {needed} bytes"
         );
         assert_eq!(

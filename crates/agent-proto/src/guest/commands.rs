@@ -44,9 +44,6 @@ pub(super) struct Command {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) enum Progress {
     Starting,
-    // The session that has said go is gone. Nothing will run, unless the key is told to go again before the thread that
-    // prepares the program has asked: it is started for who has said so then.
-    Withdrawn,
     Released,
     Running {
         pid: u32,
@@ -57,6 +54,9 @@ pub(super) enum Progress {
         started_ns: u64,
         status: ExitStatus,
     },
+    // The session that has said go is gone. Nothing will run, unless the key is told to go again before the thread that
+    // prepares the program has asked: it is started for who has said so then.
+    Withdrawn,
 }
 
 /// An input that is open.
