@@ -16,7 +16,8 @@ for commit in range(5):
 with open("/srv/random", "wb") as file:
     file.write(os.urandom(8 << 20))
 PY
-find /srv/work /srv/random /etc /usr/bin /usr/sbin -xdev -type f -print0 | sort -z | xargs -0 sha256sum > /var/lib/demo.sha256
+# Not who the machine is: a fork is another.
+find /srv/work /srv/random /etc /usr/bin /usr/sbin -xdev -type f ! -path /etc/hostname ! -path /etc/hosts ! -path /etc/machine-id -print0 | sort -z | xargs -0 sha256sum > /var/lib/demo.sha256
 cat > /usr/local/bin/keeper <<'PY'
 #!/usr/bin/python3
 """Keeps random bytes in memory only and answers with their digest and a count of questions."""
