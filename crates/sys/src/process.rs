@@ -30,7 +30,7 @@ impl ProcessId {
     /// # Errors
     /// [`io::ErrorKind::NotFound`] when there is none; another error when `/proc` is unreadable.
     pub fn of(pid: i32) -> io::Result<Self> {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).map_err(gone)?;
         let (state, start_ticks) = parse_stat(&stat).ok_or_else(|| {
             io::Error::new(
                 io::ErrorKind::InvalidData,
@@ -53,8 +53,6 @@ impl ProcessId {
         match Self::of(self.pid) {
             Ok(now) => Ok(now == self),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            // The process ended between opening and reading its file.
-            Err(error) if error.raw_os_error() == Some(3) => Ok(false),
             Err(error) => Err(error),
         }
     }
@@ -80,6 +78,16 @@ impl ProcessId {
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+/// A process that ends between the opening and the reading of its file is as gone as one whose file is not there.
+fn gone(error: io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(code) if code == rustix::io::Errno::SRCH.raw_os_error() => {
+            io::Error::from(io::ErrorKind::NotFound)
+        }
+        _ => error,
     }
 }
 
